@@ -1,0 +1,7 @@
+"""Measuring how much a model copies. Knows training only through the folders it leaves on disk."""
+
+from sd_memguard.errors import UserError
+
+
+class AuditError(UserError):
+    """Pictures, a model or a setting that the audit cannot work with."""

@@ -1,0 +1,57 @@
+"""The `sd-memguard` program: one subcommand per task, whose heavy imports wait until it is called."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from sd_memguard import __version__
+from sd_memguard.errors import exit_on_user_error
+
+
+class Command(NamedTuple):
+    """A subcommand: its line in `--help`, and what runs it with the arguments after its name."""
+
+    help: str
+    run: Callable[[Sequence[str]], None]
+
+
+def _train(argv: Sequence[str]) -> None:
+    from sd_memguard.train import main
+
+    main(argv, prog="sd-memguard train")
+
+
+def _demo(argv: Sequence[str]) -> None:
+    from sd_memguard.demo import main
+
+    with exit_on_user_error():
+        main(argv)
+
+
+COMMANDS = {
+    "train": Command("fine-tune Stable Diffusion under the memorization guard", _train),
+    "demo": Command("fine-tune the bundled model twice, plain and guarded, and compare what they copy", _demo),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the subcommand that `argv`, by default the command line, begins with."""
+    arguments = sys.argv[1:] if argv is None else argv
+    COMMANDS[build_parser().parse_args(arguments[:1]).command].run(arguments[1:])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the subcommand's name; what follows the name is for the subcommand to parse."""
+    parser = argparse.ArgumentParser(
+        prog="sd-memguard",
+        usage="sd-memguard COMMAND [flags]",
+        description="Fine-tune Stable Diffusion so that it does not memorize its training images.",
+        epilog="\n".join(["commands:", *(f"  {name:8}{command.help}" for name, command in COMMANDS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "command", metavar="COMMAND", choices=COMMANDS, help="see below; `COMMAND --help` lists its flags"
+    )
+    parser.add_argument("--version", action="version", version=f"sd-memguard {__version__}")
+    return parser

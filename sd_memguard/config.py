@@ -1,0 +1,327 @@
+"""Every setting of a training run, declared once: name, type, default, help, rule.
+
+`GuardConfig` holds the memorization guard's settings, `TrainConfig` those of the drop-in script: all flags of
+diffusers' `train_text_to_image.py` and `train_text_to_image_lora.py` under their names, and ours. Both are checked when
+they are made, so that whoever holds one holds valid settings.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+from sd_memguard.errors import ConfigError
+from sd_memguard.settings import (
+    BELOW_ONE,
+    GREATER_THAN_ZERO,
+    NOT_NEGATIVE,
+    POSITIVE_COUNT,
+    PROBABILITY,
+    Rule,
+    check_settings,
+    nearest,
+    setting,
+    settings_of,
+)
+
+__all__ = ["PRESETS", "ConfigError", "GuardConfig", "TrainConfig", "make_train_config"]
+
+GUARD = "Memorization guard"  # the heading of its flags
+MULTIPLE_OF_8 = Rule("a positive multiple of 8", lambda pixels: pixels > 0 and pixels % 8 == 0)
+RANK = Rule("-1 or more", lambda rank: rank >= -1)
+SEED = (
+    "Training",
+    "seed of every random draw; a run without one draws and records it",
+    Rule("between 0 and 2**32 - 1", lambda seed: 0 <= seed < 2**32),
+)
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "default": {},
+        # The method as published (arXiv 2502.09434), pinned so that it stays put when the defaults move.
+        "paper": {
+            "skip_threshold": 0.8,
+            "augment_threshold": 1.2,
+            "bank_decay": 0.8,
+            "bank_mode": "paper",
+            "redistribute_fraction": 0.25,
+            "shard_weights": "equal",
+            "augment_surplus": "drop",
+        },
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Settings of the memorization guard (IET-AGC+, arXiv 2502.09434); see each declaration for meaning and default.
+
+    Raises:
+        ConfigError: If a setting is of the wrong type or out of range.
+    """
+
+    num_shards: int | Literal["auto"] = setting(
+        "auto", GUARD, "shards, one proxy each; auto: samples // 64, from 1 to 4; 1: no ensemble", POSITIVE_COUNT
+    )
+    steps_per_round: int | Literal["auto"] = setting(
+        "auto", GUARD, "optimizer steps of each proxy per round; auto: a sixth of its steps, 50 to 1000", POSITIVE_COUNT
+    )
+    skip_threshold: float = setting(
+        0.8, GUARD, "skip a sample whose loss ratio is below this; 0: skip none", NOT_NEGATIVE
+    )
+    augment_threshold: float = setting(
+        1.2, GUARD, "below this, train an augmented copy instead; at most skip_threshold: never", NOT_NEGATIVE
+    )
+    bank_decay: float = setting(0.8, GUARD, "decay of the running mean of the loss at each timestep", BELOW_ONE)
+    bank_mode: Literal["paper", "corrected", "smoothed"] = setting(
+        "smoothed", GUARD, "running mean from zero, bias-corrected, or smoothed over near timesteps"
+    )
+    redistribute_fraction: float = setting(
+        0.25, GUARD, "share of each shard that moves on after every other round; 0: none", BELOW_ONE
+    )
+    shard_weights: Literal["size", "equal"] = setting(
+        "size", GUARD, "weigh the proxies in their mean by shard size, or equally"
+    )
+    augment_surplus: Literal["keep", "drop"] = setting(
+        "keep", GUARD, "what happens to samples that wait for augmentation beyond one batch"
+    )
+    seed: int | None = setting(None, *SEED)
+
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        check_settings(self)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "GuardConfig":
+        """The settings that go by `name` ("default" or "paper"), with `overrides` on top."""
+        return cls(**{**PRESETS[TRAIN_SETTINGS["preset"].check(name)], **overrides})
+
+    @classmethod
+    def off(cls) -> "GuardConfig":
+        """The neutral guard: one shard, nothing skipped, augmented or redistributed. It trains like no guard at all."""
+        return cls(num_shards=1, skip_threshold=0.0, augment_threshold=0.0, redistribute_fraction=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of a run of the drop-in script, resolved and checked; `guard` holds the guard's own.
+
+    `guard.seed` always equals `seed`. Settings that belong to LoRA proxies alone are None with full ones.
+
+    Raises:
+        ConfigError: If a setting is of the wrong type, out of range, or at odds with another one.
+    """
+
+    pretrained_model_name_or_path: str = setting(
+        None,
+        "Model",
+        "Stable Diffusion 1.x/2.x to start from: a folder, a hub name, or `bundled`",
+        fix="name a pipeline folder or a hub model, or `bundled` for the tiny model that is included",
+    )
+    revision: str | None = setting(None, "Model", "branch, tag or commit of the hub model")
+    variant: str | None = setting(None, "Model", "which files of the hub model, e.g. fp16")
+    non_ema_revision: str | None = setting(
+        None, "Model", "revision of the UNet to train; that of the model if not given"
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = setting(
+        None, "Model", "what the UNet predicts; as the model's scheduler says if not given"
+    )
+    rank: int | None = setting(None, "Model", "rank of the LoRA adapters", POSITIVE_COUNT, by_proxy={"lora": 4})
+    cache_dir: str | None = setting(None, "Model", "folder for models and data sets that come from the hub")
+
+    dataset_name: str | None = setting(None, "Data", "data set on the hub, or a local folder that `datasets` can read")
+    dataset_config_name: str | None = setting(None, "Data", "configuration of the data set, where it has several")
+    train_data_dir: str | None = setting(
+        None,
+        "Data",
+        "folder of pictures with metadata.jsonl, .csv or .parquet, or a .txt beside each; `bundled`: the demo set",
+    )
+    image_column: str = setting("image", "Data", "column of the pictures")
+    caption_column: str = setting("text", "Data", "column of the captions; a list of captions is drawn from")
+    max_train_samples: int | None = setting(None, "Data", "train on this many samples at most", POSITIVE_COUNT)
+    on_bad_sample: Literal["error", "skip"] = setting(
+        "error", "Data", "stop with a list of unreadable samples, or leave them out"
+    )
+    resolution: int = setting(512, "Data", "side of the square training pictures in pixels", MULTIPLE_OF_8)
+    image_interpolation_mode: Literal[
+        "bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"
+    ] = setting("lanczos", "Data", "filter that resizes the pictures")
+    center_crop: bool = setting(False, "Data", "crop the middle of each picture rather than a random part")
+    random_flip: bool = setting(False, "Data", "mirror half of the pictures at random")
+    caption_dropout: float = setting(0.0, "Data", "share of captions replaced by an empty one", PROBABILITY)
+    cache_latents: Literal["auto", "memory", "off"] = setting(
+        "auto", "Data", "compute the latents of the pictures once; auto: where that is exact and fits"
+    )
+    cache_text_embeddings: Literal["auto", "memory", "off"] = setting(
+        "auto", "Data", "compute the embeddings of the captions once; auto: where they fit"
+    )
+    dataloader_num_workers: int = setting(0, "Data", "processes that read pictures; 0: the main one", NOT_NEGATIVE)
+
+    memguard: Literal["on", "off"] = setting("on", GUARD, "off: plain fine-tuning by the same loop")
+    preset: Literal["default", "paper"] = setting(
+        "default", GUARD, "values for the guard's settings that are not given one by one"
+    )
+    proxy: Literal["full", "lora"] = setting(
+        "full", GUARD, "what each shard trains: all UNet weights, or a LoRA adapter"
+    )
+    proxy_store: Literal["auto", "ram", "disk"] = setting(
+        "auto", GUARD, "where proxies rest while another one trains; auto: memory while it suffices"
+    )
+
+    seed: int | None = setting(None, *SEED)
+    train_batch_size: int = setting(16, "Training", "samples per device and forward pass", POSITIVE_COUNT)
+    num_train_epochs: int = setting(100, "Training", "passes over the data", POSITIVE_COUNT)
+    max_train_steps: int | None = setting(
+        None, "Training", "optimizer steps over all shards together, in place of num_train_epochs", POSITIVE_COUNT
+    )
+    gradient_accumulation_steps: int = setting(1, "Training", "forward passes per optimizer step", POSITIVE_COUNT)
+    gradient_checkpointing: bool = setting(False, "Training", "compute activations twice to save memory")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
+        None, "Training", "precision of the forward pass; as accelerate is configured if not given"
+    )
+    allow_tf32: bool = setting(False, "Training", "allow TF32 matrix products on Ampere and newer GPUs")
+    enable_xformers_memory_efficient_attention: bool = setting(False, "Training", "use the attention of xformers")
+    snr_gamma: float | None = setting(None, "Training", "gamma of the min-SNR loss weights, e.g. 5", GREATER_THAN_ZERO)
+    noise_offset: float = setting(0.0, "Training", "scale of the noise offset", NOT_NEGATIVE)
+    input_perturbation: float = setting(0.0, "Training", "scale of the input perturbation, e.g. 0.1", NOT_NEGATIVE)
+    dream_training: bool = setting(False, "Training", "DREAM: one more forward pass per step corrects the target")
+    dream_detail_preservation: float = setting(1.0, "Training", "DREAM's exponent for details", GREATER_THAN_ZERO)
+    use_ema: bool = setting(False, "Training", "keep an exponential moving average of the UNet, and export it")
+    offload_ema: bool = setting(False, "Training", "keep the average in main memory between steps")
+    foreach_ema: bool = setting(False, "Training", "update the average with one kernel for all tensors")
+    local_rank: int = setting(-1, "Training", "rank on this machine; the variable LOCAL_RANK wins", RANK)
+    dry_run: bool = setting(False, "Training", "print the plan with its memory, disk and time, and train nothing")
+
+    learning_rate: float = setting(1e-4, "Optimizer", "learning rate after the warm-up", NOT_NEGATIVE)
+    scale_lr: bool = setting(False, "Optimizer", "multiply it by devices, accumulation steps and batch size")
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = setting("constant", "Optimizer", "course of the learning rate")
+    lr_warmup_steps: int = setting(500, "Optimizer", "optimizer steps of warm-up", NOT_NEGATIVE)
+    use_8bit_adam: bool = setting(False, "Optimizer", "use the 8-bit AdamW of bitsandbytes")
+    adam_beta1: float = setting(0.9, "Optimizer", "decay of AdamW's first moment", BELOW_ONE)
+    adam_beta2: float = setting(0.999, "Optimizer", "decay of AdamW's second moment", BELOW_ONE)
+    adam_weight_decay: float = setting(1e-2, "Optimizer", "weight decay of AdamW", NOT_NEGATIVE)
+    adam_epsilon: float = setting(1e-8, "Optimizer", "epsilon of AdamW", NOT_NEGATIVE)
+    max_grad_norm: float = setting(
+        1.0, "Optimizer", "norm to which gradients are clipped", GREATER_THAN_ZERO, fix="`inf` turns clipping off"
+    )
+
+    validation_prompts: tuple[str, ...] | None = setting(None, "Validation", "captions to draw while training")
+    validation_prompt: str | None = setting(
+        None, "Validation", "a caption to draw while training", by_proxy={"lora": None}
+    )
+    num_validation_images: int | None = setting(
+        None, "Validation", "drawings of validation_prompt", POSITIVE_COUNT, by_proxy={"lora": 4}
+    )
+    validation_epochs: int = setting(
+        None, "Validation", "draw every so many passes over the data", POSITIVE_COUNT, by_proxy={"full": 5, "lora": 1}
+    )
+    validation_data_dir: str | None = setting(
+        None, "Validation", "folder of captioned pictures not trained on, to measure the loss on; `bundled`: the demo's"
+    )
+
+    output_dir: str = setting(
+        None,
+        "Output",
+        "folder of the run: final model, checkpoints, logs",
+        by_proxy={"full": "sd-model-finetuned", "lora": "sd-model-finetuned-lora"},
+    )
+    checkpointing_steps: int = setting(500, "Output", "optimizer steps between checkpoints", POSITIVE_COUNT)
+    checkpoints_total_limit: int | None = setting(None, "Output", "keep the newest so many checkpoints", POSITIVE_COUNT)
+    resume_from_checkpoint: str | None = setting(None, "Output", "checkpoint to go on from: a folder, or `latest`")
+    logging_dir: str = setting("logs", "Output", "folder of the trackers' logs, inside output_dir")
+    report_to: Literal[
+        "all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"
+    ] = setting("tensorboard", "Output", "tracker of losses and drawings")
+    tracker_project_name: str = setting("text2image-fine-tune", "Output", "name of the project in the tracker")
+
+    push_to_hub: bool = setting(False, "Hub", "upload the final model and its card; no pictures or captions")
+    hub_token: str | None = setting(None, "Hub", "token to upload with; better: `hf auth login`", secret=True)
+    hub_model_id: str | None = setting(None, "Hub", "repository to upload to; the name of output_dir if not given")
+
+    guard: GuardConfig = field(default_factory=GuardConfig)
+
+    def __post_init__(self) -> None:
+        """Fill in what depends on other settings, then check each one, then all together."""
+        self._settle_by_proxy()
+        check_settings(self)
+        _refuse_lora(self)
+        _check_together(self)
+        self._set("non_ema_revision", self.non_ema_revision or self.revision)
+        self._set("guard", replace(self.guard, seed=self.seed))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every resolved setting by its flag name, ready for JSON and for `--config`; the hub token stays out."""
+        values = {name: getattr(self if name in TRAIN_SETTINGS else self.guard, name) for name in SETTINGS}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if not SETTINGS[name].secret
+        }
+
+    def _settle_by_proxy(self) -> None:
+        TRAIN_SETTINGS["proxy"].check(self.proxy)
+        for declared in TRAIN_SETTINGS.values():
+            if not declared.by_proxy:
+                continue
+            if getattr(self, declared.name) is None:
+                self._set(declared.name, declared.by_proxy.get(self.proxy))
+            elif self.proxy not in declared.by_proxy:
+                owner = " or ".join(f"`--proxy {proxy}`" for proxy in declared.by_proxy)
+                raise ConfigError(f"`--{declared.name}` belongs to {owner}, got `--proxy {self.proxy}`; leave it out")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+GUARD_SETTINGS = {declared.name: declared for declared in settings_of(GuardConfig)}
+TRAIN_SETTINGS = {declared.name: declared for declared in settings_of(TrainConfig)}
+SETTINGS = {**TRAIN_SETTINGS, **GUARD_SETTINGS}
+ALIASES = {"pretrained": "pretrained_model_name_or_path"}
+
+
+def make_train_config(**settings: Any) -> TrainConfig:
+    """Build a `TrainConfig` from settings under their flag names, the guard's among them.
+
+    Raises:
+        ConfigError: If a setting is unknown, of the wrong type, out of range, or at odds with another one.
+    """
+    settings = {ALIASES.get(name, name): value for name, value in settings.items()}
+    for name in settings:
+        refuse_unknown(name)
+    guard = GuardConfig.preset(
+        settings.get("preset", "default"), **{name: settings[name] for name in settings if name in GUARD_SETTINGS}
+    )
+    return TrainConfig(guard=guard, **{name: settings[name] for name in settings if name in TRAIN_SETTINGS})
+
+
+def refuse_unknown(name: str) -> None:
+    """Raise a `ConfigError` that suggests the nearest name, unless `name` is a setting."""
+    if name not in SETTINGS and name not in ALIASES:
+        guess = nearest(name, [*SETTINGS, *ALIASES])
+        raise ConfigError(f"unknown setting `{name}`{guess}; `sd-memguard train --help` lists them all")
+
+
+def _refuse_lora(config: TrainConfig) -> None:
+    if config.proxy == "lora":
+        raise ConfigError("`--proxy lora`: LoRA proxies are not available in this version; use `--proxy full`")
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Refuse settings that cannot stand side by side."""
+    if config.dataset_name is None and config.train_data_dir is None:
+        raise ConfigError(
+            "`--train_data_dir` or `--dataset_name` must be given, got neither; name a folder of captioned pictures, "
+            "a data set on the hub, or `--train_data_dir bundled` for the demo set"
+        )
+    if config.report_to == "wandb" and config.hub_token is not None:
+        raise ConfigError(
+            "`--hub_token` must not be given together with `--report_to wandb`, which could show the token to others; "
+            "leave it out and run `hf auth login` once"
+        )
+    if config.dream_training and config.prediction_type == "v_prediction":
+        raise ConfigError(
+            "`--dream_training` must not be given together with `--prediction_type v_prediction`, for which DREAM is "
+            "not defined; leave one of them out"
+        )

@@ -1,0 +1,50 @@
+"""IET: the aggregate of the proxies, ``theta = sum_k w_k theta_k`` (arXiv 2407.15328, section 4.1)."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+
+
+def aggregate(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return the weighted mean of states, on the CPU.
+
+    Summed in float64 and cast once, so that the mean of one state, or of equal states with weights that are sums of
+    powers of two, is that state. Tensors are read one name at a time, so lazy states cost one tensor, not K models.
+
+    Args:
+        states: one mapping of names to floating-point tensors for each proxy, equal names and shapes.
+        weights: one non-negative weight for each proxy; normalized here. The paper weighs equally, we by shard size.
+
+    Raises:
+        ValueError: no states, names that differ, or weights that cannot be normalized.
+
+    >>> aggregate([{"w": torch.tensor([0.0])}, {"w": torch.tensor([3.0])}], [2, 1])
+    {'w': tensor([1.])}
+    """
+    return dict(iterate_aggregate(states, weights))
+
+
+def iterate_aggregate(states: Sequence[State], weights: Sequence[float]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the aggregate tensor by tensor, see :func:`aggregate`."""
+    total = math.fsum(weights)
+    if not states or len(states) != len(weights) or min(weights) < 0 or total <= 0:
+        raise ValueError(f"{len(states)} states need as many weights, none negative, some positive; got {weights}")
+    names = list(states[0])
+    for state in states[1:]:
+        if set(state) != set(names):
+            raise ValueError(f"the states differ in their names: {sorted(set(state) ^ set(names))[:3]}")
+    for name in names:
+        first = states[0][name]
+        mean = torch.zeros(first.shape, dtype=torch.float64)
+        for state, weight in zip(states, weights, strict=True):
+            mean.add_(state[name].to("cpu", torch.float64), alpha=weight / total)
+        yield name, mean.to(first.dtype)
+
+
+def distance(state: State, mean: State) -> float:
+    """Return the Euclidean distance between two states, over all their tensors."""
+    return math.sqrt(math.fsum(float((state[name].cpu().double() - mean[name].cpu().double()).square().sum()) for name in mean))

@@ -1,0 +1,110 @@
+"""IET: the samples are split in disjoint shards, one for each proxy (arXiv 2407.15328, section 4.1)."""
+
+import heapq
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sd_memguard.core.seeding import permutation
+
+NO_SHARD = -1
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which shard each sample belongs to.
+
+    Args:
+        assignment: (num_samples,) int16, the shard of each sample id; -1 for a sample left out of the training.
+        num_shards: number of shards.
+    """
+
+    assignment: Tensor
+    num_shards: int
+
+    def members(self, shard_index: int) -> Tensor:
+        """Return the sample ids of a shard, ascending, (size,) int64."""
+        return torch.nonzero(self.assignment == shard_index).flatten()
+
+    def sizes(self) -> list[int]:
+        """Return the number of samples in each shard."""
+        placed = self.assignment[self.assignment != NO_SHARD].long()
+        return torch.bincount(placed, minlength=self.num_shards).tolist()
+
+
+class Moves(NamedTuple):
+    """Samples that change shard, all (num_moves,) int64."""
+
+    sample_ids: Tensor
+    sources: Tensor
+    targets: Tensor
+
+
+def auto_num_shards(num_samples: int) -> int:
+    """Return the default number of shards: one for each 64 samples, at least 1 and at most 4.
+
+    Smaller shards are memorized sooner (the time to memorize grows with their size, Bonnaire et al. 2025).
+    """
+    return min(max(num_samples // 64, 1), 4)
+
+
+def split_into_shards(
+    num_samples: int,
+    num_shards: int,
+    seed: int,
+    groups: Tensor | None = None,
+    exclude: Tensor | None = None,
+) -> ShardPlan:
+    """Split the samples in shuffled shards whose sizes differ by one at most.
+
+    The authors cut the file order in blocks; we shuffle, since files of one kind often lie together.
+
+    Args:
+        num_samples: number of samples, ids ``0 .. num_samples-1``.
+        num_shards: number of shards.
+        seed: seed of the shuffle.
+        groups: (num_samples,) int64, equal numbers stay in one shard; sizes are then as even as the groups allow.
+        exclude: sample ids that belong to no shard, e.g. unreadable pictures.
+
+    Raises:
+        ValueError: there are fewer usable samples (or groups) than shards.
+    """
+    usable = torch.ones(num_samples, dtype=torch.bool)
+    if exclude is not None:
+        usable[exclude] = False
+    shuffled = permutation(seed, "shards", length=num_samples)
+    shuffled = shuffled[usable[shuffled]]
+    num_units = len(shuffled) if groups is None else len(torch.unique(groups[shuffled]))
+    if not 1 <= num_shards <= num_units:
+        raise ValueError(
+            f"`num_shards` must be between 1 and the number of samples ({num_units}"
+            f"{'' if groups is None else ' groups of duplicates'}), got {num_shards}; lower it or add samples"
+        )
+    assignment = torch.full((num_samples,), NO_SHARD, dtype=torch.int16)
+    if groups is None:
+        assignment[shuffled] = (torch.arange(len(shuffled)) % num_shards).to(torch.int16)
+    else:
+        _place_groups(assignment, shuffled, groups[shuffled], num_shards)
+    return ShardPlan(assignment, num_shards)
+
+
+def _place_groups(assignment: Tensor, shuffled: Tensor, groups: Tensor, num_shards: int) -> None:
+    """Give the largest groups to the emptiest shards first, then level out with the single samples."""
+    _, inverse, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    in_group = counts[inverse] > 1
+    fill = [(0, shard_index) for shard_index in range(num_shards)]
+    by_group = torch.argsort(inverse[in_group], stable=True)
+    blocks = torch.split(shuffled[in_group][by_group], counts[counts > 1].tolist())
+    for members in sorted(blocks, key=lambda block: (-len(block), int(block.min()))):
+        size, shard_index = heapq.heappop(fill)
+        assignment[members] = shard_index
+        heapq.heappush(fill, (size + len(members), shard_index))
+    singles = shuffled[~in_group]
+    targets = []
+    for _ in range(len(singles)):
+        size, shard_index = heapq.heappop(fill)
+        targets.append(shard_index)
+        heapq.heappush(fill, (size + 1, shard_index))
+    assignment[singles] = torch.tensor(targets, dtype=torch.int16)

@@ -1,0 +1,220 @@
+"""MemorizationGuard: the one object a training loop talks to."""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sd_memguard.config import GuardConfig
+from sd_memguard.core.augmentation import AugmentQueue, augment_magnitude, augment_strength
+from sd_memguard.core.bands import Bands, classify
+from sd_memguard.core.ledger import SampleLedger
+from sd_memguard.core.memory_bank import LossMemoryBank
+from sd_memguard.core.redistribution import redistribute
+from sd_memguard.core.shards import Moves, ShardPlan, auto_num_shards, split_into_shards
+
+STATE_KIND = "MemorizationGuard-1"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the guard decided on one batch.
+
+    Attributes:
+        loss: scalar to backward: the sum of the weighted losses of the clean samples over their number (0 with none).
+        clean_sum: that sum alone, for loops that accumulate several batches and divide by all their clean samples.
+        loss_ratio: (B,) loss over the bank's value, inf where no decision is due.
+        skip_mask: (B,) bool, True where skipped.
+        augment_mask: (B,) bool, True where the sample waits to be trained from an augmented copy.
+        num_clean: number of clean samples; with 0 no optimizer step should be taken.
+        num_skipped: number of skipped samples.
+        num_augmented: number of samples to augment.
+        losses: (B,) float32 on the CPU, the losses as they were judged.
+    """
+
+    loss: Tensor
+    clean_sum: Tensor
+    loss_ratio: Tensor
+    skip_mask: Tensor
+    augment_mask: Tensor
+    num_clean: int
+    num_skipped: int
+    num_augmented: int
+    losses: Tensor
+
+
+class AugmentBatch(NamedTuple):
+    """Samples to train from augmented copies in one extra step, and the magnitude of their RandAugment (of 30)."""
+
+    sample_ids: list[int]
+    magnitude: int
+
+
+class MemorizationGuard:
+    """IET-AGC+ as an object: shards, one memory bank and augmentation queue per proxy, and the ledger of samples.
+
+    A training step goes through it as follows:
+
+    1) The loop computes one loss per sample and calls :meth:`weigh`.
+    2) Each loss is compared with the active proxy's memory bank at its timestep: skip, augment or clean.
+    3) All samples update the bank and the ledger; those to augment join the proxy's queue.
+    4) The loop backwards ``verdict.loss`` and steps, unless ``verdict.num_clean`` is 0.
+    5) When a batch's worth waits in the queue, :meth:`take_augment_batch` hands it out for an extra step.
+
+    At a round's end the loop either averages the proxies by :meth:`aggregation_weights` or calls :meth:`redistribute`.
+
+    Args:
+        config: the guard's settings.
+        num_samples: number of samples, ids ``0 .. num_samples-1``.
+        num_timesteps: number of timesteps of the noise schedule.
+        groups: (num_samples,) int64, duplicates share a number and stay together.
+        exclude: sample ids that are not trained on, e.g. unreadable pictures.
+        augments: whether the loop trains augmented copies; if not there are two bands.
+        device: where the memory banks live.
+
+    Raises:
+        ValueError: more shards than usable samples.
+
+    >>> guard = MemorizationGuard(GuardConfig(num_shards=2, bank_mode="paper", seed=0), num_samples=10)
+    >>> verdict = guard.weigh(torch.ones(2), torch.tensor([5, 9]), torch.tensor([0, 1]))
+    >>> verdict.num_clean, verdict.loss
+    (2, tensor(1.))
+    """
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        num_samples: int,
+        *,
+        num_timesteps: int = 1000,
+        groups: Tensor | None = None,
+        exclude: Tensor | None = None,
+        augments: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config
+        self.seed = secrets.randbits(31) if config.seed is None else config.seed
+        num_usable = num_samples - (0 if exclude is None else len(exclude))
+        num_shards = auto_num_shards(num_usable) if config.num_shards == "auto" else config.num_shards
+        self.groups = groups
+        self.plan = split_into_shards(num_samples, num_shards, self.seed, groups, exclude)
+        self.ledger = SampleLedger(num_samples)
+        self.banks = [
+            LossMemoryBank(num_timesteps, config.bank_decay, config.bank_mode, device) for _ in range(num_shards)
+        ]
+        self.queues = [AugmentQueue() for _ in range(num_shards)]
+        self.augment_threshold = config.augment_threshold if augments else 0.0
+        self.shard_index = 0
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards, with ``"auto"`` resolved."""
+        return self.plan.num_shards
+
+    @property
+    def redistributes(self) -> bool:
+        """Whether rounds alternate between redistribution and averaging."""
+        return self.config.redistribute_fraction > 0 and self.num_shards > 1
+
+    def weigh(
+        self, losses: Tensor, timesteps: Tensor, sample_ids: Tensor, weights: Tensor | None = None
+    ) -> Verdict:
+        """Judge a batch of the active shard and return what to backward.
+
+        Args:
+            losses: (B,) float with graph, the mean over C, H, W of each sample's squared error, before any weight.
+            timesteps: (B,) int64.
+            sample_ids: (B,) int64.
+            weights: (B,) float, loss weights such as min-SNR; they scale the loss, not the decision.
+
+        Raises:
+            ValueError: the shapes differ, or a sample is not of this data set.
+        """
+        if not losses.shape == timesteps.shape == sample_ids.shape or losses.dim() != 1:
+            raise ValueError(
+                "`losses`, `timesteps` and `sample_ids` must all be of shape (batch,), got "
+                f"{tuple(losses.shape)}, {tuple(timesteps.shape)} and {tuple(sample_ids.shape)}; "
+                "reduce the loss over all dimensions but the first"
+            )
+        bank = self.banks[self.shard_index]
+        loss_ratio = bank.loss_ratio(timesteps, losses)
+        bands = classify(loss_ratio, self.config.skip_threshold, self.augment_threshold)
+        bank.update(timesteps, losses)
+        weighted = losses if weights is None else losses * weights
+        clean_sum = torch.where(bands.clean_mask, weighted, 0.0).sum()
+        loss = clean_sum / bands.clean_mask.sum().clamp(min=1)
+        # One transfer to the host for everything that is counted there.
+        host = torch.stack((losses.detach().float(), loss_ratio, bands.skip_mask, bands.augment_mask)).cpu()
+        host_bands = Bands(host[2].bool(), host[3].bool(), ~(host[2] + host[3]).bool())
+        self._count(sample_ids.cpu(), host[1], host_bands)
+        return Verdict(
+            loss=loss,
+            clean_sum=clean_sum,
+            loss_ratio=loss_ratio,
+            skip_mask=bands.skip_mask,
+            augment_mask=bands.augment_mask,
+            num_clean=int(host_bands.clean_mask.sum()),
+            num_skipped=int(host_bands.skip_mask.sum()),
+            num_augmented=int(host_bands.augment_mask.sum()),
+            losses=host[0],
+        )
+
+    def _count(self, sample_ids: Tensor, loss_ratio: Tensor, bands: Bands) -> None:
+        self.ledger.record(sample_ids, bands)
+        if bands.augment_mask.any():
+            strengths = augment_strength(loss_ratio[bands.augment_mask], self.config.skip_threshold)
+            self.queues[self.shard_index].push(sample_ids[bands.augment_mask], strengths)
+
+    def take_augment_batch(self, batch_size: int) -> AugmentBatch | None:
+        """Return a batch of samples of the active proxy to train from augmented copies, None while too few wait."""
+        queue = self.queues[self.shard_index]
+        if len(queue) < batch_size:
+            return None
+        sample_ids, strengths = queue.pop(batch_size, keep_surplus=self.config.augment_surplus == "keep")
+        return AugmentBatch(sample_ids, augment_magnitude(strengths))
+
+    def aggregation_weights(self) -> list[float]:
+        """Return the weight of each proxy in the aggregate: the shard's size, or 1 (paper)."""
+        return [float(size) if self.config.shard_weights == "size" else 1.0 for size in self.plan.sizes()]
+
+    def redistribute(self) -> Moves:
+        """Move the memory-prone samples of each shard to the next one and count skips anew."""
+        fraction = self.config.redistribute_fraction
+        self.plan, moves = redistribute(self.plan, self.ledger.skips, fraction, self.groups)
+        self.ledger.record_moves(moves.sample_ids)
+        return moves
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that changes during a run, as nested dicts and lists of tensors and JSON values."""
+        return {
+            "kind": STATE_KIND,
+            "seed": self.seed,
+            "num_shards": self.num_shards,
+            "shard_index": self.shard_index,
+            "assignment": self.plan.assignment,
+            "ledger": self.ledger.state_dict(),
+            "banks": [bank.state_dict() for bank in self.banks],
+            "queues": [{"sample_ids": queue.sample_ids, "strengths": queue.strengths} for queue in self.queues],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            ValueError: it is of another format, number of shards or samples, or bank; nothing is changed then.
+        """
+        expected = (STATE_KIND, self.num_shards, tuple(self.plan.assignment.shape))
+        found = (state["kind"], state["num_shards"], tuple(state["assignment"].shape))
+        if expected != found:
+            raise ValueError(f"the guard expects (kind, shards, samples) = {expected}, the saved state has {found}")
+        for bank, saved in zip(self.banks, state["banks"], strict=True):
+            bank.check_state(saved)
+        self.seed, self.shard_index = state["seed"], state["shard_index"]
+        self.plan = ShardPlan(state["assignment"].clone(), self.num_shards)
+        self.ledger.load_state_dict(state["ledger"])
+        for bank, saved in zip(self.banks, state["banks"], strict=True):
+            bank.load_state_dict(saved)
+        self.queues = [AugmentQueue(list(q["sample_ids"]), list(q["strengths"])) for q in state["queues"]]

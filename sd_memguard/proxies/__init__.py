@@ -1,0 +1,1 @@
+"""Proxies: K models trained in turn in the memory of one; the resting ones wait in a store of safetensors."""

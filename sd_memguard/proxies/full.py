@@ -1,0 +1,197 @@
+"""Full-weight proxies: one model and one optimizer state are resident, whatever the number of shards is."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from sd_memguard.core.aggregation import aggregate, distance
+from sd_memguard.proxies.store import LazyTensors, ProxyStore
+from sd_memguard.proxies.swap import EmaState, copy_tensors, load_optimizer_tensors, optimizer_tensors
+
+WEIGHTS, EMA, OPTIMIZER = "weights", "ema", "optimizer"
+
+
+class FullProxies:
+    """K proxies of one model, of which one is resident and the others rest in a store.
+
+    A proxy is three parts: ``weights``, ``ema`` (where there is one) and ``optimizer``. Each resting part is an entry
+    of the store; after an aggregation all proxies share one entry of weights.
+
+    Args:
+        parameters: the trained parameters of the resident model by name.
+        optimizer: the plain torch optimizer over them.
+        num_shards: number of proxies.
+        store: where the resting ones wait; unused with one proxy.
+        ema: the EMA of the parameters, in their order.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter],
+        optimizer: Optimizer,
+        num_shards: int,
+        store: ProxyStore,
+        ema: EmaState | None = None,
+    ) -> None:
+        self.parameters, self.optimizer, self.num_shards, self.ema = dict(parameters), optimizer, num_shards, ema
+        self._store = store
+        self._serial = 0
+        self.resident = 0
+        self._ema_steps = [0] * num_shards
+        self._entries: list[dict[str, str]] = [{} for _ in range(num_shards)]
+        if num_shards > 1:
+            for part in self.averaged_parts:
+                self._share(part, self._resident_part(part))
+            for shard_index in range(num_shards):
+                self._replace(shard_index, OPTIMIZER, self._put(OPTIMIZER, {}))
+
+    @property
+    def averaged_parts(self) -> tuple[str, ...]:
+        """The parts that are averaged and broadcast."""
+        return (WEIGHTS,) if self.ema is None else (WEIGHTS, EMA)
+
+    def activate(self, shard_index: int) -> None:
+        """Make a proxy the resident one; the present one goes to the store."""
+        if shard_index == self.resident:
+            return
+        for part in (*self.averaged_parts, OPTIMIZER):
+            self._replace(self.resident, part, self._put(part, self._resident_part(part)))
+        if self.ema is not None:
+            self._ema_steps[self.resident] = self.ema.optimization_step
+            self.ema.optimization_step = self._ema_steps[shard_index]
+        self.resident = shard_index
+        for part in (*self.averaged_parts, OPTIMIZER):
+            self._load(part, self._store.get(self._entries[shard_index][part]))
+
+    def aggregate(self, weights: Sequence[float], part: str = WEIGHTS) -> dict[str, Tensor]:
+        """Return the weighted mean of a part over the proxies as they are now, on the CPU."""
+        return aggregate([self._state(k, part) for k in range(self.num_shards)], weights)
+
+    def average(self, weights: Sequence[float]) -> list[float]:
+        """Average the proxies and broadcast the aggregate to all of them; optimizer states stay with their proxy.
+
+        Returns:
+            The Euclidean distance of each proxy's weights from the aggregate before they were replaced.
+        """
+        if self.num_shards == 1:
+            return [0.0]
+        distances: list[float] = []
+        for part in self.averaged_parts:
+            mean = self.aggregate(weights, part)
+            if part == WEIGHTS:
+                distances = [distance(self._state(k, part), mean) for k in range(self.num_shards)]
+            self._share(part, mean)
+            self._load(part, mean)
+        return distances
+
+    def distances(self, weights: Sequence[float]) -> list[float]:
+        """Return the Euclidean distance of each proxy's weights from their mean, changing nothing."""
+        if self.num_shards == 1:
+            return [0.0]
+        mean = self.aggregate(weights)
+        return [distance(self._state(k, WEIGHTS), mean) for k in range(self.num_shards)]
+
+    @contextmanager
+    def averaged(self, weights: Sequence[float]) -> Iterator[None]:
+        """Put what would be exported (the mean of the EMA, else of the weights) in the resident model for a while."""
+        if self.num_shards == 1 and self.ema is None:
+            yield
+            return
+        own = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
+        copy_tensors(self.aggregate(weights, self.averaged_parts[-1]), self.parameters)
+        try:
+            yield
+        finally:
+            copy_tensors(own, self.parameters)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write all proxies to a folder (hard links where the store has them) and return their JSON-ready index."""
+        index: dict[str, Any] = {"resident": self.resident, "entries": [], "ema_steps": list(self._ema_steps)}
+        if self.ema is not None:
+            index["ema_steps"][self.resident] = self.ema.optimization_step
+        for shard_index in range(self.num_shards):
+            files = {}
+            for part in (*self.averaged_parts, OPTIMIZER):
+                if shard_index == self.resident:
+                    files[part] = f"resident-{part}.safetensors"
+                    tensors = {n: t.detach().cpu().contiguous() for n, t in self._resident_part(part).items()}
+                    save_file(tensors, folder / files[part])
+                else:
+                    files[part] = f"{self._entries[shard_index][part]}.safetensors"
+                    if not (folder / files[part]).exists():
+                        self._store.write(self._entries[shard_index][part], folder / files[part])
+            index["entries"].append(files)
+        return index
+
+    def load(self, folder: Path, index: Mapping[str, Any]) -> None:
+        """Take over all proxies from a folder written by :meth:`save`.
+
+        Raises:
+            ValueError: it holds another number of proxies, or was written with EMA where there is none, or without.
+        """
+        entries = index["entries"]
+        parts = {*self.averaged_parts, OPTIMIZER}
+        if len(entries) != self.num_shards or set(entries[0]) != parts:
+            raise ValueError(
+                f"the checkpoint holds {len(entries)} proxies with the parts {sorted(entries[0])}, "
+                f"this run has {self.num_shards} with {sorted(parts)}"
+            )
+        adopted: dict[str, str] = {}
+        if self.num_shards > 1:
+            for shard_index, files in enumerate(entries):
+                for part, file in files.items():
+                    if file not in adopted:
+                        adopted[file] = self._new_key(part)
+                        self._store.adopt(adopted[file], folder / file)
+                    self._replace(shard_index, part, adopted[file])
+        self.resident = index["resident"]
+        self._ema_steps = list(index["ema_steps"])
+        if self.ema is not None:
+            self.ema.optimization_step = self._ema_steps[self.resident]
+        for part, file in entries[self.resident].items():
+            self._load(part, LazyTensors(folder / file))
+
+    def _resident_part(self, part: str) -> dict[str, Tensor]:
+        if part == OPTIMIZER:
+            return optimizer_tensors(self.parameters, self.optimizer)
+        if part == EMA and self.ema is not None:
+            return dict(zip(self.parameters, self.ema.shadow_params, strict=True))
+        return dict(self.parameters)
+
+    def _load(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        if part == OPTIMIZER:
+            load_optimizer_tensors(tensors, self.parameters, self.optimizer)
+        else:
+            copy_tensors(tensors, self._resident_part(part))
+
+    def _state(self, shard_index: int, part: str) -> Mapping[str, Tensor]:
+        if shard_index == self.resident:
+            return self._resident_part(part)
+        return self._store.get(self._entries[shard_index][part])
+
+    def _new_key(self, part: str) -> str:
+        self._serial += 1
+        return f"{part}-{self._serial:06d}"
+
+    def _put(self, part: str, tensors: Mapping[str, Tensor]) -> str:
+        key = self._new_key(part)
+        self._store.put(key, tensors)
+        return key
+
+    def _share(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        key = self._put(part, tensors)
+        for shard_index in range(self.num_shards):
+            self._replace(shard_index, part, key)
+
+    def _replace(self, shard_index: int, part: str, key: str) -> None:
+        """Point a proxy's part at another entry, and drop the old one when no proxy points at it any more."""
+        old = self._entries[shard_index].get(part)
+        self._entries[shard_index][part] = key
+        if old is not None and all(entries.get(part) != old for entries in self._entries):
+            self._store.drop(old)

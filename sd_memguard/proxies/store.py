@@ -1,0 +1,122 @@
+"""Where resting proxies wait: in RAM, or on disk as immutable safetensors files that checkpoints hard-link."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class ProxyStore(Protocol):
+    """Immutable named entries, each a mapping of names to CPU tensors."""
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write an entry; a key is used once."""
+
+    def get(self, key: str) -> Mapping[str, Tensor]:
+        """Return an entry; its tensors may be read one at a time and must not be changed."""
+
+    def drop(self, key: str) -> None:
+        """Forget an entry."""
+
+    def write(self, key: str, path: Path) -> None:
+        """Write an entry to a safetensors file that no later change of the store touches."""
+
+    def adopt(self, key: str, path: Path) -> None:
+        """Take an entry over from a safetensors file, which stays as it is."""
+
+
+class RamStore:
+    """Entries in host memory."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, dict[str, Tensor]] = {}
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors to host memory."""
+        self._entries[key] = {name: tensors[name].detach().to("cpu", copy=True) for name in tensors}
+
+    def get(self, key: str) -> Mapping[str, Tensor]:
+        """Return the entry itself."""
+        return self._entries[key]
+
+    def drop(self, key: str) -> None:
+        """Free the entry."""
+        del self._entries[key]
+
+    def write(self, key: str, path: Path) -> None:
+        """Write the entry to a file."""
+        save_file(self._entries[key], path)
+
+    def adopt(self, key: str, path: Path) -> None:
+        """Read the file."""
+        self._entries[key] = load_file(path)
+
+
+class DiskStore:
+    """Entries as safetensors files in a folder of their own; what it held before is removed.
+
+    Args:
+        folder: the folder, made where it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self.folder = folder
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write the tensors to a file."""
+        save_file({name: tensors[name].detach().cpu().contiguous() for name in tensors}, self._path(key))
+
+    def get(self, key: str) -> Mapping[str, Tensor]:
+        """Return the entry as a mapping that reads a tensor when asked for it."""
+        return LazyTensors(self._path(key))
+
+    def drop(self, key: str) -> None:
+        """Remove the file; hard links to it in checkpoints keep its content."""
+        self._path(key).unlink()
+
+    def write(self, key: str, path: Path) -> None:
+        """Hard-link the entry, or copy it where the file system has no links."""
+        _link_or_copy(self._path(key), path)
+
+    def adopt(self, key: str, path: Path) -> None:
+        """Hard-link the file, or copy it where the file system has no links."""
+        _link_or_copy(path, self._path(key))
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor."""
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._names)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

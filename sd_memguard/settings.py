@@ -1,0 +1,169 @@
+"""How a setting is declared: one dataclass field holds its name, type, default, help, group and rule.
+
+`setting` declares it, `settings_of` reads the declarations back, `check_settings` holds a configuration to them. The
+flags of the command line and the keys of configuration files derive from the same declarations (`sd_memguard.flags`).
+"""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from sd_memguard.errors import ConfigError
+
+
+class Rule(NamedTuple):
+    """What a value has to fulfil; `text` completes the sentence "`--name` must be ..."."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE_COUNT = Rule("1 or more", lambda count: count >= 1)
+NOT_NEGATIVE = Rule("0 or more", lambda number: 0 <= number < float("inf"))
+GREATER_THAN_ZERO = Rule("greater than 0", lambda number: number > 0)
+BELOW_ONE = Rule("at least 0 and below 1", lambda number: 0 <= number < 1)
+PROBABILITY = Rule("between 0 and 1", lambda number: 0 <= number <= 1)
+
+
+def setting(
+    default: Any,
+    group: str,
+    help: str,
+    rule: Rule | None = None,
+    *,
+    by_proxy: Mapping[str, Any] | None = None,
+    fix: str = "",
+    secret: bool = False,
+) -> Any:
+    """Declare a setting as a dataclass field; its type and its words (`Literal`) are read from the annotation.
+
+    Args:
+        default: Its value when nobody gives one. None in a field that must not be None means "has to be given".
+        group: The heading under which `--help` lists it.
+        help: What it does, in one line, lower case, units included.
+        rule: What its value has to fulfil besides its type.
+        by_proxy: Its default for each kind of proxy where they differ; it belongs to those kinds alone.
+        fix: The way out that the error message offers; by default, to leave the setting out.
+        secret: Whether it must never be printed or written to a file.
+    """
+    declared = {"group": group, "help": help, "rule": rule, "by_proxy": by_proxy or {}, "fix": fix, "secret": secret}
+    return dataclasses.field(default=default, repr=not secret, metadata={"setting": declared})
+
+
+class Setting(NamedTuple):
+    """A declared setting. `kind` is bool, int, float, str, or None where only one of `words` will do."""
+
+    name: str
+    kind: type | None
+    words: tuple[str, ...]
+    many: bool
+    optional: bool
+    default: Any
+    group: str
+    help: str
+    rule: Rule | None
+    by_proxy: Mapping[str, Any]
+    fix: str
+    secret: bool
+
+    def read(self, text: str) -> Any:
+        """Return the value that `text` stands for, or `text` itself where it stands for none, for `check` to refuse."""
+        if self.kind is bool:
+            return {"true": True, "false": False}.get(text.lower(), text)
+        if self.kind in (int, float) and text not in self.words:
+            try:
+                return self.kind(text)
+            except ValueError:
+                return text
+        return text
+
+    def check(self, value: Any) -> Any:
+        """Return `value` in its normal form (a whole number as float, a path as text, a list as tuple).
+
+        Raises:
+            ConfigError: If the value is of the wrong type or breaks the rule.
+        """
+        if value is None and self.optional:
+            return None
+        if value is None:
+            raise ConfigError(f"`--{self.name}` must be given; {self.fix}")
+        if self.many:
+            return self._check_many(value)
+        if isinstance(value, str) and value in self.words:
+            return value
+        value = self._normalize(value)
+        if self.kind is None or type(value) is not self.kind:
+            raise self.refusal(self._describe_type(), value)
+        if value == "":
+            raise self.refusal("a text that is not empty", value)
+        if self.rule and not self.rule.holds(value):
+            raise self.refusal(self.rule.text, value)
+        return value
+
+    def refusal(self, rule: str, value: Any) -> ConfigError:
+        """The error that says that `value` breaks `rule`, and what to do."""
+        guess = nearest(value, self.words) if isinstance(value, str) else ""
+        default = "" if self.default is None else f", which is {_as_text(self.default)}"
+        fix = self.fix or f"leave it out for the default{default}"
+        got = "something else" if self.secret else _as_text(value)
+        return ConfigError(f"`--{self.name}` must be {rule}, got {got}{guess}; {fix}")
+
+    def _normalize(self, value: Any) -> Any:
+        if self.kind is float and type(value) is int:
+            return float(value)
+        if self.kind is str and isinstance(value, os.PathLike):
+            return os.fspath(value)
+        return value
+
+    def _check_many(self, value: Any) -> tuple[str, ...]:
+        if not value or not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+            raise self.refusal("a list of one or more texts", value)
+        return tuple(value)
+
+    def _describe_type(self) -> str:
+        if self.kind is None:
+            return f"one of {', '.join(self.words)}"
+        name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.kind]
+        return " or ".join([name, *self.words])
+
+
+def settings_of(owner: type) -> tuple[Setting, ...]:
+    """The settings that the dataclass `owner` declares, in order; its other fields are left out."""
+    annotations = get_type_hints(owner)
+    return tuple(
+        Setting(field.name, *_read_annotation(annotations[field.name]), field.default, **field.metadata["setting"])
+        for field in dataclasses.fields(owner)
+        if "setting" in field.metadata
+    )
+
+
+def check_settings(config: object) -> None:
+    """Hold a frozen dataclass to its declarations and bring its values to their normal form.
+
+    Raises:
+        ConfigError: Naming the first setting that is of the wrong type or breaks its rule.
+    """
+    for declared in settings_of(type(config)):
+        object.__setattr__(config, declared.name, declared.check(getattr(config, declared.name)))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A clause that names the entry of `known` most like `word`; empty where none comes near."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean `{found[0]}`?)" if found else ""
+
+
+def _read_annotation(annotation: Any) -> tuple[type | None, tuple[str, ...], bool, bool]:
+    """Split an annotation such as `int | Literal["auto"]` into kind, words, many and optional."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    words = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+    many = any(get_origin(part) is tuple for part in parts)
+    kinds = [part for part in parts if part in (bool, int, float, str)]
+    return (str if many else kinds[0] if kinds else None), words, many, type(None) in parts
+
+
+def _as_text(value: Any) -> str:
+    return str(value) if isinstance(value, bool | int | float) else repr(value)

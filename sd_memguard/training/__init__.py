@@ -1,0 +1,1 @@
+"""Fine-tuning a Stable Diffusion pipeline: data, models, loop, checkpoints and export."""

@@ -1,0 +1,158 @@
+"""Checkpoints that are whole or absent: written under another name, flushed, listed in a manifest, then renamed.
+
+Everything in one is safetensors or JSON; nothing is unpickled when it is read.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sd_memguard.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "checkpoint-"
+TEMPORARY_PREFIX = "writing-"
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete or damaged, or that belongs to other settings."""
+
+
+def save_checkpoint(output_dir: Path, global_step: int, write: Callable[[Path], None]) -> Path:
+    """Write a checkpoint and return its folder; an older one of the same step is replaced.
+
+    Args:
+        output_dir: the run folder.
+        global_step: steps over all proxies, part of the name.
+        write: fills an empty folder.
+    """
+    final = output_dir / f"{PREFIX}{global_step}"
+    temporary = output_dir / f"{TEMPORARY_PREFIX}{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    manifest = {path.relative_to(temporary).as_posix(): _fingerprint(path) for path in files}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in [*files, temporary / MANIFEST]:
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    if os.name == "posix":
+        _flush(output_dir)
+    return final
+
+
+def prune_checkpoints(output_dir: Path, total_limit: int | None) -> None:
+    """Remove the oldest checkpoints beyond the limit."""
+    if total_limit is not None:
+        for folder in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(folder)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the checkpoint folders, oldest first; other names that begin alike are passed over."""
+    folders = [path for path in output_dir.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
+    """Return the checkpoint to resume from, None where ``latest`` finds none at all.
+
+    Args:
+        output_dir: the run folder.
+        wanted: ``latest`` (the newest complete one), the path of a checkpoint, or its name in the run folder.
+
+    Raises:
+        CheckpointError: the one that was named is missing or damaged, or all that exist are damaged.
+    """
+    if wanted != "latest":
+        folder = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
+        if not folder.is_dir():
+            raise CheckpointError(f"`--resume_from_checkpoint` {wanted!r} is no folder; give one, or `latest`")
+        verify_checkpoint(folder)
+        return folder
+    damaged = []
+    for folder in reversed(list_checkpoints(output_dir)):
+        try:
+            verify_checkpoint(folder)
+        except CheckpointError as error:
+            logger.warning("%s; trying the one before", error)
+            damaged.append(folder.name)
+        else:
+            return folder
+    if damaged:
+        raise CheckpointError(f"all checkpoints in {output_dir} are damaged: {', '.join(damaged)}; start in a new folder")
+    return None
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Compare a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing or differs.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no complete checkpoint: {MANIFEST} cannot be read ({error})") from error
+    for name, expected in manifest.items():
+        path = folder / name
+        if not path.is_file() or _fingerprint(path) != expected:
+            raise CheckpointError(f"{folder} is damaged: {name} is missing or differs from the manifest")
+
+
+def save_state(state: dict[str, Any], folder: Path, name: str) -> None:
+    """Write nested dicts and lists: tensors to ``name.safetensors``, the rest to ``name.json``."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def split(value: Any, path: str) -> Any:  # noqa: ANN401 (any JSON value)
+        if isinstance(value, torch.Tensor):
+            tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+            return {"tensor": path}
+        if isinstance(value, dict):
+            return {key: split(item, f"{path}.{key}") for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [split(item, f"{path}.{index}") for index, item in enumerate(value)]
+        return value
+
+    rest = split(state, name)
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(rest))
+
+
+def load_state(folder: Path, name: str) -> dict[str, Any]:
+    """Return what :func:`save_state` wrote."""
+    tensors = load_file(folder / f"{name}.safetensors")
+
+    def join(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+        if isinstance(value, dict):
+            return tensors[value["tensor"]] if set(value) == {"tensor"} else {k: join(v) for k, v in value.items()}
+        return [join(item) for item in value] if isinstance(value, list) else value
+
+    return join(json.loads((folder / f"{name}.json").read_text()))
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "blake2b": hashlib.file_digest(file, hashlib.blake2b).hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,103 @@
+"""The denoising loss of each sample, before it is weighed."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
+from torch import Tensor, nn
+
+from sd_memguard.core.seeding import Address, draw_integers, draw_normal
+
+
+class Noising:
+    """What is drawn for each sample: timestep, noise, and where asked for a noise offset and an input perturbation.
+
+    Args:
+        seed: seed of the run.
+        num_timesteps: number of timesteps of the schedule.
+        noise_offset: scale of a shift of each channel's noise (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+        input_perturbation: scale of the noise added to the noise of the input alone (https://arxiv.org/abs/2301.11706).
+    """
+
+    def __init__(self, seed: int, num_timesteps: int, noise_offset: float = 0, input_perturbation: float = 0) -> None:
+        self.seed, self.num_timesteps = seed, num_timesteps
+        self.noise_offset, self.input_perturbation = noise_offset, input_perturbation
+
+    def draw(
+        self, addresses: list[Address], shape: tuple[int, ...], device: torch.device, purpose: str = ""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return timesteps (B,), noise and the noise of the input (both (B, \\*shape)), one for each address."""
+        timesteps = draw_integers(self.seed, f"{purpose}timestep", addresses, self.num_timesteps)
+        noise = draw_normal(self.seed, f"{purpose}noise", addresses, shape)
+        if self.noise_offset:
+            channels = (shape[0], *(1 for _ in shape[1:]))
+            noise += self.noise_offset * draw_normal(self.seed, f"{purpose}noise_offset", addresses, channels)
+        input_noise = noise
+        if self.input_perturbation:
+            extra = draw_normal(self.seed, f"{purpose}input_perturbation", addresses, shape)
+            input_noise = noise + self.input_perturbation * extra
+        return timesteps.to(device), noise.to(device), input_noise.to(device)
+
+
+class DenoisingLoss:
+    """Mean squared error of the UNet's prediction, per sample.
+
+    Args:
+        noise_scheduler: the schedule; its ``prediction_type`` says what the UNet predicts.
+        snr_gamma: gamma of the min-SNR weights (https://arxiv.org/abs/2303.09556, section 3.4), None for no weights.
+        dream_detail_preservation: p of DREAM (https://arxiv.org/abs/2312.00210), None for no DREAM.
+    """
+
+    def __init__(
+        self,
+        noise_scheduler: DDPMScheduler,
+        snr_gamma: float | None = None,
+        dream_detail_preservation: float | None = None,
+    ) -> None:
+        self.noise_scheduler = noise_scheduler
+        self.snr_gamma, self.dream_detail_preservation = snr_gamma, dream_detail_preservation
+
+    def __call__(
+        self,
+        unet: nn.Module,
+        latents: Tensor,
+        embeddings: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        input_noise: Tensor | None = None,
+        *,
+        dream: bool = True,
+    ) -> Tensor:
+        """Return the losses with their graph, (B,) float32.
+
+        Args:
+            unet: the denoiser.
+            latents: (B, C, h, w) scaled latents.
+            embeddings: (B, tokens, width) text embeddings.
+            timesteps: (B,) int64.
+            noise: (B, C, h, w), what the target is made of.
+            input_noise: (B, C, h, w), what the input is made of; ``noise`` by default.
+            dream: whether DREAM applies here, where it is on.
+        """
+        scheduler = self.noise_scheduler
+        noisy = scheduler.add_noise(latents, noise if input_noise is None else input_noise, timesteps)
+        target = noise
+        if scheduler.config.prediction_type == "v_prediction":
+            target = scheduler.get_velocity(latents, noise, timesteps)
+        if dream and self.dream_detail_preservation is not None:
+            noisy, target = compute_dream_and_update_latents(
+                unet, scheduler, timesteps, noise, noisy, target, embeddings, self.dream_detail_preservation
+            )
+        prediction = unet(noisy, timesteps, embeddings, return_dict=False)[0]
+        return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+
+    def weights(self, timesteps: Tensor) -> Tensor | None:
+        """Return the min-SNR weights at timesteps, (B,) float32, None where there are none."""
+        if self.snr_gamma is None:
+            return None
+        snr = compute_snr(self.noise_scheduler, timesteps)
+        clipped = snr.clamp(max=self.snr_gamma)
+        if self.noise_scheduler.config.prediction_type == "v_prediction":
+            return clipped / (snr + 1)
+        # At zero SNR min(snr, gamma) / snr has the limit 1; the quotient would be 0 / 0.
+        return torch.where(snr > 0, clipped / snr, 1.0)

@@ -1,0 +1,150 @@
+"""The pipeline to fine-tune: found, checked before anything is loaded, and loaded from safetensors only."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sd_memguard import assets
+from sd_memguard.config import TrainConfig
+from sd_memguard.errors import UserError
+
+PIPELINE_CLASS = "StableDiffusionPipeline"
+TRAINED_PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+class Models(NamedTuple):
+    """The parts of a Stable Diffusion 1.x or 2.x pipeline, the networks in float32 on the CPU."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    noise_scheduler: DDPMScheduler
+
+
+class ModelError(UserError):
+    """The pipeline cannot be fine-tuned by this program."""
+
+
+def find_pipeline(config: TrainConfig) -> Path:
+    """Return the local folder of the pipeline; a hub name is downloaded to the cache first (safetensors only).
+
+    Raises:
+        ModelError: neither a folder nor a hub name that can be had, or not a Stable Diffusion 1.x/2.x pipeline.
+    """
+    name = config.pretrained_model_name_or_path
+    if name == assets.BUNDLED:
+        folder = assets.tiny_sd_path()
+    elif Path(name).exists():
+        folder = Path(name)
+    else:
+        folder = _download(name, config)
+    check_pipeline(folder, config)
+    return folder
+
+
+def _download(name: str, config: TrainConfig) -> Path:
+    try:
+        folder = StableDiffusionPipeline.download(
+            name,
+            revision=config.revision,
+            variant=config.variant,
+            cache_dir=config.cache_dir,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"`--pretrained_model_name_or_path` {name!r} is no folder here and could not be had from the hub ({error}); "
+            "give the path of a diffusers folder, or the name of a hub model that has safetensors"
+        ) from error
+    return Path(folder)
+
+
+def check_pipeline(folder: Path, config: TrainConfig) -> None:
+    """Read the configs of a pipeline folder and refuse what cannot be fine-tuned, by name.
+
+    Raises:
+        ModelError: see :func:`find_pipeline`; also where the VAE cannot take ``--resolution``.
+    """
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise ModelError(f"{folder} holds no model_index.json, so it is no diffusers pipeline; give such a folder")
+    class_name = json.loads(index_file.read_text())["_class_name"]
+    if class_name != PIPELINE_CLASS:
+        raise ModelError(
+            f"{folder} is a {class_name}; only {PIPELINE_CLASS} (Stable Diffusion 1.x and 2.x, text to image) "
+            "can be fine-tuned here"
+        )
+    for part, stem in TRAINED_PARTS.items():
+        weights_file(folder / part, stem, config.variant)
+    for part in folder.iterdir():
+        if list(part.glob("*.bin")) and not list(part.glob("*.safetensors")):
+            weights_file(part, TRAINED_PARTS.get(part.name, "model"), config.variant)
+    unet, vae = (read_config(folder / part) for part in ("unet", "vae"))
+    if unet["in_channels"] != vae["latent_channels"]:
+        raise ModelError(
+            f"the UNet of {folder} takes {unet['in_channels']} channels but the VAE makes {vae['latent_channels']}: "
+            "an inpainting, depth or upscaling model, which cannot be fine-tuned here; give a text-to-image one"
+        )
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    if config.resolution % factor:
+        raise ModelError(f"`--resolution` must be a multiple of {factor} for this VAE, got {config.resolution}")
+
+
+def read_config(part: Path) -> dict[str, Any]:
+    """Return the config.json of a part of a pipeline."""
+    return json.loads((part / "config.json").read_text())
+
+
+def weights_file(part: Path, stem: str, variant: str | None) -> Path:
+    """Return the safetensors file of a part (of the variant, where it has one).
+
+    Raises:
+        ModelError: there is none: a pickled ``.bin`` is never loaded, since it can run code.
+    """
+    names = ([f"{stem}.{variant}"] if variant else []) + [stem]
+    for name in names:
+        if (part / f"{name}.safetensors").is_file():
+            return part / f"{name}.safetensors"
+    if list(part.glob(f"{stem}*.safetensors.index.json")):
+        raise ModelError(f"{part} is saved in several shards; save it in one file (`max_shard_size`) to fine-tune it")
+    found = ", ".join(sorted(file.name for file in part.glob("*"))) or "nothing"
+    raise ModelError(
+        f"{part} holds no {names[-1]}.safetensors (found: {found}); pickled weights are not loaded, since they can run "
+        "code: convert them with a current diffusers (`save_pretrained(..., safe_serialization=True)`)"
+    )
+
+
+def load_models(folder: Path, config: TrainConfig) -> Models:
+    """Return the parts of a checked pipeline: the UNet trainable, VAE and text encoder frozen."""
+    variant = config.variant
+
+    def load(model_class: type[Any], part: str, **dtype: torch.dtype) -> Any:  # noqa: ANN401 (one of three model classes)
+        has_variant = variant and weights_file(folder / part, TRAINED_PARTS[part], variant).stem.endswith(variant)
+        return model_class.from_pretrained(
+            folder, subfolder=part, variant=variant if has_variant else None, use_safetensors=True, **dtype
+        )
+
+    if config.non_ema_revision is not None and config.non_ema_revision != config.revision:
+        unet = UNet2DConditionModel.from_pretrained(
+            config.pretrained_model_name_or_path,
+            subfolder="unet",
+            revision=config.non_ema_revision,
+            cache_dir=config.cache_dir,
+            use_safetensors=True,
+        )
+    else:
+        unet = load(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
+    vae = load(AutoencoderKL, "vae", torch_dtype=torch.float32)
+    text_encoder = load(CLIPTextModel, "text_encoder", dtype=torch.float32)
+    vae.requires_grad_(False).eval()
+    text_encoder.requires_grad_(False).eval()
+    noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    if config.prediction_type is not None:
+        noise_scheduler.register_to_config(prediction_type=config.prediction_type)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    return Models(unet, vae, text_encoder, tokenizer, noise_scheduler)

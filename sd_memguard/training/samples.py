@@ -1,0 +1,173 @@
+"""The captioned pictures of a run, read and checked before any model is loaded."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import pyarrow as pa
+
+from sd_memguard.training.sample_check import (
+    BadSample,
+    PictureError,
+    Pictures,
+    SampleError,
+    bad_samples_message,
+    check_pictures,
+    decode_picture,
+)
+from sd_memguard.training.sample_dataset import read_dataset
+from sd_memguard.training.sample_folder import read_folder
+from sd_memguard.training.sample_rows import Source
+
+__all__ = ["BadSample", "SampleError", "Samples", "load_samples"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Captioned pictures; a sample id is the row number before any row is dropped.
+
+    Attributes:
+        name: the folder or the data set's name, for messages.
+        num_rows: rows of the source, bad ones and those beyond `max_train_samples` included.
+        sample_ids: (num_good,) int64, ascending: the rows to train on.
+        sizes: (num_rows, 2) int32, width and height after EXIF rotation; 0, 0 for rows that are not used.
+        bad: what is wrong with the rows that were dropped, by ascending sample id.
+    """
+
+    name: str
+    num_rows: int
+    sample_ids: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int32]
+    bad: list[BadSample]
+    _files: pa.Array = field(repr=False)
+    _captions: pa.Array = field(repr=False)
+    _pictures: Pictures = field(repr=False)
+
+    def image(self, sample_id: int) -> PIL.Image.Image:
+        """Return the picture in RGB, turned upright by its EXIF tag.
+
+        Raises:
+            SampleError: it has been changed or removed since it was checked.
+        """
+        try:
+            return decode_picture(self._pictures.read(sample_id))
+        except PictureError as error:
+            bad = BadSample(sample_id, self.file(sample_id), str(error))
+            message = f"{self.name}: sample {sample_id}, {bad.file}, was changed after the check: {error}"
+            raise SampleError(message, [bad]) from error
+
+    def captions(self, sample_id: int) -> list[str]:
+        """Return the captions of a usable sample, at least one."""
+        captions: list[str] = self._captions[sample_id].as_py()
+        return captions
+
+    def file(self, sample_id: int) -> str:
+        """Return the file relative to the data folder, or what a data set stores as its path, or "row 12"."""
+        file: str = self._files[sample_id].as_py()
+        return file
+
+
+def load_samples(
+    *,
+    train_data_dir: str | None,
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    cache_dir: str | None,
+    image_column: str,
+    caption_column: str,
+    max_train_samples: int | None,
+    seed: int,
+    on_bad_sample: Literal["error", "skip"],
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> Samples:
+    """Return the captioned pictures of a folder or data set, with every row in use read and every picture decoded.
+
+    The settings are those of diffusers' `train_text_to_image.py`. With a data set, `train_data_dir` is the part of it
+    that is loaded.
+
+    Args:
+        train_data_dir: folder with pictures and metadata.jsonl, .csv, .parquet or caption .txt files.
+        dataset_name: data set on the hub or in a local folder; comes before `train_data_dir`.
+        dataset_config_name: its configuration.
+        cache_dir: where downloads are kept.
+        image_column: column of the pictures; in a folder, `image` stands for the column `file_name`.
+        caption_column: column of a caption or a list of captions.
+        max_train_samples: use this many rows, drawn with `seed`: the rows that the upstream script draws.
+        seed: of that draw.
+        on_bad_sample: refuse the data, or drop the bad samples and keep the ids of the others.
+        num_workers: threads that decode; one per CPU core by default.
+        progress: show a progress bar.
+
+    Raises:
+        SampleError: the data cannot be found or understood, or samples are bad; names all that is wrong with them.
+    """
+    if dataset_name:
+        source = read_dataset(
+            dataset_name,
+            dataset_config_name,
+            data_dir=train_data_dir,
+            cache_dir=cache_dir,
+            image_column=image_column,
+            caption_column=caption_column,
+        )
+    elif train_data_dir:
+        source = read_folder(train_data_dir, image_column=image_column, caption_column=caption_column)
+    else:
+        raise SampleError("there are no data to train on: give `--train_data_dir FOLDER` or `--dataset_name NAME`")
+    num_rows = len(source.rows.files)
+    chosen = _choose_rows(num_rows, max_train_samples, seed)
+    sizes, bad = _check(source, chosen, num_workers, progress)
+    if bad:
+        _report_bad(source.name, bad, len(chosen), on_bad_sample)
+    sample_ids = np.setdiff1d(chosen, [one.sample_id for one in bad], assume_unique=True).astype(np.int64)
+    return Samples(
+        source.name, num_rows, sample_ids, sizes, bad, source.rows.files, source.rows.captions, source.pictures
+    )
+
+
+def _report_bad(name: str, bad: list[BadSample], num_samples: int, on_bad_sample: Literal["error", "skip"]) -> None:
+    if len(bad) == num_samples:
+        raise SampleError(bad_samples_message(name, bad, num_samples, "No sample is left; repair them."), bad)
+    if on_bad_sample == "error":
+        advice = "Repair or remove them, or leave them out with `--on_bad_sample skip`."
+        raise SampleError(bad_samples_message(name, bad, num_samples, advice), bad)
+    advice = f"Training goes on with the other {num_samples - len(bad)}."
+    logger.warning("%s", bad_samples_message(name, bad, num_samples, advice))
+
+
+def _choose_rows(num_rows: int, max_train_samples: int | None, seed: int) -> npt.NDArray[np.int64]:
+    """Return the rows in use, ascending: those of `dataset.shuffle(seed).select(range(max_train_samples))`."""
+    if max_train_samples is None:
+        return np.arange(num_rows)
+    if max_train_samples < 1:
+        raise SampleError(
+            f"`--max_train_samples` must be at least 1, got {max_train_samples}; raise it or leave it out"
+        )
+    if max_train_samples > num_rows:
+        logger.warning(
+            "`--max_train_samples` is %d, but there are %d samples: all are used", max_train_samples, num_rows
+        )
+    return np.sort(np.random.default_rng(seed).permutation(num_rows)[:max_train_samples])
+
+
+def _check(
+    source: Source, rows: npt.NDArray[np.int64], num_workers: int | None, progress: bool
+) -> tuple[npt.NDArray[np.int32], list[BadSample]]:
+    """Return the sizes of all pictures and the bad samples among the rows, with all that is wrong with each."""
+    files, _, row_faults, caption_faults = source.rows
+    readable = rows[~np.isin(rows, list(row_faults))]
+    checked, picture_faults = check_pictures(source.pictures, readable, num_workers=num_workers, progress=progress)
+    sizes = np.zeros((len(files), 2), dtype=np.int32)
+    sizes[readable] = checked
+    bad = []
+    for row in rows.tolist():
+        if found := [faults[row] for faults in (row_faults, caption_faults, picture_faults) if row in faults]:
+            bad.append(BadSample(row, files[row].as_py(), "; ".join(found)))
+            sizes[row] = 0
+    return sizes, bad

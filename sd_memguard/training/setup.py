@@ -1,0 +1,293 @@
+"""Everything a run needs, checked in the order of cost: folders and pictures first, then models, then memory and disk."""
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from sd_memguard import assets
+from sd_memguard.config import ConfigError, GuardConfig, TrainConfig
+from sd_memguard.core.rounds import RoundSchedule
+from sd_memguard.core.shards import auto_num_shards
+from sd_memguard.errors import UserError
+from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore
+from sd_memguard.training.models import Models, find_pipeline, load_models
+from sd_memguard.training.records import FOLDER
+from sd_memguard.training.samples import Samples, load_samples
+
+logger = logging.getLogger(__name__)
+
+RAM_SHARE = 0.5
+"""Share of the free host memory that resting proxies may take before they go to disk."""
+BYTES = 4
+"""Of a float32 number."""
+
+
+class RunFolderError(UserError):
+    """The output folder cannot be used."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, known before any model is loaded."""
+
+    config: TrainConfig
+    seed: int
+    pipeline: Path
+    samples: Samples
+    heldout: Samples | None
+    schedule: RoundSchedule
+
+    @property
+    def output_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.config.output_dir)
+
+    @property
+    def visits_per_step(self) -> int:
+        """Samples seen per optimizer step."""
+        return self.config.train_batch_size * self.config.gradient_accumulation_steps
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Check folders, pictures and the pipeline's configs, and lay out the rounds.
+
+    Raises:
+        UserError: see its subclasses; nothing was written and no model loaded.
+    """
+    seed = secrets.randbits(31) if config.seed is None else config.seed
+    guard = GuardConfig.off() if config.memguard == "off" else config.guard
+    config = replace(config, seed=seed, guard=guard)
+    check_output_dir(config)
+    check_extras(config)
+    samples = _load_pictures(config, config.train_data_dir, config.dataset_name, config.max_train_samples)
+    heldout = None
+    if config.validation_data_dir is not None:
+        heldout = _load_pictures(config, config.validation_data_dir, None, None)
+    pipeline = find_pipeline(config)
+    schedule = plan_rounds(config, len(samples.sample_ids))
+    return Plan(config, seed, pipeline, samples, heldout, schedule)
+
+
+def plan_rounds(config: TrainConfig, num_samples: int) -> RoundSchedule:
+    """Return the schedule, with ``auto`` and a number of epochs resolved.
+
+    Raises:
+        ConfigError: more shards than samples, or than steps.
+    """
+    guard = config.guard
+    num_shards = auto_num_shards(num_samples) if guard.num_shards == "auto" else guard.num_shards
+    if num_shards > num_samples:
+        raise ConfigError(
+            f"`--num_shards` must be between 1 and the number of samples ({num_samples}), got {num_shards}; "
+            "lower it or add samples"
+        )
+    batches = -(-num_samples // config.train_batch_size)
+    steps_per_epoch = -(-batches // config.gradient_accumulation_steps)
+    total_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
+    if total_steps < num_shards:
+        raise ConfigError(
+            f"`--max_train_steps` must be at least the number of shards ({num_shards}), got {total_steps}; "
+            "each proxy needs a step"
+        )
+    return RoundSchedule.plan(total_steps, num_shards, guard.steps_per_round, guard.redistribute_fraction > 0)
+
+
+def _load_pictures(config: TrainConfig, folder: str | None, dataset: str | None, limit: int | None) -> Samples:
+    if folder == assets.BUNDLED:
+        is_heldout = folder == config.validation_data_dir and dataset is None and limit is None
+        folder = str(assets.demo_heldout_path() if is_heldout else assets.demo_data_path())
+    assert config.seed is not None
+    return load_samples(
+        train_data_dir=folder,
+        dataset_name=dataset,
+        dataset_config_name=config.dataset_config_name if dataset else None,
+        cache_dir=config.cache_dir,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        max_train_samples=limit,
+        seed=config.seed,
+        on_bad_sample=config.on_bad_sample,
+    )
+
+
+def check_output_dir(config: TrainConfig) -> None:
+    """Refuse a folder that holds another run or a pipeline, unless it is to be resumed.
+
+    Raises:
+        RunFolderError: says what was found there.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"`--output_dir` {folder} is a file; name a folder")
+    found = [name for name in (f"{FOLDER}/config.json", "model_index.json") if (folder / name).exists()]
+    if found and not config.resume_from_checkpoint and not config.dry_run:
+        raise RunFolderError(
+            f"`--output_dir` {folder} holds another run ({found[0]}); go on with it by "
+            "`--resume_from_checkpoint latest`, or name another folder, or remove this one"
+        )
+
+
+def check_extras(config: TrainConfig) -> None:
+    """Refuse settings whose library or device is missing.
+
+    Raises:
+        ConfigError: names the setting and what to install.
+    """
+    if config.use_8bit_adam:
+        _require("bitsandbytes", "use_8bit_adam")
+    if config.enable_xformers_memory_efficient_attention:
+        _require("xformers", "enable_xformers_memory_efficient_attention")
+        if not torch.cuda.is_available():
+            raise ConfigError("`--enable_xformers_memory_efficient_attention` needs a CUDA GPU; leave it out")
+
+
+def _require(library: str, setting: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(library) is None:
+        raise ConfigError(f"`--{setting}` needs {library}: `pip install 'sd-memguard[{library}]'`, or leave it out")
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the accelerator of a run.
+
+    Raises:
+        ConfigError: several processes, which this version does not train with.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
+        ),
+    )
+    if max(launched, accelerator.num_processes) > 1:
+        raise ConfigError(
+            f"{max(launched, accelerator.num_processes)} processes were launched, and this version trains in one: "
+            "start it with `accelerate launch --num_processes 1`"
+        )
+    return accelerator
+
+
+def prepare_models(plan: Plan, accelerator: Accelerator) -> Models:
+    """Return the loaded parts with the UNet ready to train."""
+    config = plan.config
+    models = load_models(plan.pipeline, config)
+    models.unet.train()
+    if config.enable_xformers_memory_efficient_attention:
+        models.unet.enable_xformers_memory_efficient_attention()
+    if config.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    models.unet.to(accelerator.device)
+    return models
+
+
+def make_optimizer(parameters: Mapping[str, Parameter], config: TrainConfig, device: torch.device) -> Optimizer:
+    """Return AdamW (fused where torch has it: no weight-sized temporary), or the 8-bit one of bitsandbytes."""
+    settings: dict[str, Any] = {
+        "lr": base_learning_rate(config),
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if config.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer: Optimizer = bitsandbytes.optim.AdamW8bit(parameters.values(), **settings)
+        return optimizer
+    return torch.optim.AdamW(parameters.values(), fused=device.type in {"cpu", "cuda"}, **settings)
+
+
+def base_learning_rate(config: TrainConfig) -> float:
+    """Return the learning rate that the schedule multiplies."""
+    scale = config.gradient_accumulation_steps * config.train_batch_size if config.scale_lr else 1
+    return config.learning_rate * scale
+
+
+def make_ema(unet: UNet2DConditionModel, config: TrainConfig, device: torch.device) -> EMAModel | None:
+    """Return the EMA of the UNet with upstream's decay (0.9999, warmed up by (1 + n) / (10 + n)), if asked for."""
+    if not config.use_ema:
+        return None
+    ema = EMAModel(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config, foreach=config.foreach_ema)
+    if not config.offload_ema:
+        ema.to(device)
+    elif torch.cuda.is_available():
+        ema.pin_memory()
+    else:
+        ema.to(torch.device("cpu"))
+    return ema
+
+
+def proxy_bytes(num_parameters: int, config: TrainConfig) -> int:
+    """Return the size of one resting proxy: weights, AdamW's two moments, and the EMA."""
+    moments = 0.5 if config.use_8bit_adam else 2
+    return int(BYTES * num_parameters * (1 + moments + config.use_ema))
+
+
+def checkpoint_bytes(num_parameters: int, num_shards: int, config: TrainConfig) -> int:
+    """Return the size of a checkpoint that shares no file with another: every proxy, and the aggregate."""
+    return num_shards * proxy_bytes(num_parameters, config) + BYTES * num_parameters
+
+
+def choose_store(num_parameters: int, num_shards: int, config: TrainConfig) -> ProxyStore:
+    """Return the proxy store; ``auto`` takes RAM while the resting proxies fit in half of what is free.
+
+    Raises:
+        ConfigError: the store does not fit where it was asked for.
+    """
+    if num_shards == 1:
+        return RamStore()
+    needed = num_shards * proxy_bytes(num_parameters, config)
+    free_ram = psutil.virtual_memory().available
+    if config.proxy_store == "ram" or (config.proxy_store == "auto" and needed <= RAM_SHARE * free_ram):
+        if needed > free_ram:
+            raise ConfigError(
+                f"`--proxy_store ram` needs {gigabytes(needed)} of memory for {num_shards} proxies and "
+                f"{gigabytes(free_ram)} are free; use `--proxy_store disk` or fewer `--num_shards`"
+            )
+        return RamStore()
+    check_disk(config, needed, f"the proxy store of {num_shards} shards")
+    return DiskStore(Path(config.output_dir) / FOLDER / "proxies")
+
+
+def check_disk(config: TrainConfig, needed: int, what: str) -> None:
+    """Refuse a disk that is too small.
+
+    Raises:
+        RunFolderError: says how much is needed and how much is free.
+    """
+    folder = Path(config.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunFolderError(
+            f"{what} needs {gigabytes(needed)} on the disk of `--output_dir` {config.output_dir} and "
+            f"{gigabytes(free)} are free; free some, name a folder on another disk, or use fewer `--num_shards`"
+        )
+
+
+def gigabytes(size: float) -> str:
+    """Return a number of bytes to read.
+
+    >>> gigabytes(3.44e9)
+    '3.4 GB'
+    """
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,138 @@
+"""Who may import whom: `cli, train -> training, audit -> guard -> proxies -> core -> torch`."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sd_memguard"
+
+BASE = {"errors", "settings", "config"}
+ENGINE = {"core", "proxies", "guard"}
+# The other parts that each part of the package may import. What is not listed stands on top and may import all.
+PARTS = {
+    "errors": set(),
+    "settings": {"errors"},
+    "config": {"errors", "settings"},
+    "flags": BASE,
+    "assets": {"errors"},
+    "core": {"errors"},
+    "proxies": {"core", "errors"},
+    "guard": {"core", "proxies", *BASE},
+    "training": {"assets", *ENGINE, *BASE},
+    "audit": {"assets", *ENGINE, *BASE},
+}
+# Parts and modules that import nothing from outside but the standard library and these.
+LIBRARIES = {
+    "errors": set(),
+    "settings": set(),
+    "config": set(),
+    "flags": {"yaml"},
+    "cli": set(),
+    "train": set(),
+    "assets": set(),
+    "core": {"torch"},
+    "proxies": {"torch", "safetensors"},
+    "guard": {"torch"},
+    "audit.similarity": {"torch"},
+}
+
+
+def imported_modules(source: str, package: str = "") -> Iterator[str]:
+    """The modules that `source`, a module of `package`, imports when it runs, also inside functions."""
+    pending: list[ast.AST] = [ast.parse(source)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names if module.startswith("sd_memguard"))
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            pending += node.orelse
+        else:
+            pending += ast.iter_child_nodes(node)
+
+
+def modules() -> Iterator[tuple[str, set[str]]]:
+    """The name of each module below the package, without the package's own, and what it imports."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        package = ".".join(["sd_memguard", *parts[:-1]])
+        name = ".".join(part for part in parts if part != "__init__")
+        if name:
+            yield name, set(imported_modules(path.read_text(encoding="utf-8"), package))
+
+
+MODULES = dict(modules())
+
+
+def own_parts(imported: set[str]) -> set[str]:
+    """The parts of the package among `imported`."""
+    names = {name.split(".")[1] for name in imported if name.startswith("sd_memguard.")}
+    return names & {module.split(".")[0] for module in MODULES}
+
+
+def libraries(imported: set[str]) -> set[str]:
+    """The top-level names among `imported` that are neither ours nor the standard library's."""
+    return {name.split(".")[0] for name in imported} - {"sd_memguard"} - sys.stdlib_module_names
+
+
+def test_the_walker_sees_every_kind_of_import():
+    source = (
+        "import a.b, c\nfrom d.e import f\nfrom . import g\nfrom ..core import h\n"
+        "def later():\n    import i\n"
+        "if TYPE_CHECKING:\n    import never\nelse:\n    import j\n"
+    )
+    found = set(imported_modules(source, "sd_memguard.proxies"))
+    assert {"a.b", "c", "d.e", "i", "j", "sd_memguard.proxies.g", "sd_memguard.core.h"} <= found
+    assert "never" not in found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_arrows_between_parts(name):
+    part = name.split(".")[0]
+    if part in PARTS:
+        assert own_parts(MODULES[name]) <= PARTS[part] | {part}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if {name, name.split(".")[0]} & set(LIBRARIES)])
+def test_libraries_of_a_module(name):
+    allowed = LIBRARIES.get(name, LIBRARIES.get(name.split(".")[0]))
+    assert libraries(MODULES[name]) <= allowed
+
+
+def test_every_arrow_names_something():
+    names = {module.split(".")[0] for module in MODULES}
+    assert set(PARTS) <= names
+    assert set(LIBRARIES) <= names | set(MODULES)
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import sd_memguard", {"torch", "diffusers", "transformers"}),
+        ("from sd_memguard import GuardConfig, TrainConfig, __version__", {"torch", "diffusers", "transformers"}),
+        ("from sd_memguard import MemorizationGuard", {"accelerate", "datasets", "diffusers", "transformers"}),
+    ],
+)
+def test_importing_costs_no_more_than_torch(statement, absent):
+    probe = f"import sys\n{statement}\nprint(sorted({absent!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_public_names():
+    import sd_memguard
+
+    assert set(sd_memguard.__all__) <= set(dir(sd_memguard))
+    for name in sd_memguard.__all__:
+        assert getattr(sd_memguard, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = sd_memguard.nothing
