@@ -20,8 +20,10 @@ from sd_memguard.audit.compare import Arm, Block, Drawing, Row, comparison_image
 from sd_memguard.audit.generate import draw, load_pipeline
 from sd_memguard.audit.pictures import Pictures, as_image, as_rows, load_pictures
 from sd_memguard.audit.similarity import COPY_THRESHOLD, NUM_NEIGHBORS, find_copies
+from sd_memguard.config import make_train_config
 from sd_memguard.core.seeding import derive_seed
 from sd_memguard.errors import UserError
+from sd_memguard.training.loop import train
 
 SIZE = 64
 NUM_INFERENCE_STEPS = 20
@@ -95,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: Where the output folder holds something else than an earlier demonstration.
     """
     settings = parse_arguments(argv)
+    from sd_memguard.training.logs import configure_logging
+
+    configure_logging()
     prepare_folder(settings.output_dir)
     trainings = {arm: fine_tune(arm, settings) for arm in ARMS}
     pictures = load_pictures(demo_data_path(), SIZE)
@@ -159,9 +164,6 @@ def _remove(path: Path) -> None:
 
 def fine_tune(arm: str, settings: DemoSettings) -> Training:
     """Fine-tune the bundled model on the bundled pictures into the arm's folder."""
-    from sd_memguard.config import make_train_config
-    from sd_memguard.training.loop import train
-
     print(f"\nFine-tuning, {arm}: {settings.max_train_steps:,} steps")
     start = time.monotonic()
     config = make_train_config(

@@ -119,9 +119,7 @@ class MemorizationGuard:
         """Whether rounds alternate between redistribution and averaging."""
         return self.config.redistribute_fraction > 0 and self.num_shards > 1
 
-    def weigh(
-        self, losses: Tensor, timesteps: Tensor, sample_ids: Tensor, weights: Tensor | None = None
-    ) -> Verdict:
+    def weigh(self, losses: Tensor, timesteps: Tensor, sample_ids: Tensor, weights: Tensor | None = None) -> Verdict:
         """Judge a batch of the active shard and return what to backward.
 
         Args:

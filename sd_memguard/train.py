@@ -20,8 +20,11 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> None:
     from sd_memguard.flags import parse_train_args
 
     config = parse_train_args(sys.argv[1:] if argv is None else argv, prog=prog)
-    from sd_memguard.training.loop import train  # after parsing: `--help` and wrong flags need not wait for torch
+    # After parsing: `--help` and wrong flags need not wait for torch.
+    from sd_memguard.training.logs import configure_logging
+    from sd_memguard.training.loop import train
 
+    configure_logging()
     with exit_on_user_error():
         train(config)
 

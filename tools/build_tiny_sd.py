@@ -283,7 +283,7 @@ def train_unet(args: argparse.Namespace) -> None:
         ema.step(parameters)
         losses.append(loss.item())
         if (step + 1) % args.save_steps == 0:
-            print(f"loss {np.mean(losses[-args.save_steps:]):.4f}", flush=True)
+            print(f"loss {np.mean(losses[-args.save_steps :]):.4f}", flush=True)
             save()
     save()
 

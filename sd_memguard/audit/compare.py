@@ -102,7 +102,7 @@ def _draw_table(canvas: "_Canvas", y: int, blocks: Sequence[Block], arms: Sequen
         canvas.text(MARGIN, y + 43, arm.name, 22, INK)
         for x, share in zip(columns, arm.copy_shares, strict=False):
             canvas.text(x, y + 40, f"{share:.0%}", 28, COPY if share else INK)
-            canvas.bar(x + 84, y + 50, share)
+            canvas.bar(x + 84, y + 52, share)
         canvas.text(columns[-1], y + 40, f"{arm.heldout_loss:.4f}", 28, INK)
         y += 50
     canvas.line(y + 30, MARGIN, WIDTH - MARGIN)

@@ -47,4 +47,6 @@ def iterate_aggregate(states: Sequence[State], weights: Sequence[float]) -> Iter
 
 def distance(state: State, mean: State) -> float:
     """Return the Euclidean distance between two states, over all their tensors."""
-    return math.sqrt(math.fsum(float((state[name].cpu().double() - mean[name].cpu().double()).square().sum()) for name in mean))
+    return math.sqrt(
+        math.fsum(float((state[name].cpu().double() - mean[name].cpu().double()).square().sum()) for name in mean)
+    )

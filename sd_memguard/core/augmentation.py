@@ -1,4 +1,4 @@
-"""TAA: how strongly a sample near the skip threshold is augmented, and the queue in which it waits (arXiv 2502.09434)."""
+"""TAA: how strongly a sample near the skip threshold is augmented, and where it waits (arXiv 2502.09434)."""
 
 from dataclasses import dataclass, field
 

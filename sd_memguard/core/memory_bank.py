@@ -21,8 +21,8 @@ class LossMemoryBank:
        kept as a decayed sum of losses (``m = (1 - d) sum``) beside the decayed count of visits.
 
     Modes: ``paper`` starts at 0 as the authors' code does, so that the first visits of a timestep rarely skip;
-    ``corrected`` divides by ``1 - d^visits``; ``smoothed`` (ours) divides decayed sums of losses by decayed counts, both
-    summed over ``t +- 20``, since at batch size 8 one timestep out of 1000 is visited every 125 steps only.
+    ``corrected`` divides by ``1 - d^visits``; ``smoothed`` (ours) divides decayed sums of losses by decayed counts,
+    both summed over ``t +- 20``, since at batch size 8 one timestep out of 1000 is visited every 125 steps only.
 
     Args:
         num_timesteps: number of timesteps of the noise schedule.

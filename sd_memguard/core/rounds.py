@@ -1,4 +1,4 @@
-"""The budget: how many steps each proxy takes in each round, and what happens at a round's end (design: IET and MSR)."""
+"""The budget: how many steps each proxy takes in each round, and what happens at a round's end."""
 
 from dataclasses import dataclass
 from typing import Literal

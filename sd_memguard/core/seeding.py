@@ -38,7 +38,7 @@ Address = tuple[int, ...]
 
 
 def draw_normal(seed: int, purpose: str, addresses: list[Address], shape: tuple[int, ...]) -> Tensor:
-    """Return standard normal draws, one of ``shape`` for each address, (len(addresses), \\*shape) float32."""
+    r"""Return standard normal draws, one of ``shape`` for each address, (len(addresses), \\*shape) float32."""
     return torch.stack([torch.randn(shape, generator=generator_for(seed, purpose, *a)) for a in addresses])
 
 

@@ -162,7 +162,7 @@ class FullProxies:
             return optimizer_tensors(self.parameters, self.optimizer)
         if part == EMA and self.ema is not None:
             return dict(zip(self.parameters, self.ema.shadow_params, strict=True))
-        return dict(self.parameters)
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def _load(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         if part == OPTIMIZER:

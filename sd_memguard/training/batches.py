@@ -29,7 +29,7 @@ CACHE_SHARE = 0.25
 
 
 class Batch(NamedTuple):
-    """What one forward takes: latents (B, C, h, w) scaled, embeddings (B, tokens, width), both float32 on the device."""
+    """What one forward takes, float32 on the device: scaled latents (B, C, h, w), embeddings (B, tokens, width)."""
 
     latents: Tensor
     embeddings: Tensor
@@ -49,7 +49,7 @@ class Preprocess:
         self.seed = seed
 
     def __call__(self, image: Image, address: Address, magnitude: int | None = None) -> Tensor:
-        """Return the picture at an address, (3, resolution, resolution) in [-1, 1]; RandAugment where a magnitude is given."""
+        """Return the picture at an address, (3, resolution, resolution) in [-1, 1]; with a magnitude by RandAugment."""
         image = self.resize(image)
         if magnitude is not None:
             image = self._augment(image, address, magnitude)
@@ -116,19 +116,29 @@ class Encoders:
     """
 
     def __init__(self, models: Models, device: torch.device, dtype: torch.dtype) -> None:
-        self.vae, self.text_encoder = models.vae.to(device, dtype), models.text_encoder.to(device, dtype)
+        self.vae, self.text_encoder = models.vae.to(device), models.text_encoder.to(device)
+        if dtype != torch.float32:
+            self.vae.to(dtype)
+            self.text_encoder.to(dtype)
         self.tokenizer, self.device, self.dtype = models.tokenizer, device, dtype
+
+    def release(self) -> None:
+        """Move the networks off the device."""
+        self.vae.to("cpu")
+        self.text_encoder.to("cpu")
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
         """Return the VAE's mean and log variance of pictures (B, 3, H, W), (B, 2C, h, w) float32."""
-        return self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist.parameters.float()
+        moments: Tensor = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist.parameters
+        return moments.float()
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return scaled latents drawn with the given noise (B, C, h, w), the mean without."""
         distribution = DiagonalGaussianDistribution(moments)
         latents = distribution.mean if noise is None else distribution.mean + distribution.std * noise
-        return latents * self.vae.config.scaling_factor
+        scaled: Tensor = latents * self.vae.config.scaling_factor
+        return scaled
 
     @torch.no_grad()
     def embeddings(self, captions: list[str]) -> Tensor:
@@ -140,7 +150,8 @@ class Encoders:
             truncation=True,
             return_tensors="pt",
         )
-        return self.text_encoder(tokens.input_ids.to(self.device), return_dict=False)[0].float()
+        hidden: Tensor = self.text_encoder(tokens.input_ids.to(self.device), return_dict=False)[0]
+        return hidden.float()
 
 
 class PixelDataset(Dataset[Tensor]):
@@ -168,13 +179,21 @@ class BatchSource:
         config: preprocessing, caption dropout, workers and caches.
         seed: seed of the run.
         progress: whether to show a bar while the caches are filled.
+        cache: whether there are caches at all.
 
     Raises:
         ConfigError: ``--cache_latents memory`` where a cached latent would not be exact.
     """
 
     def __init__(
-        self, samples: Samples, encoders: Encoders, config: TrainConfig, seed: int, *, progress: bool = False
+        self,
+        samples: Samples,
+        encoders: Encoders,
+        config: TrainConfig,
+        seed: int,
+        *,
+        progress: bool = False,
+        cache: bool = True,
     ) -> None:
         self.samples, self.encoders, self.seed, self.config = samples, encoders, seed, config
         self.preprocess = Preprocess(config, seed)
@@ -182,9 +201,9 @@ class BatchSource:
         self._moments: Tensor | None = None
         self._embeddings: Tensor | None = None
         self._caption_rows: dict[str, int] = {}
-        if self._latents_fit():
+        if cache and self._latents_fit():
             self._fill_latents(progress)
-        captions = self._captions_to_cache()
+        captions = self._captions_to_cache() if cache else []
         if captions:
             self._fill_embeddings(captions, progress)
 
@@ -221,14 +240,9 @@ class BatchSource:
         return Batch(self.encoders.latents(self.encoders.moments(pixels)), self._embed(captions))
 
     @property
-    def caches_latents(self) -> bool:
-        """Whether latents are cached."""
-        return self._moments is not None
-
-    @property
-    def caches_embeddings(self) -> bool:
-        """Whether text embeddings are cached."""
-        return self._embeddings is not None
+    def caches_everything(self) -> bool:
+        """Whether both latents and text embeddings are cached, so that the encoders have nothing left to do."""
+        return self._moments is not None and self._embeddings is not None
 
     def _batch(self, visits: list[Visit], moments: Tensor) -> Batch:
         return self._sampled([v.sample_id for v in visits], [visit_address(v) for v in visits], moments)

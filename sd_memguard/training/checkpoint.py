@@ -25,6 +25,14 @@ TEMPORARY_PREFIX = "writing-"
 MANIFEST = "manifest.json"
 
 
+FREE_TO_CHANGE = {
+    *("resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "output_dir", "logging_dir"),
+    *("report_to", "tracker_project_name", "validation_prompts", "validation_epochs", "proxy_store", "local_rank"),
+    *("dataloader_num_workers", "push_to_hub", "hub_model_id", "cache_dir", "dry_run", "offload_ema", "allow_tf32"),
+}
+"""Settings that do not shape what is trained."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete or damaged, or that belongs to other settings."""
 
@@ -94,7 +102,9 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         else:
             return folder
     if damaged:
-        raise CheckpointError(f"all checkpoints in {output_dir} are damaged: {', '.join(damaged)}; start in a new folder")
+        raise CheckpointError(
+            f"all checkpoints in {output_dir} are damaged: {', '.join(damaged)}; start in a new folder"
+        )
     return None
 
 
@@ -114,11 +124,28 @@ def verify_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{folder} is damaged: {name} is missing or differs from the manifest")
 
 
+def refuse_changes(saved: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
+    """Compare the settings of a checkpoint with those of this run.
+
+    A run that drew its seed takes the saved one with ``--seed``.
+
+    Raises:
+        CheckpointError: names the settings that differ.
+    """
+    changed = [name for name in present if name not in FREE_TO_CHANGE and saved.get(name) != present[name]]
+    if changed:
+        texts = ", ".join(f"`--{name}` {saved.get(name)} there, {present[name]} here" for name in changed)
+        raise CheckpointError(
+            f"{folder} was made with other settings: {texts}; give the same ones to go on, or name another "
+            "`--output_dir` to begin anew"
+        )
+
+
 def save_state(state: dict[str, Any], folder: Path, name: str) -> None:
     """Write nested dicts and lists: tensors to ``name.safetensors``, the rest to ``name.json``."""
     tensors: dict[str, torch.Tensor] = {}
 
-    def split(value: Any, path: str) -> Any:  # noqa: ANN401 (any JSON value)
+    def split(value: Any, path: str) -> Any:
         if isinstance(value, torch.Tensor):
             tensors[path] = value.detach().to("cpu", copy=True).contiguous()
             return {"tensor": path}
@@ -137,7 +164,7 @@ def load_state(folder: Path, name: str) -> dict[str, Any]:
     """Return what :func:`save_state` wrote."""
     tensors = load_file(folder / f"{name}.safetensors")
 
-    def join(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+    def join(value: Any) -> Any:
         if isinstance(value, dict):
             return tensors[value["tensor"]] if set(value) == {"tensor"} else {k: join(v) for k, v in value.items()}
         return [join(item) for item in value] if isinstance(value, list) else value

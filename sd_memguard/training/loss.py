@@ -26,7 +26,7 @@ class Noising:
     def draw(
         self, addresses: list[Address], shape: tuple[int, ...], device: torch.device, purpose: str = ""
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return timesteps (B,), noise and the noise of the input (both (B, \\*shape)), one for each address."""
+        r"""Return timesteps (B,), noise and the noise of the input (both (B, \\*shape)), one for each address."""
         timesteps = draw_integers(self.seed, f"{purpose}timestep", addresses, self.num_timesteps)
         noise = draw_normal(self.seed, f"{purpose}noise", addresses, shape)
         if self.noise_offset:

@@ -123,7 +123,7 @@ def load_models(folder: Path, config: TrainConfig) -> Models:
     """Return the parts of a checked pipeline: the UNet trainable, VAE and text encoder frozen."""
     variant = config.variant
 
-    def load(model_class: type[Any], part: str, **dtype: torch.dtype) -> Any:  # noqa: ANN401 (one of three model classes)
+    def load(model_class: type[Any], part: str, **dtype: torch.dtype) -> Any:
         has_variant = variant and weights_file(folder / part, TRAINED_PARTS[part], variant).stem.endswith(variant)
         return model_class.from_pretrained(
             folder, subfolder=part, variant=variant if has_variant else None, use_safetensors=True, **dtype

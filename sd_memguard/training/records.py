@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import torch
 
 from sd_memguard.config import TrainConfig
+from sd_memguard.core.shards import Moves
 from sd_memguard.guard import MemorizationGuard
 from sd_memguard.training.samples import Samples
 
@@ -65,9 +66,12 @@ class RunRecords:
 
 
 def memory_prone_samples(samples: Samples, guard: MemorizationGuard) -> list[dict[str, Any]]:
-    """Return the samples with the highest skip ratios (none that was never skipped), most memory-prone first."""
-    ratio = guard.ledger.skip_ratio()
-    order = torch.argsort(ratio, descending=True, stable=True)[:NUM_MEMORY_PRONE]
+    """Return the most memory-prone samples first, none that was never skipped.
+
+    Ranked by unclean visits / (visits + 1), so that one visit out of one does not outrank nine out of ten.
+    """
+    ratio, seen = guard.ledger.skip_ratio(), guard.ledger.seen
+    order = torch.argsort(ratio * seen / (seen + 1), descending=True, stable=True)[:NUM_MEMORY_PRONE]
     return [
         {
             "sample_id": sample_id,
@@ -78,4 +82,13 @@ def memory_prone_samples(samples: Samples, guard: MemorizationGuard) -> list[dic
         }
         for sample_id in order.tolist()
         if ratio[sample_id] > 0
+    ]
+
+
+def count_moves(moves: Moves) -> list[dict[str, int]]:
+    """Return how many samples went from which shard to which."""
+    pairs, counts = torch.unique(torch.stack((moves.sources, moves.targets)), dim=1, return_counts=True)
+    return [
+        {"source": source, "target": target, "count": count}
+        for source, target, count in zip(*pairs.tolist(), counts.tolist(), strict=True)
     ]

@@ -1,11 +1,13 @@
-"""Everything a run needs, checked in the order of cost: folders and pictures first, then models, then memory and disk."""
+"""What a run needs, checked in the order of cost: folders and pictures first, then models, then memory and disk."""
 
+import json
 import logging
 import os
 import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +70,27 @@ def make_plan(config: TrainConfig) -> Plan:
     Raises:
         UserError: see its subclasses; nothing was written and no model loaded.
     """
-    seed = secrets.randbits(31) if config.seed is None else config.seed
+    seed = _recorded_seed(config) if config.seed is None else config.seed
     guard = GuardConfig.off() if config.memguard == "off" else config.guard
     config = replace(config, seed=seed, guard=guard)
     check_output_dir(config)
     check_extras(config)
-    samples = _load_pictures(config, config.train_data_dir, config.dataset_name, config.max_train_samples)
-    heldout = None
-    if config.validation_data_dir is not None:
-        heldout = _load_pictures(config, config.validation_data_dir, None, None)
+    train_folder = _unbundle(config.train_data_dir, assets.demo_data_path())
+    samples = _load_pictures(config, train_folder, config.dataset_name, config.max_train_samples)
+    heldout_folder = _unbundle(config.validation_data_dir, assets.demo_heldout_path())
+    heldout = _load_pictures(config, heldout_folder, None, None) if heldout_folder else None
     pipeline = find_pipeline(config)
     schedule = plan_rounds(config, len(samples.sample_ids))
     return Plan(config, seed, pipeline, samples, heldout, schedule)
+
+
+def _recorded_seed(config: TrainConfig) -> int:
+    """Return the seed that the run to be resumed has drawn, else draw one."""
+    record = Path(config.output_dir) / FOLDER / "config.json"
+    if config.resume_from_checkpoint and record.exists():
+        seed: int = json.loads(record.read_text(encoding="utf-8"))["seed"]
+        return seed
+    return secrets.randbits(31)
 
 
 def plan_rounds(config: TrainConfig, num_samples: int) -> RoundSchedule:
@@ -106,10 +117,11 @@ def plan_rounds(config: TrainConfig, num_samples: int) -> RoundSchedule:
     return RoundSchedule.plan(total_steps, num_shards, guard.steps_per_round, guard.redistribute_fraction > 0)
 
 
+def _unbundle(folder: str | None, bundled: Path) -> str | None:
+    return str(bundled) if folder == assets.BUNDLED else folder
+
+
 def _load_pictures(config: TrainConfig, folder: str | None, dataset: str | None, limit: int | None) -> Samples:
-    if folder == assets.BUNDLED:
-        is_heldout = folder == config.validation_data_dir and dataset is None and limit is None
-        folder = str(assets.demo_heldout_path() if is_heldout else assets.demo_data_path())
     assert config.seed is not None
     return load_samples(
         train_data_dir=folder,
@@ -141,12 +153,18 @@ def check_output_dir(config: TrainConfig) -> None:
         )
 
 
+TRACKER_LIBRARIES = {"comet_ml": "comet_ml", "wandb": "wandb", "aim": "aim", "mlflow": "mlflow", "clearml": "clearml"}
+TRACKER_LIBRARIES |= {"dvclive": "dvclive", "swanlab": "swanlab", "trackio": "trackio", "tensorboard": "tensorboard"}
+
+
 def check_extras(config: TrainConfig) -> None:
     """Refuse settings whose library or device is missing.
 
     Raises:
         ConfigError: names the setting and what to install.
     """
+    if config.report_to in TRACKER_LIBRARIES:
+        _require(TRACKER_LIBRARIES[config.report_to], f"report_to {config.report_to}")
     if config.use_8bit_adam:
         _require("bitsandbytes", "use_8bit_adam")
     if config.enable_xformers_memory_efficient_attention:
@@ -156,10 +174,8 @@ def check_extras(config: TrainConfig) -> None:
 
 
 def _require(library: str, setting: str) -> None:
-    from importlib.util import find_spec
-
     if find_spec(library) is None:
-        raise ConfigError(f"`--{setting}` needs {library}: `pip install 'sd-memguard[{library}]'`, or leave it out")
+        raise ConfigError(f"`--{setting}` needs {library}: `pip install {library}`, or leave it out")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -225,7 +241,9 @@ def make_ema(unet: UNet2DConditionModel, config: TrainConfig, device: torch.devi
     """Return the EMA of the UNet with upstream's decay (0.9999, warmed up by (1 + n) / (10 + n)), if asked for."""
     if not config.use_ema:
         return None
-    ema = EMAModel(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config, foreach=config.foreach_ema)
+    ema = EMAModel(
+        unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config, foreach=config.foreach_ema
+    )
     if not config.offload_ema:
         ema.to(device)
     elif torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Looking at the model while it trains: the denoising loss on pictures it trains on and on unseen ones, and drawings."""
+"""Looking at the model while it trains: its loss on pictures it trains on and on unseen ones, and its drawings."""
 
 import math
 from pathlib import Path
@@ -54,7 +54,9 @@ class LossProbe:
         spread = float(per_picture.std()) if len(per_picture) > 1 else math.nan
         return MeanLoss(float(per_picture.mean()), spread / math.sqrt(len(per_picture)))
 
-    def _losses(self, unet: nn.Module, loss: DenoisingLoss, ids: list[int], latents: Tensor, embeddings: Tensor) -> Tensor:
+    def _losses(
+        self, unet: nn.Module, loss: DenoisingLoss, ids: list[int], latents: Tensor, embeddings: Tensor
+    ) -> Tensor:
         total = torch.zeros(len(ids))
         for part in range(TIMESTEPS_PER_PICTURE):
             addresses: list[Address] = [(sample_id, part) for sample_id in ids]
@@ -67,7 +69,12 @@ class LossProbe:
 
 @torch.no_grad()
 def draw_prompts(
-    folder: Path, unet: UNet2DConditionModel, prompts: list[str], accelerator: Accelerator, seed: int, variant: str | None
+    folder: Path,
+    unet: UNet2DConditionModel,
+    prompts: list[str],
+    accelerator: Accelerator,
+    seed: int,
+    variant: str | None,
 ) -> list[Image]:
     """Return one drawing for each prompt with the present UNet, 20 steps at the pipeline's own guidance.
 
@@ -86,5 +93,3 @@ def draw_prompts(
             images.append(pipeline(prompt, num_inference_steps=NUM_INFERENCE_STEPS, generator=generator).images[0])
     unet.train(was_training)
     return images
-
-

@@ -1,0 +1,74 @@
+"""``--dry_run``: what a run would do and need, printed; nothing is trained and nothing written."""
+
+import time
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+
+from sd_memguard.training.logs import passes_per_round
+from sd_memguard.training.loss import DenoisingLoss
+from sd_memguard.training.models import load_models, read_config
+from sd_memguard.training.setup import Plan, checkpoint_bytes, gigabytes, proxy_bytes
+
+TIMED_STEPS = 3
+
+
+def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
+    """Return the plan as text: samples, rounds, passes, memory, disk and, from a few timed steps, time."""
+    config, schedule = plan.config, plan.schedule
+    models = load_models(plan.pipeline, config)
+    num_parameters = sum(parameter.numel() for parameter in models.unet.parameters())
+    resident = proxy_bytes(num_parameters, config) + 4 * num_parameters
+    resting = schedule.num_shards * proxy_bytes(num_parameters, config) if schedule.num_shards > 1 else 0
+    num_checkpoints = schedule.total_steps // config.checkpointing_steps
+    kept = min(num_checkpoints, config.checkpoints_total_limit or num_checkpoints)
+    checkpoint = checkpoint_bytes(num_parameters, schedule.num_shards, config)
+    seconds = time_step(models.unet, plan, DenoisingLoss(models.noise_scheduler), accelerator)
+    kinds = [schedule.kind(index) for index in range(schedule.num_rounds)]
+    rows = {
+        "samples": f"{len(plan.samples.sample_ids):,} usable of {plan.samples.num_rows:,}",
+        "shards": f"{schedule.num_shards} (one proxy each)",
+        "optimizer steps": f"{schedule.total_steps:,} over all proxies, {plan.visits_per_step} pictures each",
+        "rounds": f"{schedule.num_rounds} of {schedule.steps_per_round} steps per proxy "
+        f"({kinds.count('average')} average, {kinds.count('redistribute')} redistribute)",
+        "passes": f"{passes_per_round(plan):.1f} over a shard per round",
+        "memory": f"{gigabytes(resident)} for UNet weights, gradients and optimizer on {accelerator.device}, "
+        "and activations",
+        "resting proxies": f"{gigabytes(resting)} in the proxy store",
+        "disk": f"{gigabytes(4 * num_parameters + kept * checkpoint)} at most: the model and {kept} checkpoint(s)",
+        "time": f"about {seconds * schedule.total_steps / 3600:.2f} h at {seconds:.2f} s per step "
+        "(forward, backward and update; without VAE, text encoder and extra steps)",
+    }
+    return "\n".join(f"{name + ':':18}{text}" for name, text in rows.items())
+
+
+def time_step(unet: UNet2DConditionModel, plan: Plan, loss: DenoisingLoss, accelerator: Accelerator) -> float:
+    """Return the seconds of one step on random latents, the best of three; the weights stay as they are."""
+    config, device = plan.config, accelerator.device
+    unet.to(device).train()
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=0.0, weight_decay=0.0)
+    side = config.resolution // vae_factor(plan)
+    latents = torch.randn(config.train_batch_size, unet.config.in_channels, side, side, device=device)
+    embeddings = torch.randn(config.train_batch_size, 77, unet.config.cross_attention_dim, device=device)
+    timesteps = torch.full((config.train_batch_size,), 500, device=device)
+    durations = []
+    for _ in range(TIMED_STEPS):
+        start = time.perf_counter()
+        for _ in range(config.gradient_accumulation_steps):
+            with accelerator.autocast():
+                losses = loss(unet, latents, embeddings, timesteps, torch.randn_like(latents))
+            losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        durations.append(time.perf_counter() - start)
+    return min(durations)
+
+
+def vae_factor(plan: Plan) -> int:
+    """Return by how much the VAE shrinks a picture's side."""
+    return 2 ** (len(read_config(plan.pipeline / "vae")["block_out_channels"]) - 1)

@@ -1,0 +1,73 @@
+"""Uploading the result: the pipeline's files and a card, and nothing else from the run folder."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+
+from sd_memguard.config import TrainConfig
+
+ALLOWED = [
+    "README.md",
+    "model_index.json",
+    *(
+        f"{part}/{pattern}"
+        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor", "safety_checker")
+        for pattern in ("*.json", "*.safetensors", "*.txt")
+    ),
+]
+"""What may leave the machine; no picture, caption or file name of the training data is among it."""
+
+
+def push_to_hub(output_dir: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
+    """Write the model card and upload the pipeline to ``--hub_model_id`` (by default the run folder's name)."""
+    repository = create_repo(config.hub_model_id or output_dir.name, exist_ok=True, token=config.hub_token).repo_id
+    model_card(repository, config, summary).save(output_dir / "README.md")
+    upload_folder(
+        repo_id=repository,
+        folder_path=output_dir,
+        commit_message="End of training",
+        allow_patterns=ALLOWED,
+        token=config.hub_token,
+    )
+
+
+def model_card(repository: str, config: TrainConfig, summary: dict[str, Any]) -> ModelCard:
+    """Return the card: how the model was trained and guarded, without a word of the training pictures."""
+    base = config.pretrained_model_name_or_path
+    is_hub_name = not Path(base).exists()
+    data = ModelCardData(
+        license="creativeml-openrail-m",
+        base_model=base if is_hub_name else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers-training", "sd-memguard"],
+    )
+    guard = config.guard
+    rows = {
+        "shards (proxies)": summary["num_shards"],
+        "rounds": summary["num_rounds"],
+        "skip threshold": guard.skip_threshold,
+        "augment threshold": guard.augment_threshold,
+        "memory bank": f"{guard.bank_mode}, decay {guard.bank_decay}",
+        "redistributed share": guard.redistribute_fraction,
+        "visits skipped": f"{summary['skipped_fraction']:.1%}",
+        "visits augmented": f"{summary['augmented_fraction']:.1%}",
+        "optimizer steps": f"{summary['global_step']} + {summary['extra_steps']} on augmented copies",
+        "batch size": config.train_batch_size * config.gradient_accumulation_steps,
+        "learning rate": config.learning_rate,
+        "resolution": config.resolution,
+    }
+    if summary["heldout_loss"] is not None:
+        rows["denoising loss, trained on / unseen"] = f"{summary['train_loss']:.4f} / {summary['heldout_loss']:.4f}"
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    guarded = "with" if config.memguard == "on" else "without"
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n# {repository}\n\n"
+        f"Stable Diffusion fine-tuned {guarded} the memorization guard of sd_memguard (IET-AGC+, "
+        "https://arxiv.org/abs/2502.09434).\n\n"
+        f"```python\nfrom diffusers import StableDiffusionPipeline\n\n"
+        f'pipeline = StableDiffusionPipeline.from_pretrained("{repository}")\n'
+        f'pipeline("a prompt").images[0]\n```\n\n'
+        f"| setting or result | value |\n|---|---|\n{table}\n"
+    )

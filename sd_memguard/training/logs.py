@@ -1,0 +1,181 @@
+"""What a person sees while a run goes on: the bar, a line per round, the trackers' curves, and the closing lines."""
+
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import diffusers
+import numpy as np
+import transformers
+from accelerate import Accelerator
+from PIL.Image import Image
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from sd_memguard.guard import Verdict
+from sd_memguard.training.progress import Progress
+from sd_memguard.training.setup import Plan
+
+logger = logging.getLogger(__name__)
+
+SMOOTHING = 0.95
+
+
+def configure_logging() -> None:
+    """Show our own log lines on the terminal, and of the libraries' only warnings."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("sd_memguard").setLevel(logging.INFO)
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+class RunLog:
+    """Bar, log lines and trackers of one run; within its block, log lines do not break the bar.
+
+    Args:
+        accelerator: holds the trackers.
+        plan: what the run will do.
+    """
+
+    def __init__(self, accelerator: Accelerator, plan: Plan) -> None:
+        self.accelerator, self.plan = accelerator, plan
+        self._redirect = logging_redirect_tqdm()
+        self._bar: tqdm | None = None
+        self._loss: float | None = None
+        self._skipped = 0.0
+        self._first_forward = 0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "RunLog":
+        """Start the trackers and say what is about to happen."""
+        plan, schedule = self.plan, self.plan.schedule
+        settings = {k: v for k, v in plan.config.to_dict().items() if isinstance(v, bool | int | float | str)}
+        self.accelerator.init_trackers(plan.config.tracker_project_name, settings)
+        self._redirect.__enter__()
+        sizes = f"{len(plan.samples.sample_ids):,} samples in {schedule.num_shards} shard(s)"
+        logger.info(
+            "training: %s, %d steps of %d pictures in %d rounds of %d steps per proxy",
+            *(sizes, schedule.total_steps, plan.visits_per_step, schedule.num_rounds, schedule.steps_per_round),
+        )
+        passes = passes_per_round(plan)
+        if schedule.num_shards > 1 and passes > MANY_PASSES:
+            logger.warning(
+                "each proxy passes over its shard %.1f times a round: a small shard is memorized within its round; "
+                "lower --steps_per_round or --num_shards",
+                passes,
+            )
+        self._started = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the bar and the trackers, also when the run ends early."""
+        if self._bar is not None:
+            self._bar.close()
+        self._redirect.__exit__(kind, error, traceback)
+        self.accelerator.end_training()
+
+    def step(self, progress: Progress, verdicts: list[Verdict], learning_rate: float) -> None:
+        """Show one step and send its numbers to the trackers."""
+        if self._bar is None:
+            self._bar = tqdm(total=self.plan.schedule.total_steps, initial=progress.global_step - 1, unit="step")
+            self._first_forward = progress.picture_forwards
+        visits = sum(len(verdict.losses) for verdict in verdicts)
+        loss = sum(float(verdict.losses.sum()) for verdict in verdicts) / visits
+        skipped = sum(verdict.num_skipped for verdict in verdicts) / visits
+        augmented = sum(verdict.num_augmented for verdict in verdicts) / visits
+        self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+        self._skipped = SMOOTHING * self._skipped + (1 - SMOOTHING) * skipped
+        schedule = self.plan.schedule
+        self._bar.set_description_str(
+            f"round {progress.round_index + 1}/{schedule.num_rounds} "
+            f"shard {progress.shard_index + 1}/{schedule.num_shards}",
+            refresh=False,
+        )
+        self._bar.set_postfix_str(f"loss {self._loss:.4f}, skipped {self._skipped:.0%}", refresh=False)
+        self._bar.update(progress.global_step - self._bar.n)
+        values = {"train_loss": loss, "lr": learning_rate, "skipped_fraction": skipped, "augmented_fraction": augmented}
+        self.accelerator.log(values, step=progress.global_step)
+
+    def round(self, row: dict[str, Any], global_step: int) -> None:
+        """Write the line of a round and send its curves to the trackers."""
+        shards = [shard for shard in row["shards"] if shard["loss"] is not None]
+        skipped = np.mean([shard["skipped_fraction"] for shard in shards])
+        augmented = np.mean([shard["augmented_fraction"] for shard in shards])
+        parts = [
+            f"loss {np.mean([shard['loss'] for shard in shards]):.4f}",
+            f"skipped {skipped:.0%}",
+            f"augmented {augmented:.0%}",
+        ]
+        if "heldout_loss" in row:
+            parts.append(f"probe loss: trained on {row['train_loss']:.4f}, held out {row['heldout_loss']:.4f}")
+        if row["kind"] == "redistribute":
+            parts.append(f"{sum(move['count'] for move in row['moves'])} samples moved")
+        elif len(row["shards"]) > 1:
+            parts.append("proxies averaged")
+        logger.info("round %d/%d: %s", row["round"], self.plan.schedule.num_rounds, ", ".join(parts))
+        curves = {name: row[name] for name in ("heldout_loss", "extra_steps") if name in row}
+        if "heldout_loss" in row:
+            curves |= {"probe_train_loss": row["train_loss"], "loss_gap": row["heldout_loss"] - row["train_loss"]}
+        for shard in shards:
+            for name in ("loss", "skipped_fraction", "augmented_fraction", "distance"):
+                curves[f"shard_{shard['shard']}/{name}"] = shard[name]
+        self.accelerator.log(curves, step=global_step)
+
+    def drawings(self, images: list[Image], prompts: list[str], global_step: int) -> None:
+        """Send drawings of the validation prompts to the trackers that take pictures."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                stack = np.stack([np.asarray(image) for image in images])
+                tracker.tracker.add_images("validation", stack, global_step, dataformats="NHWC")
+            elif tracker.name in {"wandb", "comet_ml"}:
+                tracker.log_images({"validation": images}, step=global_step)
+            else:
+                logger.warning("--report_to %s takes no pictures: the drawings are left out", tracker.name)
+        logger.info("drew %d validation prompts at step %d", len(prompts), global_step)
+
+    def end(self, text: str) -> None:
+        """Close the bar and write the closing lines."""
+        if self._bar is not None:
+            self._bar.close()
+        logger.info("%s", text)
+
+    def pictures_per_second(self, progress: Progress) -> float:
+        """Return the pictures trained per second since this process began to train, everything included."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        return (progress.picture_forwards - self._first_forward) / seconds
+
+
+MANY_PASSES = 10
+"""Passes of a proxy over its shard within a round from which a warning is due."""
+
+
+def passes_per_round(plan: Plan) -> float:
+    """Return how often a proxy passes over its shard in a round."""
+    per_shard = len(plan.samples.sample_ids) / plan.schedule.num_shards
+    return min(plan.schedule.steps_per_round, plan.schedule.shard_steps(0)) * plan.visits_per_step / per_shard
+
+
+def summary_text(summary: dict[str, Any], output_dir: Path) -> str:
+    """Return the closing lines of a run."""
+    lines = [
+        f"done: {summary['global_step']} steps, {summary['extra_steps']} extra steps on augmented copies, "
+        f"{summary['pictures_per_second']:.1f} pictures per second",
+        f"visits skipped {summary['skipped_fraction']:.1%}, augmented {summary['augmented_fraction']:.1%}; "
+        f"steps without a clean sample {summary['empty_steps']}; samples moved {summary['moved_samples']}; "
+        f"left in the augmentation queues {summary['augment_queue_left']}",
+    ]
+    if summary["heldout_loss"] is not None:
+        lines.append(
+            f"denoising loss: pictures trained on {summary['train_loss']:.4f}, unseen {summary['heldout_loss']:.4f}"
+        )
+    if summary["memory_prone"]:
+        lines.append("most memory-prone samples (share of visits skipped or augmented):")
+        lines += [
+            f"  {row['skip_ratio']:4.0%} of {row['seen']:4d}  {row['file']!r}  {row['caption']!r}"
+            for row in summary["memory_prone"]
+        ]
+    return "\n".join([*lines, f"the fine-tuned pipeline is in {output_dir}"])
