@@ -246,7 +246,6 @@ class TrainConfig:
         """Fill in what depends on other settings, then check each one, then all together."""
         self._settle_by_proxy()
         check_settings(self)
-        _refuse_lora(self)
         _check_together(self)
         self._set("non_ema_revision", self.non_ema_revision or self.revision)
         self._set("guard", replace(self.guard, seed=self.seed))
@@ -303,11 +302,6 @@ def refuse_unknown(name: str) -> None:
         raise ConfigError(f"unknown setting `{name}`{guess}; `sd-memguard train --help` lists them all")
 
 
-def _refuse_lora(config: TrainConfig) -> None:
-    if config.proxy == "lora":
-        raise ConfigError("`--proxy lora`: LoRA proxies are not available in this version; use `--proxy full`")
-
-
 def _check_together(config: TrainConfig) -> None:
     """Refuse settings that cannot stand side by side."""
     if config.dataset_name is None and config.train_data_dir is None:
@@ -319,6 +313,11 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             "`--hub_token` must not be given together with `--report_to wandb`, which could show the token to others; "
             "leave it out and run `hf auth login` once"
+        )
+    if config.use_ema and config.proxy == "lora":
+        raise ConfigError(
+            "`--use_ema` must not be given together with `--proxy lora`: the mean of adapters goes partly into the "
+            "base weights, which an average of the adapters alone would miss; leave one of them out"
         )
     if config.dream_training and config.prediction_type == "v_prediction":
         raise ConfigError(

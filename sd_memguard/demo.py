@@ -164,7 +164,7 @@ def _remove(path: Path) -> None:
 
 def fine_tune(arm: str, settings: DemoSettings) -> Training:
     """Fine-tune the bundled model on the bundled pictures into the arm's folder."""
-    print(f"\nFine-tuning, {arm}: {settings.max_train_steps:,} steps")
+    print(f"\nFine-tuning, {arm}: {settings.max_train_steps:,} steps", flush=True)
     start = time.monotonic()
     config = make_train_config(
         pretrained_model_name_or_path=BUNDLED,

@@ -24,8 +24,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 RESOLUTION = 64
 CAPTION_TOKENS = 16
 
-TEXT_ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-TEXT_ENCODER |= {"projection_dim": 64, "bos_token_id": 49406, "eos_token_id": 49407, "hidden_act": "quick_gelu"}
+TEXT_ENCODER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "projection_dim": 64,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 3,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
@@ -84,8 +91,9 @@ TOKENIZER = {
 }
 
 SAMPLE_CAPTIONS = """grinning face, red apple, france flag, dog face, cat face, house building, automobile,
-white medium star, heavy black heart, slice of pizza, evergreen tree, crescent moon, smiling face with sunglasses, green book,
-large blue circle, ship, alarm clock, sunflower, guitar, hamburger, airplane, lion face, police officer, keyboard"""
+white medium star, heavy black heart, slice of pizza, evergreen tree, crescent moon, smiling face with sunglasses,
+green book, large blue circle, ship, alarm clock, sunflower, guitar, hamburger, airplane, lion face, police officer,
+keyboard"""
 # A mirrored flag, letter or clock is another one, so pictures with such captions are not flipped.
 ONE_SIDED = re.compile(r"flag|left|right|letter|squared|clock|keycap|symbol|sign|arrow|ideograph|digit")
 
@@ -321,10 +329,14 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the folder with its weights in float16."""
+    """Write the folder with its weights in float16 and without the paths that diffusers notes in its configs."""
     shutil.copytree(args.model_dir, args.output_dir, dirs_exist_ok=True, copy_function=shutil.copyfile)
     for path in args.output_dir.rglob("*.safetensors"):
         save_file({key: value.half() for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    for path in args.output_dir.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        write_json(config, path)
 
 
 def main() -> None:

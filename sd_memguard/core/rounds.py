@@ -29,8 +29,10 @@ class RoundSchedule:
         """Return the schedule; ``"auto"`` makes six rounds of 50 to 1000 steps per proxy."""
         if steps_per_round == "auto":
             per_shard = -(-total_steps // num_shards)
-            steps_per_round = min(max(-(-per_shard // AUTO_ROUNDS), MIN_AUTO_STEPS), MAX_AUTO_STEPS)
-        return cls(total_steps, num_shards, steps_per_round, redistributes and num_shards > 1)
+            steps = min(max(-(-per_shard // AUTO_ROUNDS), MIN_AUTO_STEPS), MAX_AUTO_STEPS)
+        else:
+            steps = steps_per_round
+        return cls(total_steps, num_shards, steps, redistributes and num_shards > 1)
 
     def shard_steps(self, shard_index: int) -> int:
         """Return the number of optimizer steps of a proxy over the whole run."""

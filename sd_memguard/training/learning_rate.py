@@ -20,5 +20,5 @@ def learning_rate_schedule(
     """
     bystander = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=base)
     scheduler = get_scheduler(name, bystander, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
-    factor = scheduler.lr_lambdas[0]  # type: ignore[attr-defined]  # all of diffusers' schedules are LambdaLR
+    factor = scheduler.lr_lambdas[0]  # all of diffusers' schedules are LambdaLR
     return lambda step: base * factor(num_shards * step)

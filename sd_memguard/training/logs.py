@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: the bar, a line per round, the trackers' curves, and the closing lines."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -87,7 +88,8 @@ class RunLog:
         loss = sum(float(verdict.losses.sum()) for verdict in verdicts) / visits
         skipped = sum(verdict.num_skipped for verdict in verdicts) / visits
         augmented = sum(verdict.num_augmented for verdict in verdicts) / visits
-        self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+        begins = self._loss is None or not math.isfinite(self._loss)
+        self._loss = loss if begins else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
         self._skipped = SMOOTHING * self._skipped + (1 - SMOOTHING) * skipped
         schedule = self.plan.schedule
         self._bar.set_description_str(
@@ -117,7 +119,7 @@ class RunLog:
         elif len(row["shards"]) > 1:
             parts.append("proxies averaged")
         logger.info("round %d/%d: %s", row["round"], self.plan.schedule.num_rounds, ", ".join(parts))
-        curves = {name: row[name] for name in ("heldout_loss", "extra_steps") if name in row}
+        curves: dict[str, float] = {name: row[name] for name in ("heldout_loss", "extra_steps") if name in row}
         if "heldout_loss" in row:
             curves |= {"probe_train_loss": row["train_loss"], "loss_gap": row["heldout_loss"] - row["train_loss"]}
         for shard in shards:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from sd_memguard.core.seeding import Address
 from sd_memguard.core.shards import Moves
 from sd_memguard.core.visits import Visit
 from sd_memguard.guard import AugmentBatch, MemorizationGuard, Verdict
-from sd_memguard.proxies.full import FullProxies
+from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.training.batches import Batch, BatchSource, Encoders, visit_address
 from sd_memguard.training.checkpoint import (
     find_checkpoint,
@@ -32,7 +33,9 @@ from sd_memguard.training.hub import push_to_hub
 from sd_memguard.training.interrupt import Interrupted, StopRequest
 from sd_memguard.training.learning_rate import learning_rate_schedule
 from sd_memguard.training.logs import RunLog, summary_text
+from sd_memguard.training.lora import low_rank, merge, write_lora_file
 from sd_memguard.training.loss import DenoisingLoss, Noising
+from sd_memguard.training.models import load_unet
 from sd_memguard.training.progress import Progress
 from sd_memguard.training.records import FOLDER, RunRecords, count_moves, memory_prone_samples
 from sd_memguard.training.setup import (
@@ -40,11 +43,10 @@ from sd_memguard.training.setup import (
     base_learning_rate,
     check_disk,
     checkpoint_bytes,
-    choose_store,
     make_accelerator,
     make_ema,
-    make_optimizer,
     make_plan,
+    make_proxies,
     prepare_models,
 )
 from sd_memguard.training.validation import LossProbe, MeanLoss, draw_prompts
@@ -101,12 +103,13 @@ class Trainer:
         self.plan, self.config, self.schedule, self.accelerator = plan, config, plan.schedule, accelerator
         models = prepare_models(plan, accelerator)
         self.unet: UNet2DConditionModel = models.unet
-        parameters = dict(self.unet.named_parameters())
-        num_parameters = sum(parameter.numel() for parameter in parameters.values())
-        self._check_disk(num_parameters)
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        self.ema = make_ema(self.unet, config, accelerator.device)
+        self.proxies = make_proxies(plan, self.unet, self.ema, dtype, accelerator.device)
+        self.parameters = list(self.proxies.parameters.values())
+        self._check_disk(sum(parameter.numel() for parameter in self.parameters))
 
         # Pictures and captions.
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         encoders = Encoders(models, accelerator.device, dtype)
         self.source = BatchSource(plan.samples, encoders, config, plan.seed, progress=True)
         num_timesteps = models.noise_scheduler.config.num_train_timesteps
@@ -115,7 +118,7 @@ class Trainer:
         self.loss = DenoisingLoss(models.noise_scheduler, config.snr_gamma, dream)
         self.probes = self._make_probes(encoders, num_timesteps)
 
-        # The guard and its proxies.
+        # The guard and the step.
         unusable = torch.ones(plan.samples.num_rows, dtype=torch.bool)
         unusable[plan.samples.sample_ids] = False
         self.guard = MemorizationGuard(
@@ -125,11 +128,7 @@ class Trainer:
             exclude=torch.nonzero(unusable).flatten(),
             device=accelerator.device,
         )
-        plain_optimizer = make_optimizer(parameters, config, accelerator.device)
-        self.ema = make_ema(self.unet, config, accelerator.device)
-        store = choose_store(num_parameters, self.schedule.num_shards, config)
-        self.proxies = FullProxies(parameters, plain_optimizer, self.schedule.num_shards, store, self.ema)
-        self.model, self.optimizer = accelerator.prepare(self.unet, plain_optimizer)
+        self.model, self.optimizer = accelerator.prepare(self.unet, self.proxies.optimizer)
         self.learning_rate = learning_rate_schedule(
             config.lr_scheduler,
             base_learning_rate(config),
@@ -143,8 +142,6 @@ class Trainer:
         self.progress = Progress(self.schedule.num_shards)
         self.nonfinite_in_a_row = 0
         self.records = RunRecords(plan.output_dir)
-        resolved = {"num_shards": self.schedule.num_shards, "steps_per_round": self.schedule.steps_per_round}
-        self.records.write_config(config, {**resolved, "max_train_steps": self.schedule.total_steps})
         self.log = RunLog(accelerator, plan)
 
     @property
@@ -173,6 +170,8 @@ class Trainer:
     def fit(self, stop: StopRequest) -> None:
         """Train to the end: every round, in it every shard, in it every step."""
         progress = self.progress
+        resolved = {"num_shards": self.schedule.num_shards, "steps_per_round": self.schedule.steps_per_round}
+        self.records.write_config(self.config, {**resolved, "max_train_steps": self.schedule.total_steps})
         while progress.round_index < self.schedule.num_rounds:
             while progress.shard_index < self.schedule.num_shards:
                 self.train_shard(progress.shard_index, stop)
@@ -258,8 +257,8 @@ class Trainer:
     def _update(self, scale: float, verdicts: list[Verdict]) -> None:
         """Clip the gradients and step, unless they are not finite (a GradScaler takes care of that by itself)."""
         if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in self.unet.parameters() if p.grad is not None], scale)
-        norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.config.max_grad_norm)
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], scale)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if self.accelerator.scaler is None and not math.isfinite(float(norm)):
             self._leave_out("gradient", verdicts)
             return
@@ -364,6 +363,16 @@ class Trainer:
         images = draw_prompts(folder, self.unet, prompts, self.accelerator, self.plan.seed, variant)
         self.log.drawings(images, prompts, self.progress.global_step)
 
+    @contextmanager
+    def _aggregate(self) -> Iterator[UNet2DConditionModel]:
+        """Give the aggregate as a plain UNet in float32, for as long as the block lasts."""
+        weights = self.guard.aggregation_weights()
+        if isinstance(self.proxies, LoraProxies):
+            yield merge(load_unet(self.plan.pipeline, self.config), self.proxies.merged(weights))
+            return
+        with self.proxies.averaged(weights):
+            yield self.unet
+
     # Checkpoints.
 
     def _checkpoint_if_due(self, stop: StopRequest) -> None:
@@ -385,8 +394,8 @@ class Trainer:
         return folder
 
     def _write_checkpoint(self, folder: Path) -> None:
-        with self.proxies.averaged(self.guard.aggregation_weights()):
-            self.unet.save_pretrained(folder / UNET, max_shard_size="100GB")
+        with self._aggregate() as unet:
+            unet.save_pretrained(folder / UNET, max_shard_size="100GB")
         private = folder / FOLDER
         (private / PROXIES_FOLDER).mkdir(parents=True)
         scaler = self.accelerator.scaler
@@ -426,14 +435,25 @@ class Trainer:
     def finish(self) -> TrainResult:
         """Write the pipeline, draw, upload, and say how it went."""
         config, output_dir, progress = self.config, self.plan.output_dir, self.progress
-        with self.proxies.averaged(self.guard.aggregation_weights()):
-            write_pipeline(self.plan.pipeline, self.unet, output_dir, config.variant)
+        with self._aggregate() as unet:
+            write_pipeline(self.plan.pipeline, unet, output_dir, config.variant)
         self.records.write_samples(self.plan.samples, self.guard)
         summary = self.summary()
+        if isinstance(self.proxies, LoraProxies):
+            summary |= self._write_lora_file(self.proxies)
         self.log.end(summary_text(summary, output_dir))
         if config.push_to_hub:
             push_to_hub(output_dir, config, summary)
         return TrainResult(output_dir, progress.global_step, summary)
+
+    def _write_lora_file(self, proxies: LoraProxies) -> dict[str, Any]:
+        """Write the LoRA file: the change of the weights, whose rank the averagings have raised, at rank * shards."""
+        assert self.config.rank is not None
+        merged = proxies.merged(self.guard.aggregation_weights())
+        rank = self.config.rank * self.schedule.num_shards
+        adapter = low_rank(load_unet(self.plan.pipeline, self.config), merged, rank)
+        write_lora_file(self.plan.output_dir, adapter)
+        return {"lora_rank": adapter.rank, "lora_relative_error": adapter.relative_error}
 
     def summary(self) -> dict[str, Any]:
         """Return what the closing lines, the model card and callers report."""

@@ -73,7 +73,8 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise ModelError(f"{folder} holds no model_index.json, so it is no diffusers pipeline; give such a folder")
-    class_name = json.loads(index_file.read_text())["_class_name"]
+    index = json.loads(index_file.read_text())
+    class_name = index["_class_name"]
     if class_name != PIPELINE_CLASS:
         raise ModelError(
             f"{folder} is a {class_name}; only {PIPELINE_CLASS} (Stable Diffusion 1.x and 2.x, text to image) "
@@ -81,9 +82,9 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
         )
     for part, stem in TRAINED_PARTS.items():
         weights_file(folder / part, stem, config.variant)
-    for part in folder.iterdir():
-        if list(part.glob("*.bin")) and not list(part.glob("*.safetensors")):
-            weights_file(part, TRAINED_PARTS.get(part.name, "model"), config.variant)
+    for part, classes in index.items():
+        if isinstance(classes, list) and classes[0] is not None:
+            _check_part(folder / part, config.variant)
     unet, vae = (read_config(folder / part) for part in ("unet", "vae"))
     if unet["in_channels"] != vae["latent_channels"]:
         raise ModelError(
@@ -93,6 +94,14 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if config.resolution % factor:
         raise ModelError(f"`--resolution` must be a multiple of {factor} for this VAE, got {config.resolution}")
+
+
+def _check_part(part: Path, variant: str | None) -> None:
+    """Refuse a part that is listed but cannot be copied to the result."""
+    if not part.is_dir():
+        raise ModelError(f"{part.parent} lists {part.name} in model_index.json but holds no such folder; complete it")
+    if list(part.glob("*.bin")) or list(part.glob("*.safetensors")):
+        weights_file(part, TRAINED_PARTS.get(part.name, "model"), variant)
 
 
 def read_config(part: Path) -> dict[str, Any]:
@@ -121,30 +130,33 @@ def weights_file(part: Path, stem: str, variant: str | None) -> Path:
 
 def load_models(folder: Path, config: TrainConfig) -> Models:
     """Return the parts of a checked pipeline: the UNet trainable, VAE and text encoder frozen."""
-    variant = config.variant
-
-    def load(model_class: type[Any], part: str, **dtype: torch.dtype) -> Any:
-        has_variant = variant and weights_file(folder / part, TRAINED_PARTS[part], variant).stem.endswith(variant)
-        return model_class.from_pretrained(
-            folder, subfolder=part, variant=variant if has_variant else None, use_safetensors=True, **dtype
-        )
-
-    if config.non_ema_revision is not None and config.non_ema_revision != config.revision:
-        unet = UNet2DConditionModel.from_pretrained(
-            config.pretrained_model_name_or_path,
-            subfolder="unet",
-            revision=config.non_ema_revision,
-            cache_dir=config.cache_dir,
-            use_safetensors=True,
-        )
-    else:
-        unet = load(UNet2DConditionModel, "unet", torch_dtype=torch.float32)
-    vae = load(AutoencoderKL, "vae", torch_dtype=torch.float32)
-    text_encoder = load(CLIPTextModel, "text_encoder", dtype=torch.float32)
+    vae = _load_part(AutoencoderKL, folder, "vae", config, torch_dtype=torch.float32)
+    text_encoder = _load_part(CLIPTextModel, folder, "text_encoder", config, dtype=torch.float32)
     vae.requires_grad_(False).eval()
     text_encoder.requires_grad_(False).eval()
     noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     if config.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=config.prediction_type)
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    return Models(unet, vae, text_encoder, tokenizer, noise_scheduler)
+    return Models(load_unet(folder, config), vae, text_encoder, tokenizer, noise_scheduler)
+
+
+def load_unet(folder: Path, config: TrainConfig) -> UNet2DConditionModel:
+    """Return the UNet as it is before training, in float32; that of ``--non_ema_revision`` where one is given."""
+    if config.non_ema_revision == config.revision:
+        return _load_part(UNet2DConditionModel, folder, "unet", config, torch_dtype=torch.float32)
+    return UNet2DConditionModel.from_pretrained(
+        config.pretrained_model_name_or_path,
+        subfolder="unet",
+        revision=config.non_ema_revision,
+        cache_dir=config.cache_dir,
+        use_safetensors=True,
+        torch_dtype=torch.float32,
+    )
+
+
+def _load_part(model_class: Any, folder: Path, part: str, config: TrainConfig, **dtype: torch.dtype) -> Any:
+    weights = weights_file(folder / part, TRAINED_PARTS[part], config.variant)
+    is_variant = config.variant is not None and weights.stem.endswith(f".{config.variant}")
+    variant = config.variant if is_variant else None
+    return model_class.from_pretrained(folder, subfolder=part, variant=variant, use_safetensors=True, **dtype)

@@ -13,22 +13,25 @@ class ShardMeter:
 
     steps: int = 0
     visits: int = 0
+    finite: int = 0
     loss_sum: float = 0.0
     skipped: int = 0
     augmented: int = 0
 
     def record(self, verdict: Verdict) -> None:
         """Add one batch."""
+        losses = verdict.losses[verdict.losses.isfinite()]
         self.visits += len(verdict.losses)
-        self.loss_sum += float(verdict.losses.double().sum())
+        self.finite += len(losses)
+        self.loss_sum += float(losses.double().sum())
         self.skipped += verdict.num_skipped
         self.augmented += verdict.num_augmented
 
     def summary(self) -> dict[str, float | int | None]:
-        """Return steps, mean loss and the two fractions; None where nothing was visited."""
+        """Return steps, mean of the finite losses and the two fractions; None where there is nothing to divide by."""
         return {
             "steps": self.steps,
-            "loss": self.loss_sum / self.visits if self.visits else None,
+            "loss": self.loss_sum / self.finite if self.finite else None,
             "skipped_fraction": self.skipped / self.visits if self.visits else None,
             "augmented_fraction": self.augmented / self.visits if self.visits else None,
         }

@@ -25,7 +25,10 @@ from sd_memguard.config import ConfigError, GuardConfig, TrainConfig
 from sd_memguard.core.rounds import RoundSchedule
 from sd_memguard.core.shards import auto_num_shards
 from sd_memguard.errors import UserError
+from sd_memguard.proxies.full import FullProxies
+from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore
+from sd_memguard.training.lora import add_adapter, base_weights
 from sd_memguard.training.models import Models, find_pipeline, load_models
 from sd_memguard.training.records import FOLDER
 from sd_memguard.training.samples import Samples, load_samples
@@ -251,6 +254,23 @@ def make_ema(unet: UNet2DConditionModel, config: TrainConfig, device: torch.devi
     else:
         ema.to(torch.device("cpu"))
     return ema
+
+
+def make_proxies(
+    plan: Plan, unet: UNet2DConditionModel, ema: EMAModel | None, dtype: torch.dtype, device: torch.device
+) -> FullProxies:
+    """Return the proxies of a run with their optimizer: full weights, or adapters on a frozen UNet in ``dtype``."""
+    config, num_shards = plan.config, plan.schedule.num_shards
+    master = {}
+    if config.rank is not None:
+        master = add_adapter(unet, config.rank, plan.seed, dtype)
+    parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    optimizer = make_optimizer(parameters, config, device)
+    store = choose_store(sum(parameter.numel() for parameter in parameters.values()), num_shards, config)
+    if config.rank is None:
+        return FullProxies(parameters, optimizer, num_shards, store, ema)
+    # The adapter's alpha equals its rank, so its factor is 1.
+    return LoraProxies(parameters, optimizer, num_shards, store, base_weights(unet), master, scaling=1.0)
 
 
 def proxy_bytes(num_parameters: int, config: TrainConfig) -> int:

@@ -1,0 +1,124 @@
+"""What the tests of training share: a tiny pipeline built from configs, a folder of pictures, and runs with them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sd_memguard import assets
+from sd_memguard.config import TrainConfig, make_train_config
+from sd_memguard.training.loop import TrainResult, train
+
+RESOLUTION = 32
+# Few timesteps, so that the memory bank has enough visits for decisions after a few steps.
+SCHEDULE = {"num_train_timesteps": 50, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Networks this small are faster on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory) -> Path:
+    """Return a Stable Diffusion of 32 px and some ten thousand weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+    )
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        sample_size=RESOLUTION,
+        mid_block_add_attention=False,
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "projection_dim": 32, "num_hidden_layers": 1}
+    text = CLIPTextConfig(**sizes, num_attention_heads=2, max_position_embeddings=16, eos_token_id=49407)
+    diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=CLIPTokenizer.from_pretrained(assets.tiny_sd_path() / "tokenizer"),
+        unet=unet,
+        scheduler=diffusers.DDPMScheduler(**SCHEDULE, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_pictures(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    """Write random pictures of these sizes, every third with a list of two captions."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    lines = []
+    for number, (width, height) in enumerate(sizes):
+        coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"secret-{number:02}.png")
+        caption = f"picture {number} of a private thing"
+        text = caption if number % 3 else [caption, f"another word for {number}"]
+        lines.append(json.dumps({"file_name": f"secret-{number:02}.png", "text": text}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Return a folder of 24 square pictures."""
+    return write_pictures(tmp_path_factory.mktemp("square") / "pictures", [(RESOLUTION, RESOLUTION)] * 24)
+
+
+@pytest.fixture(scope="session")
+def wide_pictures(tmp_path_factory) -> Path:
+    """Return a folder of 24 pictures that are not square."""
+    return write_pictures(tmp_path_factory.mktemp("wide") / "pictures", [(48, 40), (40, 56)] * 12)
+
+
+@pytest.fixture
+def configure(pipeline, pictures, tmp_path) -> Callable[..., TrainConfig]:
+    """Return a function that makes the config of a short run under the full guard, with what is given on top."""
+
+    def make(output: str = "run", **settings) -> TrainConfig:
+        guard = {"num_shards": 3, "steps_per_round": 2, "skip_threshold": 0.95}
+        if settings.get("memguard") == "off":
+            guard = {}
+        defaults = {
+            "pretrained_model_name_or_path": str(pipeline),
+            "train_data_dir": str(pictures),
+            "output_dir": str(tmp_path / output),
+            "resolution": RESOLUTION,
+            "train_batch_size": 4,
+            "max_train_steps": 24,
+            "learning_rate": 1e-3,
+            "seed": 7,
+            "mixed_precision": "no",
+        }
+        return make_train_config(**{**defaults, **guard, **settings})
+
+    return make
+
+
+@pytest.fixture
+def run(configure) -> Callable[..., TrainResult]:
+    """Return a function that trains with the settings of `configure`."""
+    return lambda *args, **settings: train(configure(*args, **settings))
