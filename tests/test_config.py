@@ -7,7 +7,6 @@ from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 from torchvision.transforms import InterpolationMode
 
-from sd_memguard import config as config_module
 from sd_memguard.config import PRESETS, SETTINGS, ConfigError, GuardConfig, TrainConfig, make_train_config
 from sd_memguard.errors import UserError
 
@@ -16,11 +15,6 @@ NEEDED = {"pretrained_model_name_or_path": "model", "train_data_dir": "data"}
 
 def make(**settings: Any) -> TrainConfig:
     return make_train_config(**{**NEEDED, **settings})
-
-
-@pytest.fixture
-def lora_allowed(monkeypatch):
-    monkeypatch.setattr(config_module, "_refuse_lora", lambda config: None)
 
 
 def test_guard_defaults():
@@ -119,13 +113,11 @@ def test_settings_that_cannot_stand_together():
         make(report_to="wandb", hub_token="secret")
     with pytest.raises(ConfigError, match="`--dream_training` must not be given together with `--prediction_type v_pr"):
         make(dream_training=True, prediction_type="v_prediction")
+    with pytest.raises(ConfigError, match="`--use_ema` must not be given together with `--proxy lora`"):
+        make(use_ema=True, proxy="lora")
     assert make(dream_training=True, prediction_type="epsilon").dream_training
+    assert make(use_ema=True).use_ema
     assert make(report_to="wandb").report_to == "wandb"
-
-
-def test_lora_is_refused_for_now():
-    with pytest.raises(ConfigError, match=r"`--proxy lora`: LoRA proxies are not available.*; use `--proxy full`"):
-        make(proxy="lora")
 
 
 @pytest.mark.parametrize(("name", "value"), [("rank", 4), ("validation_prompt", "a cat"), ("num_validation_images", 4)])
@@ -135,7 +127,6 @@ def test_settings_of_lora_belong_to_lora(name, value):
     assert getattr(make(), name) is None
 
 
-@pytest.mark.usefixtures("lora_allowed")
 def test_defaults_depend_on_the_proxy():
     full, lora = make(), make(proxy="lora")
     assert (full.output_dir, full.validation_epochs) == ("sd-model-finetuned", 5)

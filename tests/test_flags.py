@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from sd_memguard import config as config_module
 from sd_memguard.config import SETTINGS, GuardConfig, TrainConfig
 from sd_memguard.flags import build_parser, parse_train_args
 
@@ -21,11 +20,6 @@ NEEDED = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "data"
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-
-
-@pytest.fixture
-def lora_allowed(monkeypatch):
-    monkeypatch.setattr(config_module, "_refuse_lora", lambda config: None)
 
 
 def upstream_parser(proxy: str) -> argparse.ArgumentParser:
@@ -74,7 +68,6 @@ def test_the_table_is_whole():
     assert {proxy: len(flags) for proxy, flags in SCRIPTS.items()} == {"full": 57, "lora": 51}
 
 
-@pytest.mark.usefixtures("lora_allowed")
 @pytest.mark.parametrize(("proxy", "name"), FLAGS)
 def test_upstream_flag_reads_the_same(proxy, name):
     argv = [*NEEDED, *sample_arguments(proxy, name)]
@@ -86,7 +79,6 @@ def test_upstream_flag_reads_the_same(proxy, name):
         assert upstream != default  # the sample says something
 
 
-@pytest.mark.usefixtures("lora_allowed")
 @pytest.mark.parametrize("proxy", SCRIPTS)
 def test_upstream_defaults_are_the_same(proxy):
     upstream = vars(upstream_parser(proxy).parse_args(NEEDED))
@@ -150,7 +142,6 @@ def test_mistakes_print_one_line(capsys):
         "error: `--resolution` must be a positive multiple of 8, got 100; leave it out for the default, which is 512\n"
     )
     assert fails(capsys, "--train_data_dir", "x").count("\n") == 1
-    assert "LoRA proxies are not available" in fails(capsys, *NEEDED, "--proxy", "lora")
 
 
 @pytest.mark.parametrize("rank", ["3", "0"])
@@ -229,7 +220,6 @@ def test_missing_configuration_file(tmp_path, capsys):
     assert "`--config` must be a readable .yaml file" in fails(capsys, "--config", str(tmp_path / "none.yaml"))
 
 
-@pytest.mark.usefixtures("lora_allowed")
 @pytest.mark.parametrize("proxy", SCRIPTS)
 def test_a_saved_configuration_can_be_given_back(tmp_path, proxy):
     config = parse("--proxy", proxy, "--preset", "paper", "--max_grad_norm", "inf", "--validation_prompts", "a", "b")

@@ -1,16 +1,18 @@
 """Full-weight proxies: one model and one optimizer state are resident, whatever the number of shards is."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from sd_memguard.core.aggregation import aggregate, distance
+from sd_memguard.core.aggregation import aggregate, distance, iterate_aggregate
 from sd_memguard.proxies.store import LazyTensors, ProxyStore
 from sd_memguard.proxies.swap import EmaState, copy_tensors, load_optimizer_tensors, optimizer_tensors
 
@@ -71,7 +73,7 @@ class FullProxies:
 
     def aggregate(self, weights: Sequence[float], part: str = WEIGHTS) -> dict[str, Tensor]:
         """Return the weighted mean of a part over the proxies as they are now, on the CPU."""
-        return aggregate([self._state(k, part) for k in range(self.num_shards)], weights)
+        return aggregate(self._states(part), weights)
 
     def average(self, weights: Sequence[float]) -> list[float]:
         """Average the proxies and broadcast the aggregate to all of them; optimizer states stay with their proxy.
@@ -81,21 +83,23 @@ class FullProxies:
         """
         if self.num_shards == 1:
             return [0.0]
-        distances: list[float] = []
+        distances = self.distances(weights)
         for part in self.averaged_parts:
-            mean = self.aggregate(weights, part)
-            if part == WEIGHTS:
-                distances = [distance(self._state(k, part), mean) for k in range(self.num_shards)]
-            self._share(part, mean)
-            self._load(part, mean)
+            resident = self._resident_part(part)
+            self._load_aggregate(part, weights, resident)
+            self._share(part, resident)
         return distances
 
     def distances(self, weights: Sequence[float]) -> list[float]:
         """Return the Euclidean distance of each proxy's weights from their mean, changing nothing."""
         if self.num_shards == 1:
             return [0.0]
-        mean = self.aggregate(weights)
-        return [distance(self._state(k, WEIGHTS), mean) for k in range(self.num_shards)]
+        states = self._states(WEIGHTS)
+        distances = [0.0] * self.num_shards
+        for name, mean in iterate_aggregate(states, weights):
+            for k, state in enumerate(states):
+                distances[k] = math.hypot(distances[k], distance({name: state[name]}, {name: mean}))
+        return distances
 
     @contextmanager
     def averaged(self, weights: Sequence[float]) -> Iterator[None]:
@@ -104,8 +108,8 @@ class FullProxies:
             yield
             return
         own = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
-        copy_tensors(self.aggregate(weights, self.averaged_parts[-1]), self.parameters)
         try:
+            self._load_aggregate(self.averaged_parts[-1], weights, self._resident_part(WEIGHTS))
             yield
         finally:
             copy_tensors(own, self.parameters)
@@ -169,6 +173,16 @@ class FullProxies:
             load_optimizer_tensors(tensors, self.parameters, self.optimizer)
         else:
             copy_tensors(tensors, self._resident_part(part))
+
+    @torch.no_grad()
+    def _load_aggregate(self, part: str, weights: Sequence[float], target: Mapping[str, Tensor]) -> None:
+        """Copy the aggregate of a part into tensors, one at a time: at no time is there a second model."""
+        # A target may be the resident state itself: each of its tensors was read when its mean arrives.
+        for name, mean in iterate_aggregate(self._states(part), weights):
+            target[name].copy_(mean)
+
+    def _states(self, part: str) -> list[Mapping[str, Tensor]]:
+        return [self._state(shard_index, part) for shard_index in range(self.num_shards)]
 
     def _state(self, shard_index: int, part: str) -> Mapping[str, Tensor]:
         if shard_index == self.resident:

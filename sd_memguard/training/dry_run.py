@@ -53,7 +53,8 @@ def time_step(unet: UNet2DConditionModel, plan: Plan, loss: DenoisingLoss, accel
     side = config.resolution // vae_factor(plan)
     latents = torch.randn(config.train_batch_size, unet.config.in_channels, side, side, device=device)
     embeddings = torch.randn(config.train_batch_size, 77, unet.config.cross_attention_dim, device=device)
-    timesteps = torch.full((config.train_batch_size,), 500, device=device)
+    middle = loss.noise_scheduler.config.num_train_timesteps // 2
+    timesteps = torch.full((config.train_batch_size,), middle, device=device)
     durations = []
     for _ in range(TIMED_STEPS):
         start = time.perf_counter()

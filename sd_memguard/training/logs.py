@@ -44,7 +44,7 @@ class RunLog:
         self.accelerator, self.plan = accelerator, plan
         self._redirect = logging_redirect_tqdm()
         self._bar: tqdm | None = None
-        self._loss: float | None = None
+        self._loss = math.nan
         self._skipped = 0.0
         self._first_forward = 0
         self._started = time.monotonic()
@@ -88,8 +88,8 @@ class RunLog:
         loss = sum(float(verdict.losses.sum()) for verdict in verdicts) / visits
         skipped = sum(verdict.num_skipped for verdict in verdicts) / visits
         augmented = sum(verdict.num_augmented for verdict in verdicts) / visits
-        begins = self._loss is None or not math.isfinite(self._loss)
-        self._loss = loss if begins else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+        # The mean begins anew after a loss that is not finite.
+        self._loss = SMOOTHING * self._loss + (1 - SMOOTHING) * loss if math.isfinite(self._loss) else loss
         self._skipped = SMOOTHING * self._skipped + (1 - SMOOTHING) * skipped
         schedule = self.plan.schedule
         self._bar.set_description_str(
@@ -127,7 +127,7 @@ class RunLog:
                 curves[f"shard_{shard['shard']}/{name}"] = shard[name]
         self.accelerator.log(curves, step=global_step)
 
-    def drawings(self, images: list[Image], prompts: list[str], global_step: int) -> None:
+    def drawings(self, images: list[Image], global_step: int) -> None:
         """Send drawings of the validation prompts to the trackers that take pictures."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
@@ -137,7 +137,7 @@ class RunLog:
                 tracker.log_images({"validation": images}, step=global_step)
             else:
                 logger.warning("--report_to %s takes no pictures: the drawings are left out", tracker.name)
-        logger.info("drew %d validation prompts at step %d", len(prompts), global_step)
+        logger.info("drew %d validation pictures at step %d", len(images), global_step)
 
     def end(self, text: str) -> None:
         """Close the bar and write the closing lines."""

@@ -145,6 +145,13 @@ class Trainer:
         self.log = RunLog(accelerator, plan)
 
     @property
+    def _prompts(self) -> list[str]:
+        """The captions to draw: ``--validation_prompts`` once each, ``--validation_prompt`` several times."""
+        config = self.config
+        repeated = [config.validation_prompt] * (config.num_validation_images or 0) if config.validation_prompt else []
+        return [*(config.validation_prompts or ()), *repeated]
+
+    @property
     def _augments(self) -> bool:
         guard = self.config.guard
         return 0 < guard.skip_threshold < guard.augment_threshold
@@ -349,7 +356,7 @@ class Trainer:
 
     def _drawing_is_due(self) -> bool:
         """Say whether a multiple of ``--validation_epochs`` passes was completed, or the first or last round ends."""
-        if not self.config.validation_prompts:
+        if not self._prompts:
             return False
         per_epoch = len(self.plan.samples.sample_ids)
         done = self.progress.global_step * self.plan.visits_per_step // per_epoch
@@ -358,10 +365,9 @@ class Trainer:
         return done // every > before // every or self.progress.round_index in {0, self.schedule.num_rounds - 1}
 
     def _draw(self) -> None:
-        prompts = list(self.config.validation_prompts or ())
         folder, variant = self.plan.pipeline, self.config.variant
-        images = draw_prompts(folder, self.unet, prompts, self.accelerator, self.plan.seed, variant)
-        self.log.drawings(images, prompts, self.progress.global_step)
+        images = draw_prompts(folder, self.unet, self._prompts, self.accelerator, self.plan.seed, variant)
+        self.log.drawings(images, self.progress.global_step)
 
     @contextmanager
     def _aggregate(self) -> Iterator[UNet2DConditionModel]:

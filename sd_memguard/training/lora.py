@@ -36,7 +36,8 @@ def add_adapter(unet: UNet2DConditionModel, rank: int, seed: int, dtype: torch.d
         torch.manual_seed(derive_seed(seed, "lora"))
         unet.add_adapter(config)
     master = {layer: weight.detach().float().cpu().clone() for layer, weight in base_weights(unet).items()}
-    unet.to(dtype)
+    if dtype != torch.float32:
+        unet.to(dtype)
     cast_training_params(unet, dtype=torch.float32)
     return master
 

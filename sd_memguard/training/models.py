@@ -58,8 +58,8 @@ def _download(name: str, config: TrainConfig) -> Path:
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"`--pretrained_model_name_or_path` {name!r} is no folder here and could not be had from the hub ({error}); "
-            "give the path of a diffusers folder, or the name of a hub model that has safetensors"
+            f"`--pretrained_model_name_or_path` {name!r} is no folder here and could not be had from the hub "
+            f"({error}); give the path of a diffusers folder, or the name of a hub model that has safetensors"
         ) from error
     return Path(folder)
 

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import PIL.Image
 from tqdm.auto import tqdm
 
+from sd_memguard.errors import UserError
+
 _MAX_LISTED = 20
 _ROWS_PER_TASK = 32
 _MAX_16_BIT = 65535
@@ -24,7 +26,7 @@ class BadSample(NamedTuple):
     reason: str
 
 
-class SampleError(ValueError):
+class SampleError(UserError):
     """The captioned pictures cannot be used as they are.
 
     Attributes:

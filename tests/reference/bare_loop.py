@@ -12,7 +12,13 @@ from sd_memguard.core.seeding import generator_for, permutation
 
 
 def bare_loop(
-    pipeline: Path, pictures: Sequence[tuple[Path, str]], steps: int, batch_size: int, learning_rate: float, seed: int
+    pipeline: Path,
+    pictures: Sequence[tuple[Path, str]],
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    epsilon: float,
+    seed: int,
 ) -> dict[str, torch.Tensor]:
     """Return the weights after some steps on pictures that need neither resizing nor cropping."""
     unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet").train()
@@ -20,7 +26,7 @@ def bare_loop(
     text_encoder = CLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder").eval()
     tokenizer = CLIPTokenizer.from_pretrained(pipeline, subfolder="tokenizer")
     scheduler = DDPMScheduler.from_pretrained(pipeline, subfolder="scheduler")
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, weight_decay=1e-2, foreach=False)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, eps=epsilon, weight_decay=1e-2)
     visits = [
         (passed, sample)
         for passed in range(-(-steps * batch_size // len(pictures)))

@@ -139,12 +139,13 @@ class SlowMethod:
 
     def next_visit(self, shard: int, proxy: SlowProxy) -> tuple[int, int]:
         """Return the next sample of the shard and the pass that it belongs to."""
-        members = sorted(self.shards[shard])
-        if proxy.position == len(members):
-            proxy.pass_index, proxy.position = proxy.pass_index + 1, 0
-        order = permutation(SEED, "order", shard, proxy.pass_index, length=len(members)).tolist()
+        members, pass_index = sorted(self.shards[shard]), proxy.pass_index
+        order = permutation(SEED, "order", shard, pass_index, length=len(members)).tolist()
+        sample = members[order[proxy.position]]
         proxy.position += 1
-        return members[order[proxy.position - 1]], proxy.pass_index
+        if proxy.position == len(members):
+            proxy.pass_index, proxy.position = pass_index + 1, 0
+        return sample, pass_index
 
     def step(self, shard: int, proxy: SlowProxy) -> None:
         visits, clean, timesteps, losses = [], [], [], []

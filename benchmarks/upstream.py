@@ -1,0 +1,202 @@
+"""The same fine-tune by diffusers' `train_text_to_image.py` and by this project: how good, and how fast.
+
+Three arms train the bundled model on the bundled pictures with the same settings: upstream's script, this project with
+the guard off ("plain") and with it on ("guarded"). They take turns, once per seed. Then the UNet of each run is measured
+on the 256 held-out pictures, at the same timesteps with the same noise, and by code of this file's own.
+
+    python benchmarks/upstream.py --upstream_script train_text_to_image.py --output_dir runs/upstream
+
+Time is measured twice: the whole process from start to end, and the loop alone, between the tracker's entries of the
+first and the last step (both write them in the same way). Pictures are those of the schedule: steps times batch size.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
+
+BATCH_SIZE, RESOLUTION = 16, 64
+DRAWS_PER_PICTURE = 4
+STUDENT_T = {2: 4.30, 4: 2.78, 6: 2.45, 8: 2.31}
+"""Two-sided 95 % quantile of Student's t by degrees of freedom."""
+ARMS = ("upstream", "plain", "guarded")
+
+
+class Run(NamedTuple):
+    """One run: the mean loss on the held-out pictures, and pictures per second of the whole process and of the loop."""
+
+    heldout_loss: float
+    process_rate: float
+    loop_rate: float
+
+
+class HeldOut(NamedTuple):
+    """The held-out pictures: latents (N, 4, h, w) at their mean, embeddings (N, tokens, width), and the noise schedule."""
+
+    latents: Tensor
+    embeddings: Tensor
+    schedule: DDPMScheduler
+
+
+def command(arm: str, upstream_script: Path, seed: int, steps: int, folder: Path) -> list[str]:
+    """Return the command of one run; every arm gets the same flags."""
+    flags = {
+        "pretrained_model_name_or_path": tiny_sd_path(),
+        "train_data_dir": demo_data_path(),
+        "resolution": RESOLUTION,
+        "train_batch_size": BATCH_SIZE,
+        "learning_rate": 3e-4,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "max_train_steps": steps,
+        "checkpointing_steps": steps + 1,
+        "report_to": "tensorboard",
+        "cache_dir": folder.parent / "cache",
+        "seed": seed,
+        "output_dir": folder,
+    }
+    start = [str(upstream_script)] if arm == "upstream" else ["-m", "sd_memguard.train"]
+    own = {"upstream": [], "plain": ["--memguard=off"], "guarded": ["--memguard=on"]}[arm]
+    return [sys.executable, *start, *(f"--{name}={value}" for name, value in flags.items()), "--center_crop", *own]
+
+
+def train(arm: str, upstream_script: Path, seed: int, steps: int, folder: Path, heldout: HeldOut) -> Run:
+    """Train one arm in a process of its own and measure the result."""
+    start = time.monotonic()
+    with (folder.parent / f"{folder.name}.log").open("w") as log:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        subprocess.run(
+            command(arm, upstream_script, seed, steps, folder),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            check=True,
+        )
+    seconds = time.monotonic() - start
+    return Run(heldout_loss(folder, heldout), steps * BATCH_SIZE / seconds, loop_rate(folder))
+
+
+def loop_rate(folder: Path) -> float:
+    """Return the pictures per second between the tracker's entries of the first and the last step."""
+    (file,) = (
+        path for path in folder.rglob("events.out.tfevents.*") if "train_loss" in _scalars(path).Tags()["scalars"]
+    )
+    steps = _scalars(file).Scalars("train_loss")
+    return (len(steps) - 1) * BATCH_SIZE / (steps[-1].wall_time - steps[0].wall_time)
+
+
+def _scalars(file: Path) -> EventAccumulator:
+    events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+    events.Reload()
+    return events
+
+
+@torch.no_grad()
+def load_heldout() -> HeldOut:
+    """Encode the held-out pictures with the networks that no arm trains."""
+    folder = demo_heldout_path()
+    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    pixels = torch.stack([pil_to_tensor(Image.open(folder / row["file_name"]).convert("RGB")) for row in rows])
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_path(), torch_dtype=torch.float32)
+    tokens = pipeline.tokenizer(
+        [row["text"] for row in rows], padding="max_length", truncation=True, return_tensors="pt"
+    )
+    latents = [pipeline.vae.encode(part / 127.5 - 1).latent_dist.mean for part in pixels.split(BATCH_SIZE)]
+    embeddings = [pipeline.text_encoder(part)[0] for part in tokens.input_ids.split(BATCH_SIZE)]
+    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+    return HeldOut(torch.cat(latents) * pipeline.vae.config.scaling_factor, torch.cat(embeddings), schedule)
+
+
+@torch.no_grad()
+def heldout_loss(folder: Path, heldout: HeldOut) -> float:
+    """Return the mean squared error of a UNet's noise over all held-out pictures at fixed timesteps and noise."""
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(20250101)
+    losses = []
+    for quarter in range(DRAWS_PER_PICTURE):
+        for latents, embeddings in zip(
+            heldout.latents.split(BATCH_SIZE), heldout.embeddings.split(BATCH_SIZE), strict=True
+        ):
+            noise = torch.randn(latents.shape, generator=generator)
+            place = (torch.rand(len(latents), generator=generator) + quarter) / DRAWS_PER_PICTURE
+            timesteps = (place * heldout.schedule.config.num_train_timesteps).long()
+            noisy = heldout.schedule.add_noise(latents, noise, timesteps)
+            losses.append((unet(noisy, timesteps, embeddings).sample - noise).square().mean(dim=(1, 2, 3)))
+    return float(torch.cat(losses).double().mean())
+
+
+def compare(runs: dict[str, list[Run]], before: float) -> str:
+    """Return the tables: what each arm reached, and each of ours against upstream."""
+    lines = [
+        "| arm | held-out loss, mean ± sd of the seeds | pictures/s, process | pictures/s, loop |",
+        "|---|---|---|---|",
+    ]
+    lines.append(f"| (before) | {before:.5f} | | |")
+    for arm, row in runs.items():
+        losses = [run.heldout_loss for run in row]
+        rates = " | ".join(f"{statistics.median(rate):.1f}" for rate in list(zip(*row, strict=True))[1:])
+        lines.append(f"| {arm} | {statistics.mean(losses):.5f} ± {statistics.stdev(losses):.5f} | {rates} |")
+    lines += [
+        "",
+        "| against upstream | loss, difference | of it noise (95 %) | rate, process | rate, loop |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in ARMS[1:]:
+        difference, noise = loss_difference(runs[arm], runs["upstream"])
+        pairs = list(zip(runs[arm], runs["upstream"], strict=True))
+        process = statistics.median(ours.process_rate / theirs.process_rate for ours, theirs in pairs)
+        loop = statistics.median(ours.loop_rate / theirs.loop_rate for ours, theirs in pairs)
+        lines.append(f"| {arm} | {difference:+.5f} | ±{noise:.5f} | {process:.2f} | {loop:.2f} |")
+    return "\n".join([*lines, "", "Rates are medians over the seeds, ratios medians of the ratios within a seed."])
+
+
+def loss_difference(ours: list[Run], theirs: list[Run]) -> tuple[float, float]:
+    """Return the difference of the mean losses and the half-width of its 95 % interval."""
+    samples = [[run.heldout_loss for run in row] for row in (ours, theirs)]
+    error = math.sqrt(sum(statistics.variance(sample) for sample in samples) / len(ours))
+    quantile = STUDENT_T.get(2 * len(ours) - 2, 2.31)
+    return statistics.mean(samples[0]) - statistics.mean(samples[1]), quantile * error
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upstream_script", type=Path, required=True, help="a copy of diffusers' script")
+    parser.add_argument("--output_dir", type=Path, required=True, help="new folder: the runs, and upstream.json")
+    parser.add_argument("--max_train_steps", type=int, default=150, help="optimizer steps of each run")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm, 2 or more")
+    settings = parser.parse_args()
+    settings.output_dir.mkdir(parents=True)
+    heldout = load_heldout()
+    before = heldout_loss(tiny_sd_path(), heldout)
+    runs: dict[str, list[Run]] = {arm: [] for arm in ARMS}
+    for seed in range(settings.seeds):
+        for arm in ARMS:
+            folder = settings.output_dir.absolute() / f"{arm}-{seed}"
+            runs[arm].append(train(arm, settings.upstream_script, seed, settings.max_train_steps, folder, heldout))
+            print(arm, seed, runs[arm][-1], flush=True)
+            record = {name: [run._asdict() for run in row] for name, row in runs.items()}
+            (settings.output_dir / "upstream.json").write_text(
+                json.dumps({"before": before, **record}, indent=1) + "\n"
+            )
+    print(compare(runs, before))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The documentation names what exists: its flags, its links, its page of flags."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from sd_memguard.config import ALIASES, SETTINGS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
+KNOWN = {*SETTINGS, *ALIASES, "config", "help"}
+# Flags of other programs, and those that the text says are refused or do not exist yet.
+FOREIGN = {"num_processes", "images_per_caption", "steps"}
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+FLAG = re.compile(r"(?<![\w-])--([a-zA-Z][\w-]*)")
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def anchors(page: Path) -> set[str]:
+    """The names under which GitHub links to the headings of a page."""
+    headings = HEADING.findall(page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_page_of_flags_is_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.delitem(sys.modules, "make_flags_doc", raising=False)
+    from make_flags_doc import TARGET, flags_document
+
+    assert TARGET.read_text(encoding="utf-8") == flags_document(), "run tools/make_flags_doc.py"
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SCRIPTS], ids=relative)
+def test_every_flag_that_is_named_exists(path):
+    named = set(FLAG.findall(path.read_text(encoding="utf-8")))
+
+    assert named - KNOWN - FOREIGN == set()
+
+
+def test_every_setting_is_on_the_page_of_flags():
+    assert set(FLAG.findall((ROOT / "docs" / "flags.md").read_text(encoding="utf-8"))) >= set(SETTINGS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_relative_links_resolve(page):
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    for link in links:
+        if link.startswith(("https://", "http://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{relative(page)} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{relative(page)} links to {link}"
+
+
+def test_flag_pattern_finds_flags_and_nothing_else():
+    text = "`--skip_threshold 0`, (--rank) a--b --- x --checkpoint-like"
+    assert FLAG.findall(text) == ["skip_threshold", "rank", "checkpoint-like"]
