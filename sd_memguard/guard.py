@@ -137,6 +137,18 @@ class MemorizationGuard:
                 f"{tuple(losses.shape)}, {tuple(timesteps.shape)} and {tuple(sample_ids.shape)}; "
                 "reduce the loss over all dimensions but the first"
             )
+        if weights is not None and weights.shape != losses.shape:
+            raise ValueError(
+                f"`weights` must be of the shape of `losses`, {tuple(losses.shape)}, got {tuple(weights.shape)}; "
+                "give one weight for each sample"
+            )
+        host_ids = sample_ids.cpu()
+        num_samples = len(self.plan.assignment)
+        if len(host_ids) and not 0 <= int(host_ids.min()) <= int(host_ids.max()) < num_samples:
+            raise ValueError(
+                f"`sample_ids` must be between 0 and {num_samples - 1}, got {host_ids.tolist()}; "
+                "give each sample its row number in the data set"
+            )
         bank = self.banks[self.shard_index]
         loss_ratio = bank.loss_ratio(timesteps, losses)
         bands = classify(loss_ratio, self.config.skip_threshold, self.augment_threshold)
@@ -147,7 +159,7 @@ class MemorizationGuard:
         # One transfer to the host for everything that is counted there.
         host = torch.stack((losses.detach().float(), loss_ratio, bands.skip_mask, bands.augment_mask)).cpu()
         host_bands = Bands(host[2].bool(), host[3].bool(), ~(host[2] + host[3]).bool())
-        self._count(sample_ids.cpu(), host[1], host_bands)
+        self._count(host_ids, host[1], host_bands)
         return Verdict(
             loss=loss,
             clean_sum=clean_sum,
@@ -210,9 +222,9 @@ class MemorizationGuard:
             raise ValueError(f"the guard expects (kind, shards, samples) = {expected}, the saved state has {found}")
         for bank, saved in zip(self.banks, state["banks"], strict=True):
             bank.check_state(saved)
+        self.ledger.load_state_dict(state["ledger"])
         self.seed, self.shard_index = state["seed"], state["shard_index"]
         self.plan = ShardPlan(state["assignment"].clone(), self.num_shards)
-        self.ledger.load_state_dict(state["ledger"])
         for bank, saved in zip(self.banks, state["banks"], strict=True):
             bank.load_state_dict(saved)
         self.queues = [AugmentQueue(list(q["sample_ids"]), list(q["strengths"])) for q in state["queues"]]

@@ -95,11 +95,12 @@ class FullProxies:
         if self.num_shards == 1:
             return [0.0]
         states = self._states(WEIGHTS)
-        distances = [0.0] * self.num_shards
+        squares: list[list[float]] = [[] for _ in states]
         for name, mean in iterate_aggregate(states, weights):
             for k, state in enumerate(states):
-                distances[k] = math.hypot(distances[k], distance({name: state[name]}, {name: mean}))
-        return distances
+                squares[k].append(distance({name: state[name]}, {name: mean}) ** 2)
+        # An exact sum: a resumed run reads the tensors in another order.
+        return [math.sqrt(math.fsum(parts)) for parts in squares]
 
     @contextmanager
     def averaged(self, weights: Sequence[float]) -> Iterator[None]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,8 +38,10 @@ class RamStore:
         self._entries: dict[str, dict[str, Tensor]] = {}
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the tensors to host memory."""
-        self._entries[key] = {name: tensors[name].detach().to("cpu", copy=True) for name in tensors}
+        """Copy the tensors to host memory, contiguous as files want them."""
+        self._entries[key] = {
+            name: tensors[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name in tensors
+        }
 
     def get(self, key: str) -> Mapping[str, Tensor]:
         """Return the entry itself."""

@@ -46,9 +46,10 @@ def optimizer_tensors(parameters: Mapping[str, Parameter], optimizer: Optimizer)
 def load_optimizer_tensors(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, Parameter], optimizer: Optimizer
 ) -> None:
-    """Give the optimizer a saved state, in place where it has one already; without entries it starts anew."""
-    if not tensors:
-        optimizer.state.clear()
+    """Give the optimizer a saved state, in place where it has one already; a parameter without entries starts anew."""
+    saved = {entry.rsplit("|", 1)[0] for entry in tensors}
+    for name in parameters.keys() - saved:
+        optimizer.state.pop(parameters[name], None)
     on_device = {
         id(parameter): group.get("fused") or group.get("capturable")
         for group in optimizer.param_groups

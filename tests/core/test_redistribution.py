@@ -63,7 +63,7 @@ def test_any_sequence_of_moves_equals_the_slow_rule_and_keeps_the_invariants(sit
 def test_golden_moves():
     # Shards of 8: a quarter is two each. Ties (samples 1, 3 and 5) go to the lowest id; sample 8 was never skipped.
     plan = plan_of(range(8), range(8, 16))
-    skips = torch.tensor([0, 2, 0, 2, 1, 2, 0, 0] + [0, 0, 5, 0, 0, 0, 0, 0])
+    skips = torch.tensor([0, 2, 0, 2, 1, 2, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0])
     after, moves = redistribute(plan, skips, 0.25)
     assert moves.sample_ids.tolist() == [1, 3, 10]
     assert (moves.sources.tolist(), moves.targets.tolist()) == ([0, 0, 1], [1, 1, 0])

@@ -127,7 +127,7 @@ def slow_schedule(
     left = [0] * num_shards
     for step in range(total_steps):
         left[step % num_shards] += 1
-    rounds = []
+    rounds: list[tuple[str, list[int]]] = []
     while any(left):
         steps = [min(rest, steps_per_round) for rest in left]
         left = [rest - taken for rest, taken in zip(left, steps, strict=True)]

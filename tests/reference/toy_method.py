@@ -6,6 +6,7 @@ Then the trainer, under the settings of the paper.
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def initial_weights() -> dict[str, Tensor]:
     """Return the weights of `toy_network()` by the names of its parameters, float64."""
     sizes = [SIZE + 1, HIDDEN, HIDDEN, SIZE]
     weights = {}
-    for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         draw = draw_normal(SEED, "toy weights", [(layer,)], (fan_out, fan_in + 1))[0].double() / math.sqrt(fan_in)
         weights[f"{2 * layer}.weight"], weights[f"{2 * layer}.bias"] = draw[:, :-1].clone(), draw[:, -1].clone()
     return weights
