@@ -1,8 +1,8 @@
 """The same fine-tune by diffusers' `train_text_to_image.py` and by this project: how good, and how fast.
 
 Three arms train the bundled model on the bundled pictures with the same settings: upstream's script, this project with
-the guard off ("plain") and with it on ("guarded"). They take turns, once per seed. Then the UNet of each run is measured
-on the 256 held-out pictures, at the same timesteps with the same noise, and by code of this file's own.
+the guard off ("plain") and with it on ("guarded"). They take turns, once per seed. Then the UNet of each run is
+measured on the 256 held-out pictures, at the same timesteps with the same noise, and by code of this file's own.
 
     python benchmarks/upstream.py --upstream_script train_text_to_image.py --output_dir runs/upstream
 
@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """The held-out pictures: latents (N, 4, h, w) at their mean, embeddings (N, tokens, width), and the noise schedule."""
+    """The held-out pictures: mean latents (N, 4, h, w), embeddings (N, tokens, width), and the noise schedule."""
 
     latents: Tensor
     embeddings: Tensor

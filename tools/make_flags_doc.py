@@ -14,8 +14,8 @@ TARGET = ROOT / "docs" / "flags.md"
 INTRODUCTION = """\
 # Flags
 
-Every flag of `sd-memguard train` (the same program as `sd_memguard/train.py`), written by `tools/make_flags_doc.py` from
-the declarations in `sd_memguard/config.py`. `sd-memguard train --help` prints the same.
+Every flag of `sd-memguard train` (the same program as `sd_memguard/train.py`), written by `tools/make_flags_doc.py`
+from the declarations in `sd_memguard/config.py`. `sd-memguard train --help` prints the same.
 
 All flags of diffusers' `train_text_to_image.py` and `train_text_to_image_lora.py` are here under their own names and
 with their own defaults; where the two scripts differ, `--proxy` decides. Flags are not abbreviated, and an unknown one

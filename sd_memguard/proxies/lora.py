@@ -71,7 +71,7 @@ class LoraProxies(FullProxies):
     def distances(self, weights: Sequence[float]) -> list[float]:
         """Return the Frobenius distance of each proxy's merged weights from their mean, changing nothing."""
         squares = [0.0] * self.num_shards
-        for layer in self.master:
+        for layer in sorted(self.master):  # a sum depends on its order, and a resumed run must give the same
             products = [self._product(self._state(k, WEIGHTS), layer) for k in range(self.num_shards)]
             mean = _weighted_mean(products, weights)
             for k, product in enumerate(products):
@@ -86,10 +86,11 @@ class LoraProxies(FullProxies):
             return
         own = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
         mean = self.aggregate(weights)
-        copy_tensors(mean, self.parameters)
-        for layer, residual in self._residuals(weights, mean):
-            copy_tensors({layer: self.master[layer].double() + residual}, {layer: self.base[layer]})
         try:
+            # The base first: the residuals need the resident factors as they are.
+            for layer, residual in self._residuals(weights, mean):
+                copy_tensors({layer: self.master[layer].double() + residual}, {layer: self.base[layer]})
+            copy_tensors(mean, self.parameters)
             yield
         finally:
             copy_tensors(own, self.parameters)

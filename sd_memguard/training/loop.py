@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -447,6 +448,7 @@ class Trainer:
         summary = self.summary()
         if isinstance(self.proxies, LoraProxies):
             summary |= self._write_lora_file(self.proxies)
+        shutil.rmtree(self.records.folder / PROXIES_FOLDER, ignore_errors=True)  # the resting ones, if on disk
         self.log.end(summary_text(summary, output_dir))
         if config.push_to_hub:
             push_to_hub(output_dir, config, summary)

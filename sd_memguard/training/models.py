@@ -73,8 +73,11 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise ModelError(f"{folder} holds no model_index.json, so it is no diffusers pipeline; give such a folder")
-    index = json.loads(index_file.read_text())
-    class_name = index["_class_name"]
+    try:
+        index = json.loads(index_file.read_text())
+        class_name = index["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index_file} is not what diffusers writes ({error!r}); save the pipeline again") from error
     if class_name != PIPELINE_CLASS:
         raise ModelError(
             f"{folder} is a {class_name}; only {PIPELINE_CLASS} (Stable Diffusion 1.x and 2.x, text to image) "

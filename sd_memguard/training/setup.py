@@ -89,8 +89,9 @@ def make_plan(config: TrainConfig) -> Plan:
 
 def _recorded_seed(config: TrainConfig) -> int:
     """Return the seed that the run to be resumed has drawn, else draw one."""
-    record = Path(config.output_dir) / FOLDER / "config.json"
-    if config.resume_from_checkpoint and record.exists():
+    folders = [Path(config.output_dir), Path(config.resume_from_checkpoint or "").parent]
+    record = next((path for path in (folder / FOLDER / "config.json" for folder in folders) if path.exists()), None)
+    if config.resume_from_checkpoint and record is not None:
         seed: int = json.loads(record.read_text(encoding="utf-8"))["seed"]
         return seed
     return secrets.randbits(31)
@@ -188,19 +189,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ConfigError: several processes, which this version does not train with.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    accelerator = Accelerator(
+    if launched > 1:
+        raise ConfigError(
+            f"{launched} processes were launched, and this version trains in one: "
+            "start it with `accelerate launch --num_processes 1`"
+        )
+    return Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.report_to,
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
         ),
     )
-    if max(launched, accelerator.num_processes) > 1:
-        raise ConfigError(
-            f"{max(launched, accelerator.num_processes)} processes were launched, and this version trains in one: "
-            "start it with `accelerate launch --num_processes 1`"
-        )
-    return accelerator
 
 
 def prepare_models(plan: Plan, accelerator: Accelerator) -> Models:

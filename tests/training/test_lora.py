@@ -109,9 +109,10 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(run, configure, monkeypat
             raise KeyboardInterrupt
         return step(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", stop_at_14)
-        run("stopped", **LORA, checkpointing_steps=13)
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped", **LORA, checkpointing_steps=13)
     resumed = train(configure("stopped", **LORA, resume_from_checkpoint="latest"))
     for file in (UNET, "pytorch_lora_weights.safetensors", "memguard/rounds.jsonl"):
         assert (resumed.output_dir / file).read_bytes() == (whole.output_dir / file).read_bytes()
