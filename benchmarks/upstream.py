@@ -79,24 +79,18 @@ def train(arm: str, upstream_script: Path, seed: int, steps: int, folder: Path, 
     """Train one arm in a process of its own and measure the result."""
     start = time.monotonic()
     with (folder.parent / f"{folder.name}.log").open("w") as log:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        subprocess.run(
-            command(arm, upstream_script, seed, steps, folder),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            check=True,
-        )
+        run = command(arm, upstream_script, seed, steps, folder)
+        offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+        subprocess.run(run, stdout=log, stderr=subprocess.STDOUT, env=offline, check=True)
     seconds = time.monotonic() - start
     return Run(heldout_loss(folder, heldout), steps * BATCH_SIZE / seconds, loop_rate(folder))
 
 
 def loop_rate(folder: Path) -> float:
     """Return the pictures per second between the tracker's entries of the first and the last step."""
-    (file,) = (
-        path for path in folder.rglob("events.out.tfevents.*") if "train_loss" in _scalars(path).Tags()["scalars"]
-    )
-    steps = _scalars(file).Scalars("train_loss")
+    logs = [_scalars(path) for path in folder.rglob("events.out.tfevents.*")]
+    (log,) = (log for log in logs if "train_loss" in log.Tags()["scalars"])
+    steps = log.Scalars("train_loss")
     return (len(steps) - 1) * BATCH_SIZE / (steps[-1].wall_time - steps[0].wall_time)
 
 
