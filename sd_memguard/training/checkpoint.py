@@ -27,7 +27,16 @@ MANIFEST = "manifest.json"
 
 FREE_TO_CHANGE = {
     *("resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "output_dir", "logging_dir"),
-    *("report_to", "tracker_project_name", "validation_prompts", "validation_epochs", "proxy_store", "local_rank"),
+    *(
+        "report_to",
+        "tracker_project_name",
+        "validation_prompts",
+        "validation_prompt",
+        "num_validation_images",
+        "validation_epochs",
+        "proxy_store",
+        "local_rank",
+    ),
     *("dataloader_num_workers", "push_to_hub", "hub_model_id", "cache_dir", "dry_run", "offload_ema", "allow_tf32"),
 }
 """Settings that do not shape what is trained."""
