@@ -591,7 +591,7 @@ def test_max_train_samples_draws_the_rows_of_upstream(tmp_path, caplog):
     assert samples.sample_ids.tolist() == sorted(peer["row"])
     assert samples.num_rows == len(samples.sizes) == 20
     assert [samples.captions(i) for i in samples.sample_ids] == [[str(i)] for i in samples.sample_ids]
-    assert "max_train_samples" not in caplog.text
+    assert "`--max_train_samples`" not in caplog.text
     assert load(tmp_path, max_train_samples=21).sample_ids.tolist() == list(range(20))
     assert "`--max_train_samples` is 21, but there are 20 samples" in caplog.text
     assert "at least 1, got 0" in str(refusal(tmp_path, max_train_samples=0))
