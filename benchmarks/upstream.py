@@ -148,7 +148,7 @@ def compare(runs: dict[str, list[Run]], before: float) -> str:
         lines.append(f"| {arm} | {statistics.mean(losses):.5f} ± {statistics.stdev(losses):.5f} | {rates} |")
     lines += [
         "",
-        "| against upstream | loss, difference | of it noise (95 %) | rate, process | rate, loop |",
+        "| against upstream | loss, difference | its 95 % interval | rate, process | rate, loop |",
         "|---|---|---|---|---|",
     ]
     for arm in ARMS[1:]:
