@@ -6,10 +6,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
+from sd_memguard.training.footprint import gigabytes
 from sd_memguard.training.logs import passes_per_round
 from sd_memguard.training.loss import DenoisingLoss
 from sd_memguard.training.models import load_models, read_config
-from sd_memguard.training.setup import Plan, checkpoint_bytes, gigabytes, proxy_bytes
+from sd_memguard.training.setup import Plan
 
 TIMED_STEPS = 3
 
@@ -18,12 +19,8 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
     """Return the plan as text: samples, rounds, passes, memory, disk and, from a few timed steps, time."""
     config, schedule = plan.config, plan.schedule
     models = load_models(plan.pipeline, config)
-    num_parameters = sum(parameter.numel() for parameter in models.unet.parameters())
-    resident = proxy_bytes(num_parameters, config) + 4 * num_parameters
-    resting = schedule.num_shards * proxy_bytes(num_parameters, config) if schedule.num_shards > 1 else 0
-    num_checkpoints = schedule.total_steps // config.checkpointing_steps
-    kept = min(num_checkpoints, config.checkpoints_total_limit or num_checkpoints)
-    checkpoint = checkpoint_bytes(num_parameters, schedule.num_shards, config)
+    sizes = plan.sizes
+    resident = sizes.proxy + sizes.trained + (0 if config.rank is None else sizes.model)
     seconds = time_step(models.unet, plan, DenoisingLoss(models.noise_scheduler), accelerator)
     kinds = [schedule.kind(index) for index in range(schedule.num_rounds)]
     rows = {
@@ -35,8 +32,9 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
         "passes": f"{passes_per_round(plan):.1f} over a shard per round",
         "memory": f"{gigabytes(resident)} for UNet weights, gradients and optimizer on {accelerator.device}, "
         "and activations",
-        "resting proxies": f"{gigabytes(resting)} in the proxy store",
-        "disk": f"{gigabytes(4 * num_parameters + kept * checkpoint)} at most: the model and {kept} checkpoint(s)",
+        "resting proxies": f"{gigabytes(sizes.resting)} in the proxy store",
+        "disk": f"{gigabytes(sizes.model + sizes.num_checkpoints * sizes.checkpoint)} at most: the model and "
+        f"{sizes.num_checkpoints} checkpoint(s)",
         "time": f"about {seconds * schedule.total_steps / 3600:.2f} h at {seconds:.2f} s per step "
         "(forward, backward and update; without VAE, text encoder and extra steps)",
     }

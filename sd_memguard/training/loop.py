@@ -38,12 +38,10 @@ from sd_memguard.training.lora import low_rank, merge, write_lora_file
 from sd_memguard.training.loss import DenoisingLoss, Noising
 from sd_memguard.training.models import load_unet
 from sd_memguard.training.progress import Progress
-from sd_memguard.training.records import FOLDER, RunRecords, count_moves, memory_prone_samples
+from sd_memguard.training.records import FOLDER, PROXIES_FOLDER, RunRecords, count_moves, memory_prone_samples
 from sd_memguard.training.setup import (
     Plan,
     base_learning_rate,
-    check_disk,
-    checkpoint_bytes,
     make_accelerator,
     make_ema,
     make_plan,
@@ -56,7 +54,6 @@ logger = logging.getLogger(__name__)
 
 MAX_NONFINITE_STEPS = 5
 """Steps in a row that may be left out for a loss or gradient that is not finite."""
-PROXIES_FOLDER = "proxies"
 
 
 class TrainResult(NamedTuple):
@@ -108,7 +105,6 @@ class Trainer:
         self.ema = make_ema(self.unet, config, accelerator.device)
         self.proxies = make_proxies(plan, self.unet, self.ema, dtype, accelerator.device)
         self.parameters = list(self.proxies.parameters.values())
-        self._check_disk(sum(parameter.numel() for parameter in self.parameters))
 
         # Pictures and captions.
         encoders = Encoders(models, accelerator.device, dtype)
@@ -156,12 +152,6 @@ class Trainer:
     def _augments(self) -> bool:
         guard = self.config.guard
         return 0 < guard.skip_threshold < guard.augment_threshold
-
-    def _check_disk(self, num_parameters: int) -> None:
-        num_checkpoints = self.schedule.total_steps // self.config.checkpointing_steps
-        kept = min(num_checkpoints, (self.config.checkpoints_total_limit or num_checkpoints) + 1)
-        size = kept * checkpoint_bytes(num_parameters, self.schedule.num_shards, self.config) + 4 * num_parameters
-        check_disk(self.config, size, f"the model and {kept} checkpoints (see `--checkpoints_total_limit`)")
 
     def _make_probes(self, encoders: Encoders, num_timesteps: int) -> dict[str, LossProbe]:
         """Return the probes of the loss on training and on held-out pictures, where there are such."""

@@ -14,6 +14,7 @@ from sd_memguard.guard import MemorizationGuard
 from sd_memguard.training.samples import Samples
 
 FOLDER = "memguard"
+PROXIES_FOLDER = "proxies"
 NUM_MEMORY_PRONE = 10
 
 

@@ -4,14 +4,12 @@ import json
 import logging
 import os
 import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
@@ -28,17 +26,13 @@ from sd_memguard.errors import UserError
 from sd_memguard.proxies.full import FullProxies
 from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore
+from sd_memguard.training.footprint import Footprint, check_space, footprint, rests_in_ram
 from sd_memguard.training.lora import add_adapter, base_weights
 from sd_memguard.training.models import Models, find_pipeline, load_models
-from sd_memguard.training.records import FOLDER
+from sd_memguard.training.records import FOLDER, PROXIES_FOLDER
 from sd_memguard.training.samples import Samples, load_samples
 
 logger = logging.getLogger(__name__)
-
-RAM_SHARE = 0.5
-"""Share of the free host memory that resting proxies may take before they go to disk."""
-BYTES = 4
-"""Of a float32 number."""
 
 
 class RunFolderError(UserError):
@@ -55,6 +49,7 @@ class Plan:
     samples: Samples
     heldout: Samples | None
     schedule: RoundSchedule
+    sizes: Footprint
 
     @property
     def output_dir(self) -> Path:
@@ -84,7 +79,9 @@ def make_plan(config: TrainConfig) -> Plan:
     heldout = _load_pictures(config, heldout_folder, None, None) if heldout_folder else None
     pipeline = find_pipeline(config)
     schedule = plan_rounds(config, len(samples.sample_ids))
-    return Plan(config, seed, pipeline, samples, heldout, schedule)
+    sizes = footprint(pipeline, config, schedule)
+    check_space(sizes, config)
+    return Plan(config, seed, pipeline, samples, heldout, schedule, sizes)
 
 
 def _recorded_seed(config: TrainConfig) -> int:
@@ -157,18 +154,14 @@ def check_output_dir(config: TrainConfig) -> None:
         )
 
 
-TRACKER_LIBRARIES = {"comet_ml": "comet_ml", "wandb": "wandb", "aim": "aim", "mlflow": "mlflow", "clearml": "clearml"}
-TRACKER_LIBRARIES |= {"dvclive": "dvclive", "swanlab": "swanlab", "trackio": "trackio", "tensorboard": "tensorboard"}
-
-
 def check_extras(config: TrainConfig) -> None:
     """Refuse settings whose library or device is missing.
 
     Raises:
         ConfigError: names the setting and what to install.
     """
-    if config.report_to in TRACKER_LIBRARIES:
-        _require(TRACKER_LIBRARIES[config.report_to], f"report_to {config.report_to}")
+    if config.report_to != "all":  # accelerate's names of the trackers are those of their packages
+        _require(config.report_to, f"report_to {config.report_to}")
     if config.use_8bit_adam:
         _require("bitsandbytes", "use_8bit_adam")
     if config.enable_xformers_memory_efficient_attention:
@@ -266,66 +259,10 @@ def make_proxies(
         master = add_adapter(unet, config.rank, plan.seed, dtype)
     parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(parameters, config, device)
-    store = choose_store(sum(parameter.numel() for parameter in parameters.values()), num_shards, config)
+    store: ProxyStore = RamStore()
+    if not rests_in_ram(plan.sizes.resting, config):
+        store = DiskStore(plan.output_dir / FOLDER / PROXIES_FOLDER)
     if config.rank is None:
         return FullProxies(parameters, optimizer, num_shards, store, ema)
     # The adapter's alpha equals its rank, so its factor is 1.
     return LoraProxies(parameters, optimizer, num_shards, store, base_weights(unet), master, scaling=1.0)
-
-
-def proxy_bytes(num_parameters: int, config: TrainConfig) -> int:
-    """Return the size of one resting proxy: weights, AdamW's two moments, and the EMA."""
-    moments = 0.5 if config.use_8bit_adam else 2
-    return int(BYTES * num_parameters * (1 + moments + config.use_ema))
-
-
-def checkpoint_bytes(num_parameters: int, num_shards: int, config: TrainConfig) -> int:
-    """Return the size of a checkpoint that shares no file with another: every proxy, and the aggregate."""
-    return num_shards * proxy_bytes(num_parameters, config) + BYTES * num_parameters
-
-
-def choose_store(num_parameters: int, num_shards: int, config: TrainConfig) -> ProxyStore:
-    """Return the proxy store; ``auto`` takes RAM while the resting proxies fit in half of what is free.
-
-    Raises:
-        ConfigError: the store does not fit where it was asked for.
-    """
-    if num_shards == 1:
-        return RamStore()
-    needed = num_shards * proxy_bytes(num_parameters, config)
-    free_ram = psutil.virtual_memory().available
-    if config.proxy_store == "ram" or (config.proxy_store == "auto" and needed <= RAM_SHARE * free_ram):
-        if needed > free_ram:
-            raise ConfigError(
-                f"`--proxy_store ram` needs {gigabytes(needed)} of memory for {num_shards} proxies and "
-                f"{gigabytes(free_ram)} are free; use `--proxy_store disk` or fewer `--num_shards`"
-            )
-        return RamStore()
-    check_disk(config, needed, f"the proxy store of {num_shards} shards")
-    return DiskStore(Path(config.output_dir) / FOLDER / "proxies")
-
-
-def check_disk(config: TrainConfig, needed: int, what: str) -> None:
-    """Refuse a disk that is too small.
-
-    Raises:
-        RunFolderError: says how much is needed and how much is free.
-    """
-    folder = Path(config.output_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise RunFolderError(
-            f"{what} needs {gigabytes(needed)} on the disk of `--output_dir` {config.output_dir} and "
-            f"{gigabytes(free)} are free; free some, name a folder on another disk, or use fewer `--num_shards`"
-        )
-
-
-def gigabytes(size: float) -> str:
-    """Return a number of bytes to read.
-
-    >>> gigabytes(3.44e9)
-    '3.4 GB'
-    """
-    return f"{size / 1e9:.1f} GB"

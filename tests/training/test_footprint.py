@@ -1,0 +1,52 @@
+"""What a run needs of disk and memory, before a model is loaded."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from sd_memguard.errors import ConfigError
+from sd_memguard.training import footprint
+from sd_memguard.training.footprint import SpaceError
+from sd_memguard.training.loop import Trainer
+from sd_memguard.training.setup import make_accelerator, make_plan
+
+
+@pytest.mark.parametrize("settings", [{}, {"proxy": "lora", "rank": 3}, {"use_ema": True}])
+def test_sizes_from_the_header_are_those_of_the_loaded_model(configure, settings):
+    plan = make_plan(configure(**settings))
+    trainer = Trainer(plan, make_accelerator(plan.config))
+    trained = sum(parameter.numel() for parameter in trainer.parameters)
+    assert plan.sizes.trained == 4 * trained
+    assert plan.sizes.proxy == 4 * trained * (4 if "use_ema" in settings else 3)
+    assert plan.sizes.resting == 3 * plan.sizes.proxy
+
+
+def free_disk(monkeypatch, free: int) -> None:
+    monkeypatch.setattr(footprint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+
+
+def test_a_disk_too_small_for_the_store_is_refused_before_a_model_is_loaded(run, configure, monkeypatch, tmp_path):
+    sizes = make_plan(configure()).sizes
+    free_disk(monkeypatch, sizes.model + sizes.resting - 1)
+    monkeypatch.setattr("sd_memguard.training.setup.load_models", None)
+    with pytest.raises(SpaceError, match=r"proxy store .* GB, .*fewer `--num_shards`"):
+        run(proxy_store="disk")
+    assert not (tmp_path / "run").exists()
+    make_plan(configure(proxy_store="ram"))
+
+
+def test_two_checkpoints_must_fit_and_more_are_warned_of(configure, monkeypatch, caplog):
+    sizes = make_plan(configure(checkpointing_steps=4)).sizes
+    assert sizes.num_checkpoints == 6
+    free_disk(monkeypatch, sizes.model + 2 * sizes.checkpoint)
+    make_plan(configure(checkpointing_steps=4))
+    assert "--checkpoints_total_limit" in caplog.text
+    free_disk(monkeypatch, sizes.model + 2 * sizes.checkpoint - 1)
+    with pytest.raises(SpaceError):
+        make_plan(configure(checkpointing_steps=4))
+
+
+def test_memory_too_small_for_the_store_is_refused(configure, monkeypatch):
+    monkeypatch.setattr(footprint.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
+    with pytest.raises(ConfigError, match="proxy_store disk"):
+        make_plan(configure(proxy_store="ram"))
