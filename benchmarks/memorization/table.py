@@ -52,13 +52,14 @@ def table(points: dict[tuple[str, int], list[Cell]]) -> Iterable[str]:
     yield _line([*columns, "extra steps", "picture-forwards"])
     yield "|---" * (len(columns) + 2) + "|"
     for (arm, step), cells in points.items():
-        shares = " | ".join(_share_text([cell["copies"][kind] for cell in cells]) for kind in KINDS)
-        losses = " | ".join(f"{mean_loss(cells, name):.4f}" for name in ("heldout", "single"))
-        extra, forwards = (
-            sum(cell[name] for cell in cells) / len(cells) for name in ("extra_steps", "picture_forwards")
-        )
-        title = ARMS[arm].title
-        yield f"| {title} | {step} | {len(cells)} | {shares} | {losses} | {extra:.0f} | {forwards / 1000:.1f}k |"
+        shares = [_share_text([cell["copies"][kind] for cell in cells]) for kind in KINDS]
+        losses = [f"{mean_loss(cells, name):.4f}" for name in ("heldout", "single")]
+        costs = [sum(cell[name] for cell in cells) / len(cells) for name in ("extra_steps", "picture_forwards")]
+        yield _line([ARMS[arm].title, step, len(cells), *shares, *losses, *(f"{cost:,.0f}" for cost in costs)])
+
+
+def _line(values: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, values))} |"
 
 
 def mean_loss(cells: Sequence[Cell], name: str) -> float:
