@@ -17,7 +17,13 @@ FULL = {"learning_rate": 3e-4, "use_ema": True}
 LORA = {"proxy": "lora", "rank": 16, "learning_rate": 1e-3}
 """No EMA: the trainer refuses it with adapters."""
 
-OFF = {"num_shards": 1, "skip_threshold": 0.0, "augment_threshold": 0.0, "redistribute_fraction": 0.0}
+OFF = {
+    "num_shards": 1,
+    "skip_threshold": 0.0,
+    "augment_threshold": 0.0,
+    "redistribute_fraction": 0.0,
+    "group_duplicates": "off",
+}
 IET = OFF | {"num_shards": 4}
 AGC = {"skip_threshold": 0.8}
 TAA = {"augment_threshold": 1.2}
