@@ -243,6 +243,6 @@ def _rename_all(part: str, names: Iterable[str], rename: Callable[[str], str | N
 
 def _no_place(part: str, name: str) -> SingleFileError:
     return SingleFileError(
-        f"a one-file checkpoint of Stable Diffusion 1.x or 2.x has no place for `{name}` of the {part}: this is another "
-        "architecture; export `merged` instead"
+        f"a one-file checkpoint of Stable Diffusion 1.x or 2.x has no place for `{name}` of the {part}, which has "
+        "another architecture; export `merged` instead"
     )
