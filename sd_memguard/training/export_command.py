@@ -20,8 +20,8 @@ def main(argv: Sequence[str]) -> None:
         if getattr(arguments, name) is not None and not arguments.format.startswith("lora"):
             parser.error(f"`--{name}` belongs to the formats lora-diffusers and lora-kohya; leave it out")
     # After parsing: `--help` and wrong flags need not wait for torch.
-    from sd_memguard.training.export import Exporter
-    from sd_memguard.training.run_folder import read_run
+    from sd_memguard.training.exporter import Exporter
+    from sd_memguard.training.trained_run import read_run
 
     with exit_on_user_error():
         export = Exporter(read_run(arguments.run, arguments.pretrained_model_name_or_path)).export(

@@ -6,7 +6,7 @@ from pathlib import Path
 from sd_memguard.config import ExportFormat
 from sd_memguard.errors import UserError
 from sd_memguard.training.records import FOLDER
-from sd_memguard.training.run_folder import INDEX, TrainedRun
+from sd_memguard.training.trained_run import INDEX, TrainedRun
 
 
 class ExportError(UserError):

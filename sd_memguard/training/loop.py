@@ -17,7 +17,6 @@ from sd_memguard.config import TrainConfig
 from sd_memguard.core.seeding import Address
 from sd_memguard.core.shards import Moves
 from sd_memguard.core.visits import Visit
-from sd_memguard.errors import UserError
 from sd_memguard.guard import AugmentBatch, MemorizationGuard, Verdict
 from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.training.batches import Batch, BatchSource, Encoders, visit_address
@@ -30,7 +29,8 @@ from sd_memguard.training.checkpoint import (
     save_state,
 )
 from sd_memguard.training.dry_run import describe_plan
-from sd_memguard.training.export import Export, Exporter
+from sd_memguard.training.export import UNET, write_pipeline
+from sd_memguard.training.exporter import export_at_end
 from sd_memguard.training.hub import push_to_hub
 from sd_memguard.training.interrupt import Interrupted, StopRequest
 from sd_memguard.training.learning_rate import learning_rate_schedule
@@ -38,10 +38,8 @@ from sd_memguard.training.logs import RunLog, summary_text
 from sd_memguard.training.lora import merge
 from sd_memguard.training.loss import DenoisingLoss, Noising
 from sd_memguard.training.models import load_unet
-from sd_memguard.training.pipeline_folder import UNET, write_pipeline
 from sd_memguard.training.progress import Progress
 from sd_memguard.training.records import FOLDER, PROXIES_FOLDER, RunRecords, count_moves, memory_prone_samples
-from sd_memguard.training.run_folder import TrainedRun
 from sd_memguard.training.setup import (
     Plan,
     base_learning_rate,
@@ -51,6 +49,7 @@ from sd_memguard.training.setup import (
     make_proxies,
     prepare_models,
 )
+from sd_memguard.training.trained_run import TrainedRun
 from sd_memguard.training.validation import LossProbe, MeanLoss, draw_prompts
 
 logger = logging.getLogger(__name__)
@@ -438,34 +437,14 @@ class Trainer:
         with self._aggregate() as unet:
             write_pipeline(self.plan.pipeline, unet, output_dir, config.variant)
         self.records.write_samples(self.plan.samples, self.guard)
-        exports, failures = self._export()
-        summary = self.summary() | {"exports": [str(export) for export in exports]}
-        for export in exports:
-            if export.adapter is not None:
-                summary["lora_rank"] = export.adapter.rank
-                summary["lora_relative_error"] = export.adapter.relative_error
+        exports = export_at_end(TrainedRun(output_dir, config, self.schedule.num_shards))
+        summary = {**self.summary(), **exports.summary()}
         shutil.rmtree(self.records.folder / PROXIES_FOLDER, ignore_errors=True)  # the resting ones, if on disk
         self.log.end(summary_text(summary, output_dir))
         if config.push_to_hub:
             push_to_hub(output_dir, config, summary)
-        if failures:
-            raise UserError("; ".join(map(str, failures)))
+        exports.raise_failures()
         return TrainResult(output_dir, progress.global_step, summary)
-
-    def _export(self) -> tuple[list[Export], list[UserError]]:
-        """Write the files of ``--export_formats``, and a LoRA run's LoRA file; return them and what went wrong."""
-        formats = dict.fromkeys(self.config.export_formats or ())
-        if self.config.rank is not None:
-            formats["lora-diffusers"] = None
-        formats.pop("merged", None)  # the run folder itself
-        exporter = Exporter(TrainedRun(self.plan.output_dir, self.config, self.schedule.num_shards))
-        exports, failures = [], []
-        for format in formats:
-            try:
-                exports.append(exporter.export(format, self.plan.output_dir, overwrite=True))
-            except UserError as error:
-                failures.append(error)
-        return exports, failures
 
     def summary(self) -> dict[str, Any]:
         """Return what the closing lines, the model card and callers report."""

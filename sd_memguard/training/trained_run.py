@@ -11,8 +11,8 @@ from torch import Tensor
 from sd_memguard.config import TrainConfig, make_train_config
 from sd_memguard.errors import UserError
 from sd_memguard.training.checkpoint import PREFIX, verify_checkpoint
+from sd_memguard.training.export import UNET
 from sd_memguard.training.models import TRAINED_PARTS, find_pipeline, load_unet, read_config, weights_file
-from sd_memguard.training.pipeline_folder import UNET
 from sd_memguard.training.records import FOLDER
 
 INDEX = "model_index.json"
