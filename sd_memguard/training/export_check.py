@@ -26,23 +26,19 @@ ROUNDING = 1e-5
 def load_folder(folder: Path, variant: str | None = None, **parts: Any) -> StableDiffusionPipeline:
     """Return the pipeline of a diffusers folder in float32 on the CPU; asks no hub."""
     with quiet():
-        return StableDiffusionPipeline.from_pretrained(
-            str(folder),
-            variant=variant,
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            **PLAIN,
-            **parts,
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            str(folder), variant=variant, use_safetensors=True, local_files_only=True, **PLAIN, **parts
         )
+        return pipeline.to(torch.float32)
 
 
 def load_single_file(file: Path, configs: Path) -> StableDiffusionPipeline:
     """Return the pipeline of a one-file checkpoint in float32 on the CPU, built by the configs of a folder."""
     with quiet():
-        return StableDiffusionPipeline.from_single_file(
-            str(file), config=str(configs), torch_dtype=torch.float32, local_files_only=True, **PLAIN
+        pipeline = StableDiffusionPipeline.from_single_file(
+            str(file), config=str(configs), local_files_only=True, **PLAIN
         )
+        return pipeline.to(torch.float32)
 
 
 def load_lora(pipeline: StableDiffusionPipeline, file: Path) -> None:
@@ -68,10 +64,9 @@ def draw(pipeline: StableDiffusionPipeline) -> Tensor:
 
     Its values go from 0 to 1, a little beyond where a picture file would be cut off.
     """
-    # Without `clip_sample`, which some configs leave to its default, DDIM would clip the latents.
-    settings = {"clip_sample": False}
     with quiet():
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **settings)
+        # Some configs do not mention clip_sample; DDIM would then clip the latents to [-1, 1].
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         pipeline.set_progress_bar_config(disable=True)
         latents = pipeline(
             PROMPT,

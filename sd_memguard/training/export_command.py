@@ -21,8 +21,10 @@ def main(argv: Sequence[str]) -> None:
             parser.error(f"`--{name}` belongs to the formats lora-diffusers and lora-kohya; leave it out")
     # After parsing: `--help` and wrong flags need not wait for torch.
     from sd_memguard.training.exporter import Exporter
+    from sd_memguard.training.logs import configure_logging
     from sd_memguard.training.trained_run import read_run
 
+    configure_logging()
     with exit_on_user_error():
         export = Exporter(read_run(arguments.run, arguments.pretrained_model_name_or_path)).export(
             arguments.format,

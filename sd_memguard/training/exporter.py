@@ -142,7 +142,7 @@ class Exporter:
     def _write(self, format: ExportFormat, path: Path, dtype: torch.dtype | None, adapter: LowRank | None) -> None:
         if format == "merged":
             source, variant = self.run.parts
-            write_pipeline(source, self._unet().to(dtype or torch.float32), path, variant, dtype)
+            write_pipeline(source, self._unet(dtype or torch.float32), path, variant, dtype)
             return
         metadata = {"format": "pt"}
         if adapter is None:
@@ -156,9 +156,9 @@ class Exporter:
             metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
         save_file(weights, path, metadata=metadata)
 
-    def _unet(self) -> UNet2DConditionModel:
+    def _unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
         folder = self.run.folder / UNET
-        return UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
+        return UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
 
     def _single_file(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return all weights under their original names, and what the file's header should say of the model."""
