@@ -62,12 +62,12 @@ class Export:
         lines = [f"wrote {self.path} ({self.format}, {size / 1e6:,.1f} MB, {self.dtype or default})"]
         if self.adapter is not None:
             lines.append(
-                f"  rank {self.adapter.rank}, misses {self.adapter.relative_error:.2%} of the change of the weights "
-                f"(biases and norms, which have no factors, are {self.adapter.inexpressible:.2%} of it)"
+                f"  rank {self.adapter.rank}, misses {percent(self.adapter.relative_error)} of the change of the weights "
+                f"(biases and norms, which have no factors, are {percent(self.adapter.inexpressible)} of it)"
             )
-        compared = f"  loaded again, its drawing is {self.difference:.4%} off that of the trained model"
+        compared = f"  loaded again, its drawing is {percent(self.difference)} off that of the trained model"
         if self.base_difference is not None:
-            compared += f" (that of the model before training: {self.base_difference:.4%})"
+            compared += f" (that of the model before training: {percent(self.base_difference)})"
         return "\n".join([*lines, compared, f"  {self.usage}"])
 
 
@@ -186,6 +186,20 @@ class Exporter:
         unet = load_unet(self.run.base, self.run.config)
         return check.load_folder(self.run.base, self.run.config.variant, unet=unet)
 
+    def _load(self, format: ExportFormat, path: Path) -> StableDiffusionPipeline:
+        """Load what was written as its users will."""
+        pipeline = self._load_base() if format in LORA_FORMATS else None
+        try:
+            if pipeline is not None:
+                check.load_lora(pipeline, path)
+                return pipeline
+            return check.load_folder(path) if format == "merged" else check.load_single_file(path, self.run.parts[0])
+        except Exception as error:  # the loaders of the libraries raise whatever comes up
+            raise ExportError(
+                f"`{format}`: diffusers cannot load what was written ({type(error).__name__}: {error}); nothing was "
+                "kept. Try another version of diffusers, or export `merged`"
+            ) from error
+
     @cached_property
     def _drawing(self) -> Tensor:
         """The trained model's, which all others are compared with."""
@@ -202,16 +216,12 @@ class Exporter:
             ExportError: its weights are not those that were meant, or its drawing is too far off.
         """
         tolerance = TOLERANCES[dtype]
+        pipeline = self._load(format, path)
         if adapter is not None:
-            pipeline = self._load_base()
-            check.load_lora(pipeline, path)
             wrong = check.wrong_layers(pipeline.unet, adapter)
             tolerance += lora_tolerance(adapter.relative_error) * self._base_difference
         else:
-            meant = check.fingerprints(self._load_trained(), dtype)
-            folder = self.run.parts[0]
-            pipeline = check.load_folder(path) if format == "merged" else check.load_single_file(path, folder)
-            found = check.fingerprints(pipeline, dtype)
+            found, meant = (check.fingerprints(each, dtype) for each in (pipeline, self._load_trained()))
             wrong = [part for part in meant if meant[part] != found[part]]
         if wrong:
             raise ExportError(
@@ -221,8 +231,8 @@ class Exporter:
         measured = check.difference(check.draw(pipeline), self._drawing)
         if not measured <= tolerance:  # NaN is refused, too
             raise ExportError(
-                f"`{format}`: loaded again, its drawing is {measured:.2%} off the trained model's, and at most "
-                f"{tolerance:.2%} was expected; nothing was kept. Use `--dtype fp32`, a higher `--lora_rank`, or "
+                f"`{format}`: loaded again, its drawing is {percent(measured)} off the trained model's, and at most "
+                f"{percent(tolerance)} was expected; nothing was kept. Use `--dtype fp32`, a higher `--lora_rank`, or "
                 "export `merged`"
             )
         return measured
@@ -265,6 +275,15 @@ def export_at_end(run: TrainedRun) -> Exports:
         except UserError as error:
             exports.failed.append(error)
     return exports
+
+
+def percent(share: float) -> str:
+    """Return a share to read, to three digits.
+
+    >>> percent(0.2210), percent(1.17e-7)
+    ('22.1%', '1.17e-05%')
+    """
+    return f"{100 * share:.3g}%"
 
 
 def lora_tolerance(relative_error: float) -> float:

@@ -119,11 +119,10 @@ def offline(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("asked the hub")
 
-    monkeypatch.setattr("httpx.Client.send", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
 
 
-@pytest.mark.parametrize("name", ["bundled", "sd15", "sd21"])
-@pytest.mark.parametrize("dtype", [None, "fp16"])
+@pytest.mark.parametrize(("name", "dtype"), [("bundled", "fp16"), ("sd15", None), ("sd21", None)])
 def test_single_file(runs, tmp_path, name, dtype):
     run = runs[name]
     export = run.exporter.export("single-file", tmp_path / "one.safetensors", dtype=dtype)
@@ -131,7 +130,7 @@ def test_single_file(runs, tmp_path, name, dtype):
         str(export.path), config=str(run.folder), local_files_only=True, safety_checker=None
     ).to(torch.float32)
     trained = StableDiffusionPipeline.from_pretrained(run.folder, local_files_only=True).to(torch.float32)
-    tolerance = 1e-6 if dtype is None else 0.05
+    tolerance = 1e-5 if dtype is None else 0.05
     assert difference(latents(loaded), latents(trained)) <= tolerance
     assert export.difference <= tolerance
     with safe_open(export.path, framework="pt") as file:
@@ -143,8 +142,7 @@ def test_single_file(runs, tmp_path, name, dtype):
     assert metadata["modelspec.architecture"] == f"stable-diffusion-{'v2-768-v' if name == 'sd21' else 'v1'}"
 
 
-@pytest.mark.parametrize("name", ["bundled", "sd21"])
-@pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
+@pytest.mark.parametrize(("name", "dtype"), [("bundled", None), ("bundled", "fp32"), ("sd21", "bf16")])
 def test_merged(runs, tmp_path, name, dtype):
     run = runs[name]
     export = run.exporter.export("merged", tmp_path / "merged", dtype=dtype)
@@ -163,8 +161,9 @@ def test_merged(runs, tmp_path, name, dtype):
         assert json.loads((export.path / "text_encoder" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("name", ["bundled", "sd15", "sd21"])
-@pytest.mark.parametrize("format", ["lora-diffusers", "lora-kohya"])
+@pytest.mark.parametrize(
+    ("name", "format"), [("bundled", "lora-diffusers"), ("sd15", "lora-kohya"), ("sd21", "lora-diffusers")]
+)
 def test_lora_files(runs, tmp_path, name, format):
     run = runs[name]
     export = run.exporter.export(format, tmp_path / "lora.safetensors", lora_rank=4)
@@ -180,9 +179,9 @@ def test_lora_files(runs, tmp_path, name, format):
 
 
 def test_the_stated_error_is_that_of_the_file(runs, tmp_path):
-    run = runs["sd15"]
+    run = runs["bundled"]
     export = run.exporter.export("lora-kohya", tmp_path, lora_error=0.25, dtype="fp16")
-    assert export.path.name == "sd15-lora-kohya.safetensors"
+    assert export.path.name == "bundled-lora-kohya.safetensors"
     factors, before, after = load_file(export.path), load_file(run.base / UNET), load_file(run.folder / UNET)
     missed = total = 0.0
     for name, weight in after.items():
@@ -206,7 +205,7 @@ def test_the_stated_error_is_that_of_the_file(runs, tmp_path):
 
 def test_an_error_that_no_rank_keeps_is_refused_with_the_reason(runs, tmp_path):
     with pytest.raises(LoraError, match=r"`--lora_error` 0.001 cannot be kept by any rank: biases and norms.*%"):
-        runs["sd15"].exporter.export("lora-kohya", tmp_path, lora_error=0.001)
+        runs["bundled"].exporter.export("lora-kohya", tmp_path, lora_error=0.001)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -260,8 +259,8 @@ def test_a_file_that_is_not_what_was_meant_is_refused_and_removed(tiny, tmp_path
     assert list(out.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize(("format", "kept"), [("merged", 0.0), ("lora-diffusers", 1.0)])
-def test_a_drawing_too_far_off_is_refused(tiny, tmp_path, monkeypatch, format, kept):
+@pytest.mark.parametrize("format", ["merged", "lora-diffusers"])
+def test_a_drawing_too_far_off_is_refused(tiny, tmp_path, monkeypatch, format):
     drawn = iter([torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([9.0, -9.0])])
     exporter = Exporter(read_run(tiny))
     with monkeypatch.context() as patch:
@@ -323,9 +322,54 @@ def test_the_command(tiny, pipeline, tmp_path, capsys):
     settings = json.loads(record.read_text())
     record.write_text(json.dumps({**settings, "pretrained_model_name_or_path": str(tmp_path / "gone")}))
     arguments = ["export", str(tiny), "--output", str(tmp_path / "out"), "--format"]
-    cli.main([*arguments, "merged"])
+    cli.main([*arguments, "merged"])  # needs no base
+    assert f'from_pretrained("{tmp_path / "out"}")' in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
-        cli.main([*arguments, "lora-kohya"])
-    assert "could not be had from the hub" in capsys.readouterr().err.replace(
-        "asked the hub", "could not be had from the hub"
-    )
+        cli.main([*arguments[:-2], str(tmp_path / "lora"), "--format", "lora-kohya"])
+    assert "gone' is no folder here and could not be had from the hub" in capsys.readouterr().err
+    arguments[3] = str(tmp_path / "lora")
+    cli.main([*arguments, "lora-kohya", "--pretrained", str(moved), "--lora_rank", "5", "--dtype", "bf16"])
+    report = capsys.readouterr().out
+    assert (tmp_path / "lora" / "tiny-lora-kohya.safetensors").is_file()
+    assert ", bf16)\n  rank 5, misses " in report
+    assert "% off that of the trained model (that of the model before training: " in report
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "merged", "--lora_rank", "3"], "`--lora_rank` belongs to the formats lora-diffusers and"),
+        (["--format", "lora-kohya", "--lora_rank", "0"], "must be a whole number from 1 on, got '0'"),
+        (["--format", "lora-kohya", "--lora_error", "1.5"], "must be a number between 0 and 1, got '1.5'"),
+        (["--format", "lora-kohya", "--lora_error", "x"], "must be a number between 0 and 1, got 'x'"),
+        (["--format", "lora-kohya", "--lora_error", "0.1", "--lora_rank", "3"], "not allowed with argument"),
+        (["--format", "ckpt"], "invalid choice: 'ckpt'"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_read(flags, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["export", "no-run", "--output", "out", *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_ends_with_the_files_that_were_asked_for(run, caplog):
+    caplog.set_level("INFO")
+    settings = {"num_shards": 2, "max_train_steps": 8, "report_to": "tensorboard"}
+    result = run("mine", **settings, export_formats=["merged", "lora-kohya", "single-file"])
+    names = ("mine-lora-kohya.safetensors", "mine.safetensors")
+    assert all((result.output_dir / name).is_file() for name in names)
+    assert not list(result.output_dir.glob("writing-*"))
+    for name in names:
+        assert f"wrote {result.output_dir / name}" in caplog.text
+    assert f"rank 64, misses {100 * result.summary['lora_relative_error']:.3g}%" in caplog.text
+
+
+def test_an_export_that_fails_at_the_end_loses_nothing(run, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(exporter_module, "single_file_weights", lambda *args: {})
+    with pytest.raises(ExportError, match="`single-file`: diffusers cannot load what was written"):
+        run("mine", max_train_steps=8, report_to="tensorboard", export_formats=["single-file", "lora-kohya"])
+    assert "the fine-tuned pipeline is in" in caplog.text
+    assert (tmp_path / "mine" / "mine-lora-kohya.safetensors").is_file()
+    assert not (tmp_path / "mine" / "mine.safetensors").exists()
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "mine", local_files_only=True) is not None
