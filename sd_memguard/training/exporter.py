@@ -62,8 +62,8 @@ class Export:
         lines = [f"wrote {self.path} ({self.format}, {size / 1e6:,.1f} MB, {self.dtype or default})"]
         if self.adapter is not None:
             lines.append(
-                f"  rank {self.adapter.rank}, misses {percent(self.adapter.relative_error)} of the change of the weights "
-                f"(biases and norms, which have no factors, are {percent(self.adapter.inexpressible)} of it)"
+                f"  rank {self.adapter.rank}, misses {percent(self.adapter.relative_error)} of the change of the "
+                f"weights (biases and norms, which have no factors, are {percent(self.adapter.inexpressible)} of it)"
             )
         compared = f"  loaded again, its drawing is {percent(self.difference)} off that of the trained model"
         if self.base_difference is not None:

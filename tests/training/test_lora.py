@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from sd_memguard.errors import ConfigError
 from sd_memguard.proxies.full import WEIGHTS
-from sd_memguard.training.lora import LoraError, best_factors, diffusers_names, kohya_names, low_rank, smallest_rank
 from sd_memguard.training.loop import Trainer, train
+from sd_memguard.training.lora import LoraError, best_factors, diffusers_names, kohya_names, low_rank, smallest_rank
 from sd_memguard.training.setup import make_accelerator, make_plan
 
 LORA = {"proxy": "lora", "rank": 2, "learning_rate": 1e-2, "report_to": "tensorboard"}
@@ -153,7 +153,10 @@ def test_the_drawings_of_validation_prompt_are_made(run, monkeypatch):
 def two_unets(unexplained=0.3):
     """Return weights before and after a change of rank 3 with something on top: a linear, a convolution, a bias."""
     generator = torch.Generator().manual_seed(0)
-    before = {"a.weight": torch.randn(12, 7, generator=generator), "b.weight": torch.randn(6, 5, 3, 3)}
+    before = {
+        "a.weight": torch.randn(12, 7, generator=generator),
+        "b.weight": torch.randn(6, 5, 3, 3, generator=generator),
+    }
     before |= {"b.bias": torch.zeros(6), "same.weight": torch.ones(4, 4)}
     after = dict(before)
     for name in ("a.weight", "b.weight"):
@@ -189,7 +192,8 @@ def test_the_smallest_rank_that_keeps_the_error(error):
 def test_errors_that_no_rank_keeps_and_changes_that_are_none():
     before, after = two_unets()
     least = low_rank(before, after, rank=7)
-    assert least.relative_error == pytest.approx(least.inexpressible, rel=1e-4) > 0
+    assert least.relative_error == pytest.approx(least.inexpressible, rel=1e-4)
+    assert least.inexpressible > 0
     with pytest.raises(LoraError, match="cannot be kept by any rank: biases and norms"):
         low_rank(before, after, error=0.9 * least.inexpressible)
     with pytest.raises(LoraError, match="cannot be kept"):  # less than bfloat16's own rounding
