@@ -164,9 +164,11 @@ def smallest_rank(spectra: Sequence[Tensor], lost: float, error: float, rounding
     enough = torch.nonzero(missed <= total * (error**2 - rounding**2)).flatten()
     if len(enough) == 0 or error <= rounding:
         reasons = f"biases and norms, which have no factors, are {(lost / total) ** 0.5:.2%} of the change"
+        if rounding > 1e-5:
+            reasons += f", and the rounding to this `--dtype` takes up to {rounding:.1%}"
         raise LoraError(
-            f"`--lora_error` {error:g} cannot be kept by any rank: {reasons}, and the rounding of the factors takes up "
-            f"to {rounding:.1g}; raise it, use `--dtype fp32`, or export `merged` or `single-file`, which miss nothing"
+            f"`--lora_error` {error:g} cannot be kept by any rank: {reasons}; raise it, or export `merged` or "
+            "`single-file`, which miss nothing"
         )
     return int(enough[0]) + 1
 
