@@ -1,6 +1,6 @@
 """The LoRA adapter of a UNet: added with peft, merged for export, and made into the factors of a LoRA file by SVD."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor
 from torch.nn.functional import pad
+from tqdm import tqdm
 
 from sd_memguard.core.seeding import derive_seed
 from sd_memguard.errors import UserError
@@ -100,10 +101,10 @@ def low_rank(
     lost = sum(float(_change(before, after, name).square().sum()) for name in set(changed) - set(layers))
     if rank is None:
         assert error is not None
-        spectra = [singular_squares(_change(before, after, name)) for name in layers]
+        spectra = [singular_squares(_change(before, after, name)) for name in _shown(layers, "choosing the rank")]
         rank = smallest_rank(spectra, lost, error, rounding=torch.finfo(dtype).eps)
     factors, missed, total = {}, lost, lost
-    for name in layers:
+    for name in _shown(layers, "factoring layers"):
         change, layer = _change(before, after, name), name.removesuffix(".weight")
         down, up = (factor.to(dtype) for factor in best_factors(change, rank))
         missed += float((change - up.double() @ down.double()).square().sum())
@@ -112,6 +113,11 @@ def low_rank(
         factors[f"{layer}{DOWN}"] = down.unflatten(1, (-1, *kernel)).cpu().contiguous()
         factors[f"{layer}{UP}"] = up.reshape(*up.shape, *(1 for _ in kernel)).cpu().contiguous()
     return LowRank(factors, rank, (missed / total) ** 0.5, (lost / total) ** 0.5)
+
+
+def _shown(layers: list[str], task: str) -> Iterable[str]:
+    """Return the layers with a progress bar on a terminal: there are hundreds, and large ones take seconds."""
+    return tqdm(layers, task, unit="layer", leave=False, disable=None)
 
 
 def _change(before: Mapping[str, Tensor], after: Mapping[str, Tensor], name: str) -> Tensor:
