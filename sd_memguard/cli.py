@@ -29,9 +29,16 @@ def _demo(argv: Sequence[str]) -> None:
         main(argv)
 
 
+def _export(argv: Sequence[str]) -> None:
+    from sd_memguard.training.export_command import main
+
+    main(argv)
+
+
 COMMANDS = {
     "train": Command("fine-tune Stable Diffusion under the memorization guard", _train),
     "demo": Command("fine-tune the bundled model twice, plain and guarded, and compare what they copy", _demo),
+    "export": Command("write a run in another format: a diffusers folder, one file, or a LoRA file", _export),
 }
 
 

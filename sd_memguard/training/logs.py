@@ -180,4 +180,4 @@ def summary_text(summary: dict[str, Any], output_dir: Path) -> str:
             f"  {row['skip_ratio']:4.0%} of {row['seen']:4d}  {row['file']!r}  {row['caption']!r}"
             for row in summary["memory_prone"]
         ]
-    return "\n".join([*lines, f"the fine-tuned pipeline is in {output_dir}"])
+    return "\n".join([*lines, f"the fine-tuned pipeline is in {output_dir}", *summary["exports"]])

@@ -30,11 +30,12 @@ from sd_memguard.training.checkpoint import (
 )
 from sd_memguard.training.dry_run import describe_plan
 from sd_memguard.training.export import UNET, write_pipeline
+from sd_memguard.training.exporter import export_at_end
 from sd_memguard.training.hub import push_to_hub
 from sd_memguard.training.interrupt import Interrupted, StopRequest
 from sd_memguard.training.learning_rate import learning_rate_schedule
 from sd_memguard.training.logs import RunLog, summary_text
-from sd_memguard.training.lora import low_rank, merge, write_lora_file
+from sd_memguard.training.lora import merge
 from sd_memguard.training.loss import DenoisingLoss, Noising
 from sd_memguard.training.models import load_unet
 from sd_memguard.training.progress import Progress
@@ -48,6 +49,7 @@ from sd_memguard.training.setup import (
     make_proxies,
     prepare_models,
 )
+from sd_memguard.training.trained_run import TrainedRun
 from sd_memguard.training.validation import LossProbe, MeanLoss, draw_prompts
 
 logger = logging.getLogger(__name__)
@@ -435,23 +437,14 @@ class Trainer:
         with self._aggregate() as unet:
             write_pipeline(self.plan.pipeline, unet, output_dir, config.variant)
         self.records.write_samples(self.plan.samples, self.guard)
-        summary = self.summary()
-        if isinstance(self.proxies, LoraProxies):
-            summary |= self._write_lora_file(self.proxies)
+        exports = export_at_end(TrainedRun(output_dir, config, self.schedule.num_shards))
+        summary = {**self.summary(), **exports.summary()}
         shutil.rmtree(self.records.folder / PROXIES_FOLDER, ignore_errors=True)  # the resting ones, if on disk
         self.log.end(summary_text(summary, output_dir))
         if config.push_to_hub:
             push_to_hub(output_dir, config, summary)
+        exports.raise_failures()
         return TrainResult(output_dir, progress.global_step, summary)
-
-    def _write_lora_file(self, proxies: LoraProxies) -> dict[str, Any]:
-        """Write the LoRA file: the change of the weights, whose rank the averagings have raised, at rank * shards."""
-        assert self.config.rank is not None
-        merged = proxies.merged(self.guard.aggregation_weights())
-        rank = self.config.rank * self.schedule.num_shards
-        adapter = low_rank(load_unet(self.plan.pipeline, self.config), merged, rank)
-        write_lora_file(self.plan.output_dir, adapter)
-        return {"lora_rank": adapter.rank, "lora_relative_error": adapter.relative_error}
 
     def summary(self) -> dict[str, Any]:
         """Return what the closing lines, the model card and callers report."""
