@@ -17,8 +17,8 @@ from sd_memguard.training.sample_folder import FolderPictures
 
 PAGE, INK, MUTED, LINE, EMPTY = "#ffffff", "#23262b", "#60656c", "#c9ccd1", "#f1f1ef"
 COLUMNS, PICTURE, GAP, MARGIN = 5, 216, 20, 36
-TEXT_HEIGHT, LINE_HEIGHT, CAPTION_LINES = 92, 19, 2
-HEADER = 104
+TEXT_HEIGHT, LINE_HEIGHT, CAPTION_LINES = 82, 19, 2
+HEADER, MAX_NOTE_LINES = 128, 3
 WIDTH = 2 * MARGIN + COLUMNS * PICTURE + (COLUMNS - 1) * GAP
 
 Load = Callable[[str], Image.Image]
@@ -59,13 +59,13 @@ def contact_sheet(rows: Sequence[dict[str, Any]], load: Load | None, note: Seque
     Args:
         rows: rows of ``samples.parquet``, the first picture first.
         load: from a file to its picture; None where the pictures are nowhere to be found.
-        note: lines under the title.
+        note: up to three lines under the title.
     """
     height = HEADER + -(-len(rows) // COLUMNS) * (PICTURE + TEXT_HEIGHT + GAP) + MARGIN - GAP
     sheet = Image.new("RGB", (WIDTH, height), PAGE)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, 24), "Most memory-prone pictures", fill=INK, font=_font(24, bold=True))
-    for number, line in enumerate(note):
+    for number, line in enumerate(note[:MAX_NOTE_LINES]):
         draw.text((MARGIN, 58 + number * 18), _shortened(line, 13, WIDTH - 2 * MARGIN), fill=MUTED, font=_font(13))
     for index, row in enumerate(rows):
         _draw_picture(sheet, draw, picture_box(index), row["file"], load)
@@ -111,14 +111,16 @@ def _draw_words(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], rank:
     left_out = row["skipped"] + row["augmented"]
     y = bottom + 7
     draw.text((left, y), f"{rank}.  {row['skip_ratio']:.0%}", fill=INK, font=_font(15, bold=True))
-    counts = f"{left_out} of {row['seen']} visits, shard {row['shard']}"
+    counts = f"{left_out} of {row['seen']} visits"
     draw.text((left + PICTURE, y + 2), counts, fill=MUTED, font=_font(12), anchor="ra")
     y += LINE_HEIGHT + 3
     for line in _wrapped(one_line(row["caption"], 200), 13, PICTURE, CAPTION_LINES):
         draw.text((left, y), line, fill=INK, font=_font(13))
         y += LINE_HEIGHT - 2
-    file = one_line(row["file"], 60, keep="end")
-    draw.text((left, y + 1), _shortened(file, 11, PICTURE, keep="end"), fill=MUTED, font=_font(11))
+    shard = f", shard {row['shard']}"
+    room = PICTURE - round(_font(11).getlength(shard))
+    file = _shortened(one_line(row["file"], 60, keep="end"), 11, room, keep="end")
+    draw.text((left, y + 1), file + shard, fill=MUTED, font=_font(11))
 
 
 def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:

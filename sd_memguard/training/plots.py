@@ -96,18 +96,18 @@ def gap_figure(run: RunFolder) -> Figure:
         raise NothingToDrawError(f"heldout_gap.png: the held-out gap was {NO_GAP}")
     last = probed[-1]
     gap = last["heldout_loss"] - last["train_loss"]
-    relation = "above" if gap >= 0 else "below"
     figure, (axes,) = _figure(
         1,
-        f"After round {last['round']} the loss on unseen pictures is {abs(gap):.4f} {relation} the other one",
-        "Fixed pictures, timesteps and noise: only the model changes. Bars: standard error over the pictures.",
+        f"Held-out gap after round {last['round']}: {gap:+.4f}",
+        "Loss on unseen pictures minus loss on pictures trained on, with the same timesteps and noise in every round. "
+        "Bars: standard error.",
     )
     rounds = [row["round"] for row in probed]
     curves = {name: np.array([row[name] for row in probed]) for name in ("heldout_loss", "train_loss")}
     axes.fill_between(rounds, curves["train_loss"], curves["heldout_loss"], color=GRID, linewidth=0)
     for (name, values), label, index in zip(curves.items(), ("unseen", "trained on"), (1, 0), strict=True):
         errors = [row.get(f"{name}_error") or 0.0 for row in probed]
-        style: dict[str, Any] = {**_style(index), "marker": "o", "capsize": 3, "elinewidth": 0.8}
+        style: dict[str, Any] = {**_style(index), "marker": "o", "capsize": 3, "elinewidth": 0.7}
         axes.errorbar(rounds, values, yerr=errors, label=label, **style)
         axes.annotate(
             f"{label} {values[-1]:.4f}",
@@ -159,6 +159,10 @@ def _matrix(axes: Axes, matrix: np.ndarray, names: list[str], rounds: list[int])
     axes.set_xticks(shown, [str(rounds[index]) for index in shown])
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
+    for edge in range(1, len(rounds)):
+        axes.axvline(edge - 0.5, color="white")
+    for edge in range(1, len(names)):
+        axes.axhline(edge - 0.5, color="white")
     axes.tick_params(length=0)
     if len(rounds) > MAX_ROUNDS_NUMBERED:
         return
@@ -176,13 +180,14 @@ def _moved_samples(axes: Axes, run: RunFolder) -> None:
         axes.bar_label(bars, [f"{height:,}" for height in heights], color=MUTED, padding=2)
     axes.set_title("samples by their number of moves", loc="left", fontsize=11, color=INK)
     axes.set(xlabel="moves of a sample", yticks=[])
+    axes.margins(y=0.08)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines["left"].set_visible(False)
 
 
 def _figure(num_panels: int, title: str, note: str) -> tuple[Figure, list[Axes]]:
     """Return a figure with its title, a note under it, and panels side by side."""
-    engine = ConstrainedLayoutEngine(rect=(0.01, 0.01, 0.98, 0.86))
+    engine = ConstrainedLayoutEngine(rect=(0.01, 0.01, 0.98, 0.84), wspace=0.08)
     figure = Figure(figsize=(9.5, 5), dpi=120, facecolor="white", layout=engine)
     panels = [figure.add_subplot(1, num_panels, number + 1) for number in range(num_panels)]
     figure.text(0.02, 0.965, title, fontsize=14, fontweight="bold", color=INK, va="top")
@@ -201,7 +206,7 @@ def _figure(num_panels: int, title: str, note: str) -> tuple[Figure, list[Axes]]
 def _style(index: int) -> dict[str, Any]:
     """Return colour and dashes of a line, no two alike among the first 28."""
     dashes = LINES[index // len(COLOURS) % len(LINES)]
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": dashes, "linewidth": 1.7, "markersize": 4}
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": dashes, "linewidth": 1.5, "markersize": 4}
 
 
 def _legend(axes: Axes, num_lines: int) -> None:

@@ -1,5 +1,6 @@
 """The story of a run in words: what was trained on what, round by round, how it ended, its memory-prone pictures."""
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from sd_memguard.training.run_folder import RunFolder, round_mean
 
 MAX_ROUNDS_LISTED = 40
 NAME_WIDTH, MAX_FILE_WIDTH, MIN_CAPTION_WIDTH = 60, 36, 24
-MISSING = "-"
+MISSING, INDENT = "-", " " * 11
 
 
 def tell_story(run: RunFolder, num_pictures: int, width: int) -> str:
@@ -24,11 +25,11 @@ def tell_story(run: RunFolder, num_pictures: int, width: int) -> str:
     """
     parts = [
         _heading(run),
-        _settings(run),
+        _settings(run, width),
         _rounds(run),
         _ending(run),
         memory_prone_table(run, num_pictures, width),
-        [f"Note: {one_line(notice, 400)}" for notice in run.notices],
+        [line for notice in run.notices for line in textwrap.wrap(f"Note: {one_line(notice, 400)}", width)],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
@@ -44,7 +45,7 @@ def _heading(run: RunFolder) -> list[str]:
     return lines
 
 
-def _settings(run: RunFolder) -> list[str]:
+def _settings(run: RunFolder, width: int) -> list[str]:
     """Return what was trained on what, a line for each subject."""
     config = run.config
     get = config.get
@@ -62,7 +63,9 @@ def _settings(run: RunFolder) -> list[str]:
     if run.num_shards > 1:
         held = f", of {', '.join(map(str, sizes))} samples in the last round" if sizes else ""
         rows.insert(4, ("shards", f"{run.num_shards}, a proxy each{held}"))
-    return [f"  {name:8} {text}" for name, text in rows]
+    return [
+        line for name, text in rows for line in textwrap.wrap(f"  {name:8} {text}", width, subsequent_indent=INDENT)
+    ]
 
 
 def _name(value: object) -> str:
@@ -198,7 +201,7 @@ def memory_prone_table(run: RunFolder, num_pictures: int, width: int) -> list[st
     return [
         "Most memory-prone pictures",
         *(f"  {line}" for line in table([*header, "caption"], captioned, left=["file", "caption"])),
-        *(f"  {line}" for line in ranking_sentences(run, len(prone))),
+        *(f"  {line}" for line in textwrap.wrap("; ".join(ranking_sentences(run, len(prone))) + ".", width - 2)),
     ]
 
 
