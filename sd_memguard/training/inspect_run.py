@@ -98,7 +98,8 @@ def draw_pictures(run: RunFolder, folder: Path | None, settings: InspectSettings
             written.append(CONTACT_SHEET)
             left_out += [] if folder else [f"the training pictures, {_where_they_were(run)}"]
         else:
-            left_out.append(f"{CONTACT_SHEET}, since no visit was skipped or augmented")
+            why = "no round has ended yet" if run.samples is None else "no visit was skipped or augmented"
+            left_out.append(f"{CONTACT_SHEET}, since {why}")
         for name, make in PLOTS.items():
             try:
                 make(run).savefig(settings.output_dir / name)

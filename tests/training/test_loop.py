@@ -28,7 +28,8 @@ from sd_memguard.training.setup import RunFolderError, make_accelerator, make_pl
 from tests.reference.bare_loop import bare_loop
 
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
-RESULTS = [UNET, Path("memguard/rounds.jsonl"), Path("memguard/samples.parquet")]
+RECORDS = ("rounds.jsonl", "samples.parquet", "banks.safetensors", "summary.json")
+RESULTS = [UNET, *(Path("memguard", name) for name in RECORDS)]
 EPSILON = 1e-4
 """AdamW's epsilon where sums are taken in another order: with 1e-8 it blows the rounding of tiny gradients up."""
 NEUTRAL = {"num_shards": 1, "skip_threshold": 0.0, "augment_threshold": 0.0, "redistribute_fraction": 0.0}
@@ -161,6 +162,7 @@ def test_a_run_folder(run, pipeline, pictures):
         (4, "average"),
     ]
     fields = {"shard", "size", "steps", "loss", "skipped_fraction", "augmented_fraction", "distance"}
+    fields |= {"bank_mean", "bank_coverage"}
     assert all(set(shard) == fields for row in rounds for shard in row["shards"])
     assert sum(row["extra_steps"] for row in rounds) == summary["extra_steps"]
     assert all(row["train_loss"] == row["heldout_loss"] for row in rounds)  # the same pictures twice: same probe
