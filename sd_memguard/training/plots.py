@@ -29,7 +29,7 @@ def bank_figure(run: RunFolder) -> Figure:
         NothingToDrawError: the run kept no banks, or nothing was visited yet.
     """
     if not any(np.isfinite(bank.mean).any() for bank in run.banks):
-        raise NothingToDrawError("bank.png, since there is no memory bank on disk yet")
+        raise NothingToDrawError("bank.png, since there is no memory bank on disk")
     figure, (axes,) = _figure(1, f"What loss is usual at each timestep, after round {len(run.rounds)}", _bank_note(run))
     for k, bank in enumerate(run.banks):
         # A timestep that nothing came near is a gap in the line; zeros cannot be drawn on a logarithmic scale.

@@ -137,14 +137,19 @@ def _ending(run: RunFolder) -> list[str]:
     """Return what it ended with, or where it stands."""
     if not run.rounds:
         return []
-    totals = {name: sum(row.get(name) or 0 for row in run.rounds) for name in ("empty_steps", "nonfinite_steps")}
-    totals |= {name: run.summary[name] for name in totals if name in run.summary}
     lines = ["How it ended" if run.is_finished else "Where it stands", *_gap_lines(run), *_visit_lines(run)]
-    lines.append(f"  steps    {totals['empty_steps']} without a clean sample, {totals['nonfinite_steps']} not finite")
+    empty, nonfinite = (_total(run, name) for name in ("empty_steps", "nonfinite_steps"))
+    lines.append(f"  steps    {empty} without a clean sample, {nonfinite} not finite")
     if "lora_rank" in run.summary:
         error = run.summary["lora_relative_error"]
         lines.append(f"  LoRA     file of rank {run.summary['lora_rank']}, relative error {error:.2e}")
     return lines
+
+
+def _total(run: RunFolder, name: str) -> str:
+    """Return a count over all rounds; runs of older versions have not kept it."""
+    known = all(name in row for row in run.rounds)
+    return str(sum(row[name] for row in run.rounds)) if known else "an unknown number"
 
 
 def _gap_lines(run: RunFolder) -> list[str]:
@@ -228,11 +233,11 @@ def ranking_sentences(run: RunFolder, num_listed: int) -> list[str]:
         f"{num_reached:,} of {len(seen):,} pictures rank as high as the last one here; if every visit were left out at "
         f"the mean rate of {rate:.0%}, chance would put {expected:,.1f} there",
     ]
-    if expected > num_reached / 2:
-        sentences.append(
-            f"so this list says little: a picture was seen {np.median(seen):g} times (median), too few to tell "
-            "memorized from lucky"
-        )
+    times = f"a picture was seen {np.median(seen):g} times (median)"
+    if expected >= num_reached:
+        sentences.append(f"so this list says nothing yet: {times}")
+    elif expected > num_reached / 2:
+        sentences.append(f"so more than half of this list may be chance: {times}")
     return sentences
 
 
