@@ -13,7 +13,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
 KNOWN = {*SETTINGS, *ALIASES, "config", "help"}
 # Flags of other programs, and those that the text says are refused or do not exist yet.
-FOREIGN = {"num_processes", "images_per_caption", "steps"}
+FOREIGN = {"num_processes", "images_per_caption", "steps", "num_pictures"}
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)

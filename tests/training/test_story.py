@@ -110,7 +110,7 @@ def test_the_ranking_says_how_much_it_is_worth(finished_run):
     assert len(clear) == 2
     # All are left out half of the time: chance alone would spread them further.
     assert "says nothing yet: a picture was seen 20 times" in sentences([11] * 4 + [10] * 36, 4)[-1]
-    # At 10 or more of 20, chance puts 23.5 of 40 pictures; here are 30.
+    # Chance puts somewhat more than half of 40 pictures at 10 or more of 20; here are 30.
     assert "more than half of this list may be chance" in sentences([10] * 30 + [9] * 10, 30)[-1]
 
 
