@@ -66,7 +66,12 @@ def contact_sheet(rows: Sequence[dict[str, Any]], load: Load | None, note: Seque
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, 24), "Most memory-prone pictures", fill=INK, font=_font(24, bold=True))
     for number, line in enumerate(note[:MAX_NOTE_LINES]):
-        draw.text((MARGIN, 58 + number * 18), _shortened(line, 13, WIDTH - 2 * MARGIN), fill=MUTED, font=_font(13))
+        draw.text(
+            (MARGIN, 58 + number * 18),
+            _shortened(one_line(line, 200), 13, WIDTH - 2 * MARGIN),
+            fill=MUTED,
+            font=_font(13),
+        )
     for index, row in enumerate(rows):
         _draw_picture(sheet, draw, picture_box(index), row["file"], load)
         _draw_words(draw, picture_box(index), index + 1, row)
@@ -97,7 +102,9 @@ def _draw_picture(
         picture = fitted(load(file))
     except PictureError as error:
         draw.rectangle((left, top, right - 1, bottom - 1), fill=EMPTY, outline=LINE)
-        lines = [*_wrapped(one_line(file, 100, keep="end"), 13, PICTURE - 24, 3), "", *_wrapped(str(error), 12, 190, 5)]
+        room = PICTURE - 24
+        name, reason = one_line(file, 100, keep="end"), one_line(str(error), 200)
+        lines = [*_wrapped(name, 13, room, 3), "", *_wrapped(reason, 13, room, 5)]
         for number, line in enumerate(lines):
             draw.text((left + 12, top + 14 + number * LINE_HEIGHT), line, fill=MUTED, font=_font(13))
         return

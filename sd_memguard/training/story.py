@@ -11,7 +11,7 @@ from sd_memguard.training.ranking import Counts, expected_by_chance, memory_pron
 from sd_memguard.training.run_folder import RunFolder, round_mean
 
 MAX_ROUNDS_LISTED = 40
-NAME_WIDTH, MAX_FILE_WIDTH, MIN_CAPTION_WIDTH = 60, 36, 24
+NAME_WIDTH, MAX_FILE_WIDTH, MIN_WIDTH = 60, 36, 14
 MISSING, INDENT = "-", " " * 11
 
 
@@ -191,21 +191,20 @@ def memory_prone_table(run: RunFolder, num_pictures: int, width: int) -> list[st
     prone = memory_prone_rows(run, num_pictures)
     if not prone:
         return ["Memory-prone pictures: none, no visit was skipped or augmented."]
-    header = ["", "skip ratio", "seen", "skipped", "augmented", "moves", "shard", "file"]
-    rows = [
-        [
-            str(number),
-            _percent(row["skip_ratio"]),
-            *(str(row[name]) for name in header[2:7]),
-            one_line(row["file"], MAX_FILE_WIDTH, keep="end"),
-        ]
+    header = ["", "skip ratio", "seen", "skipped", "augmented", "moves", "shard"]
+    numbers = [
+        [str(number), _percent(row["skip_ratio"]), *(str(row[name]) for name in header[2:])]
         for number, row in enumerate(prone, start=1)
     ]
-    room = max(width - 4 - max(map(display_width, table(header, rows, left=["file"]))), MIN_CAPTION_WIDTH)
-    captioned = [[*cells, one_line(row["caption"], room)] for cells, row in zip(rows, prone, strict=True)]
+    room = width - 6 - max(map(display_width, table(header, numbers)))
+    files = [one_line(row["file"], min(max(room // 2, MIN_WIDTH), MAX_FILE_WIDTH), keep="end") for row in prone]
+    room = max(room - max(map(display_width, files)), MIN_WIDTH)
+    rows = [
+        [*cells, file, one_line(row["caption"], room)] for cells, file, row in zip(numbers, files, prone, strict=True)
+    ]
     return [
         "Most memory-prone pictures",
-        *(f"  {line}" for line in table([*header, "caption"], captioned, left=["file", "caption"])),
+        *(f"  {line}" for line in table([*header, "file", "caption"], rows, left=["file", "caption"])),
         *(f"  {line}" for line in textwrap.wrap("; ".join(ranking_sentences(run, len(prone))) + ".", width - 2)),
     ]
 

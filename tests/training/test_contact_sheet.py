@@ -99,5 +99,5 @@ def test_where_pictures_are_looked_for(finished_run, pictures, tmp_path):
     assert picture_folder(run, None) == assets.demo_data_path()
     run.config["train_data_dir"] = str(tmp_path / "nothing")
     assert picture_folder(run, None) is None
-    run.config |= {"dataset_name": "some/set", "train_data_dir": None}
+    run.config.update({"dataset_name": "some/set", "train_data_dir": None})
     assert picture_folder(run, None) is None
