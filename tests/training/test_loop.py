@@ -90,6 +90,28 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(run, configure, wide_pict
         assert whole.summary["extra_steps"] > 0
 
 
+def test_a_run_may_go_on_in_another_folder(run, configure, monkeypatch):
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15)
+        with pytest.raises(Interrupted):
+            run("first")
+    checkpoint = Path(configure("first").output_dir, "checkpoint-15")
+    second = run("second", resume_from_checkpoint=str(checkpoint))
+    assert results(second.output_dir) == results(whole.output_dir)
+
+
+def test_the_size_of_a_shard_is_that_of_the_round(run):
+    rounds = Path(run(max_train_steps=12).output_dir, "memguard/rounds.jsonl").read_text().splitlines()
+    first, second = (json.loads(line) for line in rounds)
+    assert [shard["size"] for shard in first["shards"]] == [8, 8, 8]
+    sizes = [8, 8, 8]
+    for move in first["moves"]:
+        sizes[move["source"]] -= move["count"]
+        sizes[move["target"]] += move["count"]
+    assert [shard["size"] for shard in second["shards"]] == sizes
+
+
 def test_a_real_sigterm_ends_with_143_and_a_checkpoint(configure, pictures, pipeline, tmp_path):
     flags = {"pretrained": pipeline, "train_data_dir": pictures, "output_dir": tmp_path / "run", "resolution": 32}
     flags |= {"max_train_steps": 100000, "train_batch_size": 4, "checkpointing_steps": 10, "mixed_precision": "no"}
