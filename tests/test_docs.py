@@ -15,7 +15,7 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
 EXPORT = {name.removeprefix("--") for name in build_parser()._option_string_actions if name.startswith("--")}
 KNOWN = {*SETTINGS, *ALIASES, "config", *EXPORT}
 # Flags of other programs, and those that the text says are refused or do not exist yet.
-FOREIGN = {"num_processes", "images_per_caption", "steps"}
+FOREIGN = {"num_processes", "images_per_caption", "steps", "num_pictures"}
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
