@@ -33,6 +33,7 @@ from sd_memguard.training.export import UNET, write_pipeline
 from sd_memguard.training.hub import push_to_hub
 from sd_memguard.training.interrupt import Interrupted, StopRequest
 from sd_memguard.training.learning_rate import learning_rate_schedule
+from sd_memguard.training.lock import run_lock
 from sd_memguard.training.logs import RunLog, summary_text
 from sd_memguard.training.lora import low_rank, merge, write_lora_file
 from sd_memguard.training.loss import DenoisingLoss, Noising
@@ -81,11 +82,12 @@ def train(config: TrainConfig) -> TrainResult:
     if plan.config.dry_run:
         print(describe_plan(plan, accelerator))
         return TrainResult(plan.output_dir, 0, {})
-    trainer = Trainer(plan, accelerator)
-    trainer.resume()
-    with StopRequest() as stop, trainer.log:
-        trainer.fit(stop)
-        return trainer.finish()
+    with run_lock(plan.output_dir):
+        trainer = Trainer(plan, accelerator)
+        trainer.resume()
+        with StopRequest() as stop, trainer.log:
+            trainer.fit(stop)
+            return trainer.finish()
 
 
 class Trainer:
