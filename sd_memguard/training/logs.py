@@ -84,7 +84,7 @@ class RunLog:
         if self._bar is None:
             self._bar = tqdm(total=self.plan.schedule.total_steps, initial=progress.global_step - 1, unit="step")
             self._first_forward = progress.picture_forwards
-        visits = sum(len(verdict.losses) for verdict in verdicts)
+        visits = max(sum(len(verdict.losses) for verdict in verdicts), 1)
         loss = sum(float(verdict.losses.sum()) for verdict in verdicts) / visits
         skipped = sum(verdict.num_skipped for verdict in verdicts) / visits
         augmented = sum(verdict.num_augmented for verdict in verdicts) / visits
@@ -170,6 +170,8 @@ def summary_text(summary: dict[str, Any], output_dir: Path) -> str:
         f"steps without a clean sample {summary['empty_steps']}; samples moved {summary['moved_samples']}; "
         f"left in the augmentation queues {summary['augment_queue_left']}",
     ]
+    if summary["lost_visits"]:
+        lines.append(f"visits to pictures that could not be read any more: {summary['lost_visits']}")
     if summary["heldout_loss"] is not None:
         lines.append(
             f"denoising loss: pictures trained on {summary['train_loss']:.4f}, unseen {summary['heldout_loss']:.4f}"
