@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sd_memguard.guard import Verdict
 from sd_memguard.training.progress import Progress
+from sd_memguard.training.sample_check import shortened
 from sd_memguard.training.setup import Plan
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ def summary_text(summary: dict[str, Any], output_dir: Path) -> str:
     if summary["memory_prone"]:
         lines.append("most memory-prone samples (share of visits skipped or augmented):")
         lines += [
-            f"  {row['skip_ratio']:4.0%} of {row['seen']:4d}  {row['file']!r}  {row['caption']!r}"
+            f"  {row['skip_ratio']:4.0%} of {row['seen']:4d}  {shortened(row['file'])}  {shortened(row['caption'])}"
             for row in summary["memory_prone"]
         ]
     return "\n".join([*lines, f"the fine-tuned pipeline is in {output_dir}"])
