@@ -3,10 +3,12 @@
 Ours, not the paper's. A perceptual hash is a row of signs of low frequencies, so that two versions of one picture
 differ in few bits. The hashes are sorted under 28 orders of their bits, one for each two of their eight bytes in
 front: two hashes that differ in six bits at most agree in two bytes at least, and so lie near each other in one of the
-orders (the sorted tables of Manku et al. 2007, "Detecting near-duplicates for web crawling"). Each picture is
-compared with the next few in each order and no others, however many look alike.
+orders (the sorted tables of Manku et al. 2007, "Detecting near-duplicates for web crawling"). Equal hashes are sorted
+by a random projection of the thumbnail, another one in each order. Each picture is compared with the next few in each
+order, and with no more once it was unlike 64 others: so the time is bounded also where all hashes are alike.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import combinations
 
@@ -21,14 +23,19 @@ MAX_BITS = 10
 """Hashes that differ in more bits are not looked at."""
 WINDOW = 16
 """Neighbours in each order with which a picture is compared."""
+MAX_FAILURES = 64
+"""Comparisons in vain after which a picture is left alone."""
 
 _MIN_CONTRAST = 4.0  # grey levels; below that a picture counts as flat and its noise is not blown up
-_MAX_BRIGHTER = 40.0  # grey levels by which one of two pictures of the same pattern may be brighter
+_MAX_BRIGHTER = 32.0  # grey levels by which one of two pictures of the same pattern may be brighter
 _MIN_COEFFICIENT = 2.0  # grey levels; a frequency as weak as this is noise, whatever its sign
-_ROWS_PER_CHUNK = 16_384
+_MAX_SHIFT = 0.6  # pixels of the thumbnail, 5 % of its side: what a crop may shift, and stretch each half
+_MAX_DISTANCE_BEFORE_SHIFT = 0.4  # a crop of 4 % moves pictures hardly farther apart
+_ROWS_PER_CHUNK = 4096
 _ORDERS = [[*front, *(byte for byte in range(8) if byte not in front)] for front in combinations(range(8), 2)]
 
 Thumbnails = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 
@@ -44,8 +51,8 @@ def find_groups(thumbnails: Thumbnails) -> Ids:
     first_equal = _first_equal(thumbnails)
     distinct = np.flatnonzero(first_equal == np.arange(len(thumbnails)))
     leaders = _Leaders(thumbnails[distinct])
-    for order in _ORDERS:
-        leaders.merge_neighbours(order)
+    for number in range(len(_ORDERS)):
+        leaders.merge_neighbours(number)
     position = np.searchsorted(distinct, first_equal)
     return distinct[leaders.leader_of[position]]
 
@@ -71,18 +78,47 @@ def hash_thumbnails(thumbnails: Thumbnails) -> npt.NDArray[np.uint8]:
 def distances(first: Thumbnails, second: Thumbnails) -> npt.NDArray[np.float32]:
     """Return how far thumbnails are apart, pair by pair, (N,) float32.
 
-    The root mean square difference of the pixels, each picture's mean subtracted and its contrast divided out: 0 for
-    the same pattern, also darker, brighter or of another contrast; about 1.4 for unrelated ones. Infinite where one is
-    much brighter than the other.
+    The root mean square difference of the pixels, each picture's mean subtracted and its contrast divided out, after
+    the small shift and stretch that fit best: 0 for the same pattern, also darker, brighter or of another contrast;
+    about 1.4 for unrelated ones. Infinite where one is much brighter than the other.
 
     Args:
         first: (N, side, side, 3) uint8.
         second: as many.
     """
     (one, mean), (other, other_mean) = _standardized(first), _standardized(second)
-    apart = np.sqrt(np.square(one - other).mean(axis=1))
+    difference = other - one
+    apart = _root_mean_square(difference)
     apart[np.abs(mean - other_mean) > _MAX_BRIGHTER] = np.inf
+    cropped = (apart > MAX_DISTANCE) & (apart < _MAX_DISTANCE_BEFORE_SHIFT)
+    apart[cropped] = np.minimum(
+        apart[cropped], _aligned(difference[cropped], one[cropped] + np.float32(0.5) * difference[cropped])
+    )
     return apart
+
+
+def _aligned(difference: Pixels, mean: Pixels) -> npt.NDArray[np.float32]:
+    """Return the root mean square of what a shift and stretch leave of the differences, (N,) float32.
+
+    To first order these add multiples of the gradients, and of the gradients times the place, to a picture (Lucas and
+    Kanade 1981); the multiples are those of least squares. Infinite where they would move a pixel too far.
+
+    Args:
+        difference: (N, side, side, 3) of two pictures.
+        mean: (N, side, side, 3) of the same two.
+    """
+    place = np.linspace(-1, 1, mean.shape[1], dtype=np.float32)
+    down, right = np.gradient(mean, axis=(1, 2))
+    moves = np.stack((down, right, down * place[:, None, None], right * place[:, None]), axis=-1)
+    num_values = math.prod(mean.shape[1:])
+    moves = moves.reshape(-1, num_values, 4)
+    flat = difference.reshape(-1, num_values, 1)
+    # A grain of ridge, for pictures without gradients in one direction.
+    normal = moves.transpose(0, 2, 1) @ moves + 0.05 * np.eye(4, dtype=np.float32)
+    shifts = np.linalg.solve(normal, moves.transpose(0, 2, 1) @ flat)
+    left = _root_mean_square(flat - moves @ shifts)
+    left[(np.abs(shifts) > _MAX_SHIFT).any(axis=(1, 2))] = np.inf
+    return left
 
 
 class _Leaders:
@@ -96,23 +132,39 @@ class _Leaders:
         self.thumbnails = thumbnails
         self.hashes = hash_thumbnails(thumbnails)
         self.leader_of = np.arange(len(thumbnails))
+        self.failures = np.zeros(len(thumbnails), dtype=np.int32)
         self.num_compared = 0
 
-    def merge_neighbours(self, byte_order: list[int]) -> None:
-        """Merge groups whose leaders are alike and neighbours when the hashes are sorted by bytes in this order."""
+    def merge_neighbours(self, number: int) -> None:
+        """Merge groups whose leaders are alike and neighbours in one of the orders."""
         leaders = np.flatnonzero(self.leader_of == np.arange(len(self.leader_of)))
-        keys = np.ascontiguousarray(self.hashes[leaders][:, byte_order]).view(">u8").ravel().astype(np.uint64)
-        order = np.argsort(keys, kind="stable")
+        keys = np.ascontiguousarray(self.hashes[leaders][:, _ORDERS[number]]).view(">u8").ravel().astype(np.uint64)
+        order = np.lexsort((self._project(leaders, number), keys))
         keys, leaders = keys[order], leaders[order]
         for offset in range(1, min(WINDOW, len(leaders) - 1) + 1):
             near = np.flatnonzero(np.bitwise_count(keys[:-offset] ^ keys[offset:]) <= MAX_BITS)
             one, other = leaders[near], leaders[near + offset]
-            both_lead = (self.leader_of[one] == one) & (self.leader_of[other] == other)
-            self._merge(np.minimum(one, other)[both_lead], np.maximum(one, other)[both_lead])
+            both_open = self._is_open(one) & self._is_open(other)
+            self._merge(np.minimum(one, other)[both_open], np.maximum(one, other)[both_open])
+
+    def _is_open(self, pictures: Ids) -> npt.NDArray[np.bool_]:
+        """Say which pictures lead a group, alone or not, and were not compared too often."""
+        leads: npt.NDArray[np.bool_] = self.leader_of[pictures] == pictures
+        return leads & (self.failures[pictures] < MAX_FAILURES)
+
+    def _project(self, pictures: Ids, number: int) -> npt.NDArray[np.float32]:
+        """Return a random projection of the thumbnails, (N,); in whole numbers, so that it is exact on any machine."""
+        size = self.thumbnails[0].size if len(self.thumbnails) else 0
+        weights = np.random.default_rng(number).integers(-8, 9, size).astype(np.float32)
+        projected = np.empty(len(pictures), dtype=np.float32)
+        for rows in _chunks(len(pictures)):
+            projected[rows] = self.thumbnails[pictures[rows]].reshape(-1, size).astype(np.float32) @ weights
+        return projected
 
     def _merge(self, targets: Ids, sources: Ids) -> None:
         """Let the sources' groups follow the targets where all their members are like the target."""
         alike = self._alike(targets, sources)
+        np.add.at(self.failures, np.concatenate((targets[~alike], sources[~alike])), 1)
         targets, sources = targets[alike], sources[alike]
         # Nobody follows a picture that itself begins to follow, and nobody follows two.
         free = ~np.isin(targets, sources)
@@ -125,7 +177,9 @@ class _Leaders:
         members = np.flatnonzero(new_leader[self.leader_of] >= 0)
         of_members = new_leader[self.leader_of[members]]
         unlike = members[~self._alike(of_members, members)]
-        new_leader[self.leader_of[unlike]] = -1
+        refused = np.unique(self.leader_of[unlike])
+        self.failures[refused] += 1
+        new_leader[refused] = -1
         followers = members[new_leader[self.leader_of[members]] >= 0]
         self.leader_of[followers] = new_leader[self.leader_of[followers]]
 
@@ -154,13 +208,18 @@ def _first_equal(thumbnails: Thumbnails) -> Ids:
     return first
 
 
-def _standardized(thumbnails: Thumbnails) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return the pixels with mean 0 and contrast 1, (N, side * side * 3), and the means, (N,)."""
-    pixels = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
-    mean = pixels.mean(axis=1)
-    pixels -= mean[:, None]
-    pixels /= np.maximum(np.sqrt(np.square(pixels).mean(axis=1)), _MIN_CONTRAST)[:, None]
+def _standardized(thumbnails: Thumbnails) -> tuple[Pixels, npt.NDArray[np.float32]]:
+    """Return the pixels with mean 0 and contrast 1, (N, side, side, 3), and the means, (N,)."""
+    pixels = thumbnails.astype(np.float32)
+    mean = pixels.mean(axis=(1, 2, 3))
+    pixels -= mean[:, None, None, None]
+    pixels /= np.maximum(_root_mean_square(pixels), _MIN_CONTRAST)[:, None, None, None]
     return pixels, mean
+
+
+def _root_mean_square(values: Pixels) -> npt.NDArray[np.float32]:
+    root: npt.NDArray[np.float32] = np.sqrt(np.square(values).mean(axis=tuple(range(1, values.ndim))))
+    return root
 
 
 def _chunks(length: int) -> Iterator[slice]:
