@@ -154,7 +154,7 @@ class _Leaders:
 
     def _project(self, pictures: Ids, number: int) -> npt.NDArray[np.float32]:
         """Return a random projection of the thumbnails, (N,); in whole numbers, so that it is exact on any machine."""
-        size = self.thumbnails[0].size if len(self.thumbnails) else 0
+        size = math.prod(self.thumbnails.shape[1:])
         weights = np.random.default_rng(number).integers(-8, 9, size).astype(np.float32)
         projected = np.empty(len(pictures), dtype=np.float32)
         for rows in _chunks(len(pictures)):
@@ -194,7 +194,7 @@ class _Leaders:
 
 def _first_equal(thumbnails: Thumbnails) -> Ids:
     """Return for each thumbnail the first one that equals it in every byte, (N,) int64."""
-    flat = np.ascontiguousarray(thumbnails).reshape(len(thumbnails), -1)
+    flat = np.ascontiguousarray(thumbnails).reshape(-1, math.prod(thumbnails.shape[1:]))
     # Equal ones share the product with a row of random numbers (modulo 2 ** 64), and so lie side by side.
     weights = np.random.default_rng(0).integers(0, 2**64, flat.shape[1], dtype=np.uint64)
     keys = np.concatenate([flat[rows].astype(np.uint64) @ weights for rows in _chunks(len(flat))] or [weights[:0]])
