@@ -36,6 +36,7 @@ LIBRARIES = {
     "train": set(),
     "assets": set(),
     "core": {"torch"},
+    "core.duplicates": {"numpy"},
     "proxies": {"torch", "safetensors"},
     "guard": {"torch"},
     "audit.similarity": {"torch"},

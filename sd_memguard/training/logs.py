@@ -163,7 +163,7 @@ MANY_PASSES = 10
 
 def passes_per_round(plan: Plan) -> float:
     """Return how often a proxy passes over its shard in a round."""
-    per_shard = len(plan.samples.sample_ids) / plan.schedule.num_shards
+    per_shard = plan.pass_length / plan.schedule.num_shards
     return min(plan.schedule.steps_per_round, plan.schedule.shard_steps(0)) * plan.visits_per_step / per_shard
 
 

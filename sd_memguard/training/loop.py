@@ -144,6 +144,7 @@ class Trainer:
             config.guard,
             plan.samples.num_rows,
             num_timesteps=num_timesteps,
+            groups=None if plan.samples.groups is None else torch.from_numpy(plan.samples.groups),
             exclude=torch.nonzero(unusable).flatten(),
             device=accelerator.device,
         )
@@ -208,15 +209,17 @@ class Trainer:
         self.proxies.activate(shard_index)
         self.guard.shard_index = shard_index
         members = self.guard.plan.members(shard_index)
+        groups = None if self.guard.balanced_groups is None else self.guard.balanced_groups[members]
+        pass_length = self.guard.num_pictures()[shard_index]
         size, accumulation = self.config.train_batch_size, self.config.gradient_accumulation_steps
-        visits = cursor.peek(members, num_steps * self.plan.visits_per_step, self.plan.seed)
+        visits = cursor.peek(members, num_steps * self.plan.visits_per_step, self.plan.seed, groups)
         chunks = [visits[start : start + size] for start in range(0, len(visits), size)]
         batches = self.source.batches(chunks)
         for _ in range(num_steps):
             verdicts = self.step(batches, accumulation)
             while (waiting := self.guard.take_augment_batch(size)) is not None:
                 self.augmented_step(waiting)
-            cursor.advance(self.plan.visits_per_step, len(members))
+            cursor.advance(self.plan.visits_per_step, pass_length)
             progress.shard_steps[shard_index] += 1
             progress.step_in_round += 1
             progress.global_step += 1
@@ -393,7 +396,7 @@ class Trainer:
         """Say whether a multiple of ``--validation_epochs`` passes was completed, or the first or last round ends."""
         if not self._prompts:
             return False
-        per_epoch = len(self.plan.samples.sample_ids)
+        per_epoch = self.plan.pass_length
         done = self.progress.global_step * self.plan.visits_per_step // per_epoch
         steps_before = self.records.rounds[-1]["global_step"] if self.records.rounds else 0
         before, every = steps_before * self.plan.visits_per_step // per_epoch, self.config.validation_epochs

@@ -192,7 +192,7 @@ def test_a_run_folder(run, pipeline, pictures):
 
     table = pq.read_table(run_folder / "memguard/samples.parquet")
     counts = ["seen", "skipped", "augmented", "moves", "skip_ratio"]
-    assert table.column_names == ["sample_id", "file", "caption", "shard", *counts]
+    assert table.column_names == ["sample_id", "file", "caption", "shard", "duplicate_group", *counts]
     columns = table.to_pydict()
     assert sum(columns["seen"]) == 24 * 4
     moved = sum(move["count"] for row in rounds for move in row["moves"])
