@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sd_memguard.training.lock import run_lock
+from sd_memguard.training.loop import train
 from sd_memguard.training.setup import RunFolderError
 
 HOLD = """
@@ -33,9 +34,9 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_second_run_is_refused_and_told_who_holds_the_folder(holder, tmp_path, run):
+def test_a_second_run_is_refused_and_told_who_holds_the_folder(holder, tmp_path, configure):
     with pytest.raises(RunFolderError, match=f"in use by another run .process {holder.pid} on "):
-        run(output_dir=str(tmp_path))
+        train(configure(tmp_path))
     assert not (tmp_path / "model_index.json").exists()
 
 

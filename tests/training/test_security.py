@@ -84,9 +84,9 @@ def test_no_file_of_a_checkpoint_runs(run, payload, mark, tmp_path):
         manifest[name] = _fingerprint(copy / name)
         (copy / MANIFEST).write_text(json.dumps(manifest))
         if name.startswith("memguard/"):
-            refused(run, output_dir=str(run_folder), **SHORT, resume_from_checkpoint="latest")
+            refused(run, run_folder, **SHORT, resume_from_checkpoint="latest")
         else:  # the aggregate is for the user, not read again
-            run(output_dir=str(run_folder), **SHORT, resume_from_checkpoint="latest")
+            run(run_folder, **SHORT, resume_from_checkpoint="latest")
     assert not mark.exists()
 
 
