@@ -40,7 +40,7 @@ def histograms(audit: Audit) -> Histograms:
     groups = similarities(audit)
     background = background_similarities(audit)
     threshold = audit.threshold.similarity
-    everything = np.concatenate([*groups.values(), *background.values(), np.float32([threshold, 1.0])])
+    everything = np.concatenate([*groups.values(), *background.values(), np.array([threshold, 1.0])])
     low = float(np.floor(everything.min() * 20) / 20)
     high = float(np.ceil(np.round(everything.max(), 4) * 20) / 20)
     edges = np.linspace(low, high, NUM_BINS + 1)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,8 @@ class Estimate(NamedTuple):
     n: int | None = None
 
 
-class Copies(NamedTuple):
+@dataclass(frozen=True)
+class Copies:
     """What was counted on one kind of drawings of a model."""
 
     count: int
@@ -85,7 +87,8 @@ class Model(NamedTuple):
     why_missing: Mapping[str, str]
 
 
-class Background(NamedTuple):
+@dataclass(frozen=True)
+class Background:
     """How similar pictures are that nobody copied; ``share_above`` is the share that would count as copies."""
 
     count: int
@@ -226,11 +229,7 @@ def _read_json(file: Path) -> _Node:
 
 def _read_model(node: _Node) -> Model:
     parts = {part: node.get(part) for part in MEASURES}
-    measures = {
-        f"{part}.{name}": _estimate(parts[part], name) if parts[part] is not None else None
-        for part, names in MEASURES.items()
-        for name in names
-    }
+    measures = {f"{part}.{name}": _estimate(parts[part], name) for part, names in MEASURES.items() for name in names}
     reasons = {key: reason.text() for key, reason in _optional_items(node.get("why_missing"))}
     if quality := parts["quality"]:
         reasons |= {f"quality.{key}": reason.text() for key, reason in _optional_items(quality.get("why_missing"))}
@@ -273,9 +272,9 @@ def _read_background(node: _Node) -> Background:
     return Background(node["count"].whole(), *(node[name].number() for name in ("mean", "p95", "max", "share_above")))
 
 
-def _estimate(parent: _Node, name: str) -> Estimate | None:
+def _estimate(parent: _Node | None, name: str) -> Estimate | None:
     """Return an estimate, or a bare number as one without an interval; None where it is unknown or not finite."""
-    node = parent.get(name)
+    node = parent.get(name) if parent else None
     if node is None:
         return None
     if not isinstance(node.value, dict):

@@ -154,7 +154,8 @@ def worst_of(pairs: Sequence[Pair], model_index: int) -> list[Pair]:
     """Return the worst pairs of a model, no training picture or caption twice where there are others."""
     own = sorted((pair for pair in pairs if pair.model_index == model_index), key=lambda pair: _worst_first(pair.row))
     seen: set[str] = set()
-    fresh, again = [], []
+    fresh: list[Pair] = []
+    again: list[Pair] = []
     for pair in own:
         key = pair.row["caption"] or pair.row["nearest_file"] or pair.row["file"]
         (again if key in seen else fresh).append(pair)

@@ -1,6 +1,7 @@
 """The report's numbers laid out: a card per model, the table of measures, settings and definitions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -16,7 +17,10 @@ from sd_memguard.audit.report_words import (
 )
 
 GROUPS = {
-    "copies": "Copies",
+    "repeated": "Drawings of repeated captions",
+    "single": "Drawings of single captions",
+    "given": "Given pictures",
+    "all": "All drawings",
     "detection": "Detection, without drawing",
     "membership": "Membership, without drawing",
     "quality": "Quality",
@@ -129,7 +133,7 @@ def _run_words(model: Model) -> str:
 
 def _kind_row(kind: str, copies: Copies, background: float | None) -> KindRow:
     share = copies.copies / copies.count if copies.count else 0.0
-    low, high = share_interval(copies)
+    low, high = share_interval(share, copies.share, copies.captions or copies.count)
     return KindRow(
         kind,
         KIND_WORDS[kind],
@@ -156,35 +160,31 @@ def _copy_rows(audit: Audit, kind: str) -> Iterator[MeasureRow]:
     copies = [model.copies.get(kind) for model in audit.models]
     if not any(copies) or (kind == "all" and len(audit.kinds()) == 1):
         return
-    words = KIND_WORDS.get(kind, "all drawings")
 
-    def row(label: str, name: str, digits: int | None) -> MeasureRow:
-        values = [getattr(part, name) if part else None for part in copies]
-        reasons = ["" if part else "no such drawings" for part in copies]
-        return MeasureRow(
-            "copies", f"{label}, {words}", tuple(_cell(v, digits, why) for v, why in zip(values, reasons, strict=True))
-        )
+    def row(label: str, cell: Callable[[Copies], Cell]) -> MeasureRow:
+        cells = (cell(part) if part and part.count else Cell("", why="no such drawings") for part in copies)
+        return MeasureRow(kind, label, tuple(cells))
 
-    shares = [Cell("", why="no such drawings") if part is None else _share_cell(part) for part in copies]
-    yield MeasureRow("copies", f"Copies, {words}", tuple(shares))
+    yield row("Copies", lambda part: _share_cell(part.share, part, part.copies / part.count))
     if kind != "given":
-        yield row("Captions extracted", "extraction", None)
-    yield row("Similarity, mean", "similarity_mean", 3)
-    yield row("Similarity, 95th percentile", "similarity_p95", 3)
-    yield row("L2 copies", "l2_copies", None)
+        yield row("Captions extracted", lambda part: _share_cell(part.extraction, part))
+    yield row("Similarity, mean", lambda part: _cell(part.similarity_mean, 3, ""))
+    yield row("Similarity, 95th percentile", lambda part: _cell(part.similarity_p95, 3, ""))
+    yield row("L2 copies", lambda part: _share_cell(part.l2_copies, part))
     for limit in sorted({limit for part in copies if part for limit in part.mq_below}):
-        cells = [
-            Cell(f"{part.mq_below[limit]:,} of {part.count:,}") if part and limit in part.mq_below else Cell("")
-            for part in copies
-        ]
-        yield MeasureRow("copies", f"MQ below {limit}, {words}", tuple(cells))
+        yield row(f"MQ below {limit}", partial(_mq_cell, limit))
 
 
-def _share_cell(copies: Copies) -> Cell:
-    if not copies.count:
-        return Cell("", why="nothing drawn")
-    low, high = share_interval(copies)
-    return Cell(percent(copies.copies / copies.count), f"{percent(low)} to {percent(high)}")
+def _share_cell(estimate: Estimate | None, copies: Copies, value: float | None = None) -> Cell:
+    if estimate is None and value is None:
+        return Cell("")
+    share = estimate.value if value is None and estimate else value or 0.0
+    low, high = share_interval(share, estimate, copies.captions or copies.count)
+    return Cell(percent(share), f"{percent(low)} to {percent(high)}")
+
+
+def _mq_cell(limit: str, copies: Copies) -> Cell:
+    return Cell(f"{copies.mq_below[limit]:,} of {copies.count:,}" if limit in copies.mq_below else "")
 
 
 def _cell(estimate: Estimate | None, digits: int | None, why: str) -> Cell:

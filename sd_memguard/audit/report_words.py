@@ -47,21 +47,23 @@ def percent(share: float) -> str:
     return f"{tenths // 10}.{tenths % 10}%"
 
 
-def share_interval(copies: Copies) -> tuple[float, float]:
-    """Return the 95% interval of the share of copies.
+def share_interval(share: float, estimate: Estimate | None, num_units: int) -> tuple[float, float]:
+    """Return the 95% interval of a share.
 
-    That is the audit's own. Where it has no width, since none or all were copies, a bootstrap knows no better; then
+    That is the audit's own. Where it has no width, since none or all were counted, a bootstrap knows no better; then
     the open end is the exact binomial bound: with none in n, ``1 - 0.05^(1/n)`` (the "rule of three", about 3/n).
-    For n counts captions, not drawings: drawings of one caption are no independent trials.
+
+    Args:
+        share: In 0..1.
+        estimate: The audit's, with or without an interval.
+        num_units: n: captions, where they are known, since drawings of one caption are no independent trials.
     """
-    share = copies.share
-    value = share.value if share else copies.copies / max(copies.count, 1)
-    low = share.low if share and share.low is not None else value
-    high = share.high if share and share.high is not None else value
+    low = estimate.low if estimate and estimate.low is not None else share
+    high = estimate.high if estimate and estimate.high is not None else share
     if low == high:
-        reach = 1 - (1 - CONFIDENCE) ** (1 / max(copies.captions or copies.count, 1))
-        low = 1 - reach if value == 1 else low
-        high = reach if value == 0 else high
+        reach = 1 - (1 - CONFIDENCE) ** (1 / max(num_units, 1))
+        low = 1 - reach if share == 1 else low
+        high = reach if share == 0 else high
     return low, high
 
 
@@ -103,7 +105,9 @@ def _clause(model: Model) -> _Clause | None:
 
 def _make_clause(model: Model, kind: str) -> _Clause:
     copies = model.copies[kind]
-    return _Clause(model.name, kind, copies, copies.copies / copies.count, *share_interval(copies))
+    share = copies.copies / copies.count
+    interval = share_interval(share, copies.share, copies.captions or copies.count)
+    return _Clause(model.name, kind, copies, share, *interval)
 
 
 def _one(clause: _Clause) -> str:

@@ -1,5 +1,6 @@
 """Writes a folder as an audit leaves it, from pictures whose copies are known, for the tests of the report."""
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,12 +68,9 @@ class _Features:
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def write_planted_audit(output_dir: Path, drawings: Sequence[Planted] | None = None, **changes: Any) -> dict[str, Any]:
-    """Write report.json, pairs.parquet, background.parquet and the drawings, and return what report.json holds.
-
-    `changes` replace parts of report.json by name.
-    """
-    drawings = planted_drawings() if drawings is None else drawings
+@functools.cache
+def _gallery() -> tuple[Any, ...]:
+    """Return the demo's training pictures and what is measured on them alone, once for all tests."""
     folder, unseen = demo_data_path(), demo_heldout_path()
     rows = demo_rows(folder)
     train = [Image.open(folder / row["file_name"]).convert("RGB") for row in rows]
@@ -80,8 +78,18 @@ def write_planted_audit(output_dir: Path, drawings: Sequence[Planted] | None = N
     distinct = sorted({content: index for index, content in reversed(list(enumerate(contents)))}.values())
     features = _Features(train)
     gallery = features([train[index] for index in distinct])
-    reference = features([Image.open(unseen / row["file_name"]) for row in demo_rows(unseen)]) @ gallery.T
     among = gallery @ gallery.T - 2 * np.eye(len(gallery))
+    reference = features([Image.open(unseen / row["file_name"]) for row in demo_rows(unseen)]) @ gallery.T
+    return rows, contents, distinct, features, gallery, among, reference
+
+
+def write_planted_audit(output_dir: Path, drawings: Sequence[Planted] | None = None, **changes: Any) -> dict[str, Any]:
+    """Write report.json, pairs.parquet, background.parquet and the drawings, and return what report.json holds.
+
+    `changes` replace parts of report.json by name.
+    """
+    drawings = planted_drawings() if drawings is None else drawings
+    rows, contents, distinct, features, gallery, among, reference = _gallery()
     threshold = round(float(np.quantile(reference.max(1), 0.99)), 4)
     background = {"train": among.max(1), "reference": reference.max(1)}
     found = [
