@@ -12,6 +12,7 @@ from sd_memguard.audit.report_words import (
     background_share,
     drawings_of,
     interval_words,
+    num_units,
     percent,
     share_interval,
 )
@@ -85,11 +86,11 @@ class Card(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A measured value and its interval, or why there is none."""
+    """A measured value and its interval, or instead of both the words for a value that is not known."""
 
     value: str
     interval: str = ""
-    why: str = ""
+    unknown: str = "not measured"
 
 
 class MeasureRow(NamedTuple):
@@ -133,7 +134,7 @@ def _run_words(model: Model) -> str:
 
 def _kind_row(kind: str, copies: Copies, background: float | None) -> KindRow:
     share = copies.copies / copies.count if copies.count else 0.0
-    low, high = share_interval(share, copies.share, copies.captions or copies.count)
+    low, high = share_interval(share, copies.share, num_units(kind, copies))
     return KindRow(
         kind,
         KIND_WORDS[kind],
@@ -162,25 +163,27 @@ def _copy_rows(audit: Audit, kind: str) -> Iterator[MeasureRow]:
         return
 
     def row(label: str, cell: Callable[[Copies], Cell]) -> MeasureRow:
-        cells = (cell(part) if part and part.count else Cell("", why="no such drawings") for part in copies)
+        cells = (cell(part) if part and part.count else Cell("", unknown="no such drawings") for part in copies)
         return MeasureRow(kind, label, tuple(cells))
 
-    yield row("Copies", lambda part: _share_cell(part.share, part, part.copies / part.count))
+    def share_row(label: str, share: Callable[[Copies], Estimate | None]) -> MeasureRow:
+        return row(label, lambda part: _share_cell(share(part), num_units(kind, part)))
+
+    yield share_row("Copies", lambda part: (part.share or Estimate(0))._replace(value=part.copies / part.count))
     if kind != "given":
-        yield row("Captions extracted", lambda part: _share_cell(part.extraction, part))
+        yield share_row("Captions extracted", lambda part: part.extraction)
     yield row("Similarity, mean", lambda part: _cell(part.similarity_mean, 3, ""))
     yield row("Similarity, 95th percentile", lambda part: _cell(part.similarity_p95, 3, ""))
-    yield row("L2 copies", lambda part: _share_cell(part.l2_copies, part))
+    yield share_row("L2 copies", lambda part: part.l2_copies)
     for limit in sorted({limit for part in copies if part for limit in part.mq_below}):
         yield row(f"MQ below {limit}", partial(_mq_cell, limit))
 
 
-def _share_cell(estimate: Estimate | None, copies: Copies, value: float | None = None) -> Cell:
-    if estimate is None and value is None:
+def _share_cell(estimate: Estimate | None, num_units: int) -> Cell:
+    if estimate is None:
         return Cell("")
-    share = estimate.value if value is None and estimate else value or 0.0
-    low, high = share_interval(share, estimate, copies.captions or copies.count)
-    return Cell(percent(share), f"{percent(low)} to {percent(high)}")
+    low, high = share_interval(estimate.value, estimate, num_units)
+    return Cell(percent(estimate.value), f"{percent(low)} to {percent(high)}")
 
 
 def _mq_cell(limit: str, copies: Copies) -> Cell:
@@ -189,7 +192,7 @@ def _mq_cell(limit: str, copies: Copies) -> Cell:
 
 def _cell(estimate: Estimate | None, digits: int | None, why: str) -> Cell:
     if estimate is None:
-        return Cell("", why=why)
+        return Cell("", unknown=f"not measured: {why}" if why else "not measured")
     value = percent(estimate.value) if digits is None else f"{estimate.value:.{digits}f}"
     return Cell(value, interval_words(estimate, digits))
 

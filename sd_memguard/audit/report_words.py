@@ -56,7 +56,7 @@ def share_interval(share: float, estimate: Estimate | None, num_units: int) -> t
     Args:
         share: In 0..1.
         estimate: The audit's, with or without an interval.
-        num_units: n: captions, where they are known, since drawings of one caption are no independent trials.
+        num_units: n, see the function of this name: drawings of one caption are no independent trials.
     """
     low = estimate.low if estimate and estimate.low is not None else share
     high = estimate.high if estimate and estimate.high is not None else share
@@ -65,6 +65,11 @@ def share_interval(share: float, estimate: Estimate | None, num_units: int) -> t
         low = 1 - reach if share == 1 else low
         high = reach if share == 0 else high
     return low, high
+
+
+def num_units(kind: str, copies: Copies) -> int:
+    """Return how many independent units a share was counted over: captions, or pictures where no caption is known."""
+    return copies.count if kind == "given" or not copies.captions else copies.captions
 
 
 def interval_words(estimate: Estimate, digits: int | None = None) -> str:
@@ -106,7 +111,7 @@ def _clause(model: Model) -> _Clause | None:
 def _make_clause(model: Model, kind: str) -> _Clause:
     copies = model.copies[kind]
     share = copies.copies / copies.count
-    interval = share_interval(share, copies.share, copies.captions or copies.count)
+    interval = share_interval(share, copies.share, num_units(kind, copies))
     return _Clause(model.name, kind, copies, share, *interval)
 
 
@@ -145,7 +150,7 @@ def _at_most(clause: _Clause) -> str:
 def _range(clauses: Sequence[_Clause]) -> str:
     kinds = {clause.kind for clause in clauses}
     least, most = min(clauses, key=lambda clause: clause.share), max(clauses, key=lambda clause: clause.share)
-    what = drawings_of(kinds.pop()) if len(kinds) == 1 else "drawings of their most exposed kind"
+    what = drawings_of(kinds.pop()) if len(kinds) == 1 else "pictures"
     if least.share == most.share:
         return f"All {len(clauses)} models copy in {percent(most.share)} of their {what}."
     return (
