@@ -16,6 +16,9 @@ FORMAT = "sd-memguard-audit-1"
 KINDS = ("repeated", "single", "given")
 """Kinds of drawings, in the order they are told of: the most exposed captions first."""
 
+FACTS = ("settings", "extractor", "quality_extractor", "train", "reference")
+"""The parts of report.json that are shown as they stand."""
+
 PAIR_COLUMNS = {
     "model": pa.string(),
     "kind": pa.string(),
@@ -190,7 +193,7 @@ def read_audit(output_dir: Path) -> Audit:
     models = tuple(_read_model(node) for node in root["models"].elements())
     if not models:
         raise root.complaint("`models` must name at least one model")
-    facts = {key: node.value for key in ("settings", "extractor", "train", "reference") if (node := root.get(key))}
+    facts = {key: node.value for key in FACTS if (node := root.get(key))}
     for key, value in facts.items():
         if not isinstance(value, dict):
             raise root.complaint(f"`{key}` must be an object")

@@ -214,6 +214,7 @@ def settings_tables(audit: Audit) -> dict[str, list[tuple[str, str]]]:
             ("L2 ratio", f"{threshold.l2_ratio:g}"),
         ],
         "Features": list(_flat(audit.facts.get("extractor", {}))),
+        "Features for KID and FID": list(_flat(audit.facts.get("quality_extractor", {}))),
         "Training pictures": list(_flat(audit.facts.get("train", {}))),
         "Pictures not trained on": list(_flat(audit.facts.get("reference", {}))),
     }
