@@ -43,6 +43,7 @@ def histograms(audit: Audit) -> Histograms:
     everything = np.concatenate([*groups.values(), *background.values(), np.array([threshold, 1.0])])
     low = float(np.floor(everything.min() * 20) / 20)
     high = float(np.ceil(np.round(everything.max(), 4) * 20) / 20)
+    low = min(low, high - 0.05)
     edges = np.linspace(low, high, NUM_BINS + 1)
     shares: dict[tuple[int, str], np.ndarray] = {}
     for (index, kind), values in groups.items():

@@ -40,6 +40,7 @@ PAIR_COLUMNS = {
     "moves": pa.int32(),
     "skip_ratio": pa.float32(),
 }
+NEVER_NULL = ("model", "kind", "file", "similarity", "is_copy")
 BACKGROUND_COLUMNS = {"kind": pa.string(), "similarity": pa.float32()}
 
 MEASURES = {
@@ -76,7 +77,7 @@ class Copies:
 
 
 class Model(NamedTuple):
-    """One audited model, or folder of pictures: ``measures`` and ``why_missing`` are keyed as in ``MEASURES``."""
+    """One audited model, or folder of pictures: ``measures`` are keyed as in ``MEASURES``, with a dot between."""
 
     name: str
     source: str
@@ -86,7 +87,7 @@ class Model(NamedTuple):
     run: Mapping[str, Any] | None
     copies: Mapping[str, Copies]
     measures: Mapping[str, Estimate | None]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     why_missing: Mapping[str, str]
 
 
@@ -247,7 +248,7 @@ def _read_model(node: _Node) -> Model:
         run={key: value.value for key, value in run.items()} if run else None,
         copies={kind: _read_copies(copies) for kind, copies in node["copies"].items() if copies.value is not None},
         measures=measures,
-        timesteps=tuple(step.whole() for step in timesteps.elements()) if timesteps else (),
+        timesteps=tuple(step.number() for step in timesteps.elements()) if timesteps else (),
         why_missing=reasons,
     )
 
@@ -257,6 +258,9 @@ def _optional_items(node: _Node | None) -> Iterator[tuple[str, _Node]]:
 
 
 def _read_copies(node: _Node) -> Copies:
+    for limit, _ in _optional_items(node.get("mq_below")):
+        if not limit.replace(".", "", 1).isdecimal():
+            raise node.complaint(f"`{node.where}.mq_below` must be keyed by numbers, got {limit}")
     return Copies(
         count=node["count"].whole(),
         copies=node["copies"].whole(),
@@ -302,6 +306,9 @@ def _read_table(file: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise complain(f"it lacks the columns {', '.join(missing)}")
+    unknown = [name for name in columns if name in NEVER_NULL and table[name].null_count]
+    if unknown:
+        raise complain(f"it has rows without {', '.join(unknown)}")
     try:
         return table.select(list(columns)).cast(pa.schema(list(columns.items())))
     except (pa.ArrowException, ValueError) as error:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,7 +148,7 @@ def _nearest_of_each_kind(rows: Sequence[Mapping[str, Any]], limit: int) -> list
 def _worst_first(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Sort by similarity, then by what makes the order the same every time."""
     similarity = row["similarity"]
-    return (-similarity if similarity is not None else 2.0, row["model"], row["kind"], row["file"])
+    return (2.0 if math.isnan(similarity) else -similarity, row["model"], row["kind"], row["file"])
 
 
 def worst_of(pairs: Sequence[Pair], model_index: int) -> list[Pair]:

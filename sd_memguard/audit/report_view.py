@@ -1,6 +1,6 @@
 """The report's numbers laid out: a card per model, the table of measures, settings and definitions."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -175,8 +175,9 @@ def _copy_rows(audit: Audit, kind: str) -> Iterator[MeasureRow]:
     yield row("Similarity, mean", lambda part: _cell(part.similarity_mean, 3, ""))
     yield row("Similarity, 95th percentile", lambda part: _cell(part.similarity_p95, 3, ""))
     yield share_row("L2 copies", lambda part: part.l2_copies)
-    for limit in sorted({limit for part in copies if part for limit in part.mq_below}):
-        yield row(f"MQ below {limit}", partial(_mq_cell, limit))
+    limits = sorted({limit for part in copies if part for limit in part.mq_below}, key=float)
+    if limits:
+        yield row(f"MQ below {', '.join(limits)}", partial(_mq_cell, limits))
 
 
 def _share_cell(estimate: Estimate | None, num_units: int) -> Cell:
@@ -186,8 +187,9 @@ def _share_cell(estimate: Estimate | None, num_units: int) -> Cell:
     return Cell(percent(estimate.value), f"{percent(low)} to {percent(high)}")
 
 
-def _mq_cell(limit: str, copies: Copies) -> Cell:
-    return Cell(f"{copies.mq_below[limit]:,} of {copies.count:,}" if limit in copies.mq_below else "")
+def _mq_cell(limits: Sequence[str], copies: Copies) -> Cell:
+    counts = [f"{copies.mq_below[limit]:,}" if limit in copies.mq_below else "unknown" for limit in limits]
+    return Cell(f"{', '.join(counts)} of {copies.count:,}")
 
 
 def _cell(estimate: Estimate | None, digits: int | None, why: str) -> Cell:
@@ -222,7 +224,7 @@ def settings_tables(audit: Audit) -> dict[str, list[tuple[str, str]]]:
         rows = [("source", model.source), ("path", model.path), ("sha256", model.sha256 or "not known")]
         rows += [("drawings", f"{model.num_drawings:,}"), *(_flat(model.run or {}))]
         if model.timesteps:
-            rows.append(("timesteps of the loss", ", ".join(map(str, model.timesteps))))
+            rows.append(("timesteps of the loss", ", ".join(f"{step:g}" for step in model.timesteps)))
         tables[f"Model {model.name}"] = rows
     return {heading: rows for heading, rows in tables.items() if rows}
 

@@ -243,7 +243,7 @@ def model_entry(name: str, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "tpr_at_1_fpr": 0.08,
             "train_loss": {"value": 0.0429, "low": 0.0411, "high": 0.0447, "n": 256},
             "reference_loss": {"value": 0.0712, "low": 0.0691, "high": 0.0733, "n": 256},
-            "timesteps": [100, 300, 500],
+            "timesteps": [0.1, 0.5, 0.9],
         },
         "quality": {
             "kid_train": {"value": 0.0213, "low": 0.0196, "high": 0.0231, "n": 10},

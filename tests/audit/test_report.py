@@ -3,6 +3,8 @@ import re
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -151,6 +153,27 @@ def test_unknown_measures_are_said_to_be_unknown_with_the_reason(own_copy):
     assert page.count("not measured: no --reference_data_dir &lt;here&gt;") == 2
     assert "not measured: no --clip_model" in page
     assert ">nan" not in page.lower()
+
+
+def test_a_report_of_nothing_is_a_report(own_copy):
+    report = json.loads((own_copy / "report.json").read_text())
+    report |= {"background": {"train": None, "reference": None}, "models": [report["models"][0] | {"copies": {}}]}
+    report["threshold"]["similarity"] = 1.0
+    (own_copy / "report.json").write_text(json.dumps(report))
+    for name in ("pairs.parquet", "background.parquet"):
+        pq.write_table(pq.read_table(own_copy / name).slice(0, 0), own_copy / name)
+    page = page_of(own_copy)
+    assert "Nothing was drawn, so nothing can be said about copies." in page
+    assert "There are no pairs." in page
+
+
+def test_rows_without_a_similarity_are_refused(own_copy):
+    pairs = pq.read_table(own_copy / "pairs.parquet")
+    index = pairs.column_names.index("similarity")
+    pairs = pairs.set_column(index, "similarity", pa.nulls(len(pairs), pa.float32()))
+    pq.write_table(pairs, own_copy / "pairs.parquet")
+    with pytest.raises(AuditError, match="it has rows without similarity; run `sd-memguard audit` again"):
+        read_audit(own_copy)
 
 
 def test_pairs_are_worst_first_and_capped_evenly_over_kinds(planted, monkeypatch):
