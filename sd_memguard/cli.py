@@ -29,9 +29,17 @@ def _demo(argv: Sequence[str]) -> None:
         main(argv)
 
 
+def _audit(argv: Sequence[str]) -> None:
+    from sd_memguard.audit.command import main
+
+    with exit_on_user_error():
+        main(argv)
+
+
 COMMANDS = {
     "train": Command("fine-tune Stable Diffusion under the memorization guard", _train),
     "demo": Command("fine-tune the bundled model twice, plain and guarded, and compare what they copy", _demo),
+    "audit": Command("measure how much models copy of their training pictures", _audit),
 }
 
 

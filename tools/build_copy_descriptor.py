@@ -27,7 +27,10 @@ WEIGHT_DECAY = 0.02
 BLOCK = 8
 COSINES = torch.tensor(
     [
-        [math.cos((2 * column + 1) * row * math.pi / 16) * math.sqrt((1 if row == 0 else 2) / BLOCK) for column in range(8)]
+        [
+            math.cos((2 * column + 1) * row * math.pi / 16) * math.sqrt((1 if row == 0 else 2) / BLOCK)
+            for column in range(8)
+        ]
         for row in range(8)
     ]
 )
