@@ -70,7 +70,7 @@ class Gallery:
         self.device, self.batch_size = device, batch_size
         if len(train.distinct) < 2:
             raise AuditError(
-                f"there must be at least 2 distinct training pictures, {train.place} has {len(train.distinct)}; add some"
+                f"at least 2 distinct training pictures are needed, {train.place} has {len(train.distinct)}; add some"
             )
         self.rows = torch.tensor(train.distinct)
         self.keys = [train.hashes[row] for row in train.distinct]

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +51,7 @@ class Collection:
             AuditError: Where a file is missing, unreadable or not a picture; names the first ones.
         """
         found, faults = [], []
-        for row in tqdm(range(len(self)), desc=f"reading {self.place}", unit="picture", leave=False):
+        for row in tqdm(range(len(self)), desc=f"reading {self.place or 'drawings'}", unit="picture", leave=False):
             try:
                 content = self.read(row)
                 with Image.open(io.BytesIO(content)) as image:
@@ -146,8 +146,8 @@ def _text_rows(folder: Path, needs_captions: bool) -> Iterator[tuple[str, str]]:
         yield file.as_posix(), captions[0] if captions else ""
     if missing and needs_captions:
         raise AuditError(
-            f"{len(missing)} pictures in {folder} have no caption, the first is {missing[0]}; add metadata.jsonl, .csv or "
-            ".parquet with `file_name` and the caption, or a .txt file beside each picture"
+            f"{len(missing)} pictures in {folder} have no caption, the first is {missing[0]}; add metadata.jsonl, "
+            ".csv or .parquet with `file_name` and the caption, or a .txt file beside each picture"
         )
 
 
@@ -164,8 +164,8 @@ def _metadata_rows(file: Path, flag: str, caption_column: str, needs_captions: b
         caption = caption[0] if isinstance(caption, list) and caption else caption
         if not isinstance(caption, str) and needs_captions:
             raise AuditError(
-                f"row {number} of {file} must have a caption as `{caption_column}`, it has {sorted(row)}; add it, or name "
-                "the column with `--caption_column`"
+                f"row {number} of {file} must have a caption as `{caption_column}`, it has {sorted(row)}; add it, or "
+                "name the column with `--caption_column`"
             )
         yield name, caption if isinstance(caption, str) else ""
 
@@ -206,8 +206,8 @@ def read_dataset(name: str, image_column: str, caption_column: str) -> Collectio
     columns = rows.column_names
     if not isinstance(rows, datasets.Dataset) or not {image_column, caption_column} <= set(columns):
         raise AuditError(
-            f"`--dataset_name` {name} must have a split `train` with the columns `{image_column}` and `{caption_column}`, "
-            f"found {columns}; name them with `--image_column` and `--caption_column`"
+            f"`--dataset_name` {name} must have a split `train` with the columns `{image_column}` and "
+            f"`{caption_column}`, found {columns}; name them with `--image_column` and `--caption_column`"
         )
     stored = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     captions = [value[0] if isinstance(value, list) else value for value in rows[caption_column]]
@@ -219,10 +219,9 @@ def read_dataset(name: str, image_column: str, caption_column: str) -> Collectio
     return Collection(name, [f"row {row}" for row in range(len(rows))], captions, read, False)
 
 
-def without(collection: Collection, excluded: Sequence[str]) -> Collection:
+def without(collection: Collection, excluded: Set[str]) -> Collection:
     """Return the collection without the pictures whose hashes are given."""
-    banned = set(excluded)
-    kept = [row for row, content in enumerate(collection.hashes) if content not in banned]
+    kept = [row for row, content in enumerate(collection.hashes) if content not in excluded]
     return Collection(
         collection.place,
         [collection.files[row] for row in kept],

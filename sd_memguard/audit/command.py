@@ -54,9 +54,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "sd-memguard-audit-1"
 
-NUM_PROBES = 256
-"""Most captions and pictures, trained on and not, that models are probed with."""
-
 
 class Background(NamedTuple):
     """What is alike without being copied, and what follows from it.
@@ -115,7 +112,7 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
     gallery = Gallery(inputs.train, inputs.extractor, store, device, settings.batch_size)
     background = measure_background(settings, inputs, gallery)
     setup = Setup(
-        settings, inputs, gallery, background, choose_probes(settings.seed, inputs), prepare_quality(inputs, gallery)
+        settings, inputs, gallery, background, choose_probes(settings, inputs), prepare_quality(inputs, gallery)
     )
     shutil.rmtree(settings.output_dir / "drawings", ignore_errors=True)
     audited = [
@@ -147,24 +144,26 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
         chosen = choose_rows(ChosenCaptions(*kinds), look_alikes, settings.num_prompts)
         if not any(chosen):
             raise AuditError(
-                f"{train.place} has no caption to draw: each belongs to several pictures, or its picture has a look-alike; "
-                "raise `--copy_threshold`, or draw yourself and give the pictures as `--images`"
+                f"{train.place} has no caption to draw: each belongs to several pictures, or its picture has a "
+                "look-alike; raise `--copy_threshold`, or draw yourself and give the pictures as `--images`"
             )
     return Background(positions, others, reference, threshold, chosen)
 
 
-def choose_probes(seed: int, inputs: Inputs) -> Probes | str:
+def choose_probes(settings: AuditSettings, inputs: Inputs) -> Probes | str:
     """Return the captions and pictures that models are probed with, or why there are none."""
-    train, reference = inputs.train, inputs.reference
+    train, reference, count = inputs.train, inputs.reference, settings.num_probes
     if reference is None:
         return "no --reference_data_dir"
+    if not count:
+        return "--num_probes 0"
     trained = [row for row in train.distinct if train.captions[row]]
     known = set(train.captions)
     unseen = [row for row in reference.distinct if reference.captions[row] and reference.captions[row] not in known]
     if not trained or not unseen:
         return "the reference pictures have no captions that the training pictures have not"
     rows = [
-        sorted(pool[number] for number in permutation(seed, purpose, length=len(pool))[:NUM_PROBES].tolist())
+        sorted(pool[number] for number in permutation(settings.seed, purpose, length=len(pool))[:count].tolist())
         for purpose, pool in (("trained probes", trained), ("unseen probes", unseen))
     ]
     return Probes(train, rows[0], reference, rows[1])

@@ -112,7 +112,8 @@ class Sscd(Extractor):
             self.model = torch.jit.load(str(file), map_location=device).eval()
         except RuntimeError as error:
             raise AuditError(
-                f"`--extractor_weights` {file} is not a TorchScript file: {str(error).splitlines()[0]}; download it again"
+                f"`--extractor_weights` {file} is not a TorchScript file: {str(error).splitlines()[0]}; "
+                "download it again"
             ) from error
         self.transform = self.make_transform()
         with torch.no_grad():
@@ -162,8 +163,8 @@ class _Transformers(Extractor):
             self.model = self.load(place).eval().requires_grad_(False).to(device)
         except (OSError, ValueError) as error:
             raise AuditError(
-                f"`--extractor {self.name}` cannot load {place}: {str(error).splitlines()[0]}; name a folder or hub model "
-                "with safetensors and preprocessor_config.json as `--extractor_weights`"
+                f"`--extractor {self.name}` cannot load {place}: {str(error).splitlines()[0]}; name a folder or hub "
+                "model with safetensors and preprocessor_config.json as `--extractor_weights`"
             ) from error
         self.sha256 = _weights_sha256(self.model)
         settings = {name: value for name, value in self.processor.to_dict().items() if value is not None}

@@ -1,6 +1,7 @@
 """Drawing captions with a diffusers folder, so that the same caption and seed always give the same picture."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ def draw_into(
 ) -> list[str]:
     """Draw what the store does not hold yet, with a progress bar, and return the keys of all drawings as PNG files.
 
-    Batches are cut at fixed places and kept whole or not at all, so an interrupted audit goes on with the same pictures.
+    Batches are cut at fixed places and kept whole or not at all, so an interrupted audit goes on with the same ones.
 
     Args:
         store: Where drawings are kept.
@@ -120,6 +121,5 @@ def draw_into(
         for part in tqdm(missing, desc=description, unit="batch"):
             pictures = _draw_batch(pipeline, captions[part], seeds[part], settings)
             for key, picture in zip(keys[part], pictures, strict=True):
-                image = Image.fromarray(picture.numpy())
-                store.keep_file(key, lambda path, image=image: image.save(path, format="PNG"))
+                store.keep_file(key, partial(Image.fromarray(picture.numpy()).save, format="PNG"))
     return keys

@@ -46,7 +46,8 @@ def open_inputs(settings: AuditSettings, store: Store, device: torch.device) -> 
         raise AuditError(f"`--extractor` {extractor.name} tells no copies; name it as `--quality_extractor`")
     if settings.extractor_sha256 and settings.extractor_sha256.lower() != extractor.sha256:
         raise AuditError(
-            f"`--extractor_sha256` is {settings.extractor_sha256}, the weights have {extractor.sha256}; download them again"
+            f"`--extractor_sha256` is {settings.extractor_sha256}, the weights have {extractor.sha256}; "
+            "download them again"
         )
     quality_extractor = extractor
     if settings.quality_extractor not in (None, settings.extractor):

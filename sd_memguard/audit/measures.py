@@ -1,6 +1,6 @@
 """The figures of one model: its drawings against the training pictures, its signals, its quality."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from sd_memguard.audit.scores import (
     percentile,
     true_positive_rate,
 )
-from sd_memguard.audit.signals import denoising_losses, text_signal
+from sd_memguard.audit.signals import LOSS_TIMESTEPS, denoising_losses, text_signal
 from sd_memguard.audit.similarity import COPY_THRESHOLD
 from sd_memguard.audit.store import Store
 from sd_memguard.core.seeding import generator_for
@@ -188,6 +188,7 @@ def membership_figures(probes: Probes, probing: Probing) -> dict[str, Any]:
         **_separation(-train, -reference, probing.seed, "membership"),
         "train_loss": bootstrap(train[:, None], mean, generator),
         "reference_loss": bootstrap(reference[:, None], mean, generator),
+        "timesteps": list(LOSS_TIMESTEPS),
     }
 
 
@@ -200,7 +201,7 @@ def _separation(positive: Tensor, negative: Tensor, seed: int, what: str) -> dic
     }
 
 
-def _batches(rows: range, batch_size: int, description: str) -> Sequence[int]:
+def _batches(rows: range, batch_size: int, description: str) -> Iterable[int]:
     return tqdm(range(rows.start, rows.stop, batch_size), desc=description, unit="batch", leave=False)
 
 

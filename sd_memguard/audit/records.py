@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from sd_memguard.audit.background import Matched
 from sd_memguard.audit.collection import Collection
 from sd_memguard.audit.measures import Compared, Subject
-from sd_memguard.audit.scores import Estimate
+from sd_memguard.audit.scores import Estimate, Summary
 
 REPORT, PAIRS, BACKGROUND = "report.json", "pairs.parquet", "background.parquet"
 
@@ -135,8 +136,8 @@ def write_report(report: Mapping[str, Any], file: Path) -> None:
 
 def _plain(value: Any) -> Any:
     """Return named tuples as mappings and floats at six significant digits: beyond them rounding speaks."""
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        value = value._asdict()
+    if isinstance(value, Estimate | Summary):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -156,7 +157,8 @@ def summary_text(report: Mapping[str, Any], output_dir: Path) -> str:
     ):
         if (one := background[kind]) is not None:
             lines.append(
-                f"Background, {words}: mean {one.mean:.3f}, 95% below {one.p95:.3f}, {one.share_above:.1%} as like as a copy."
+                f"Background, {words}: mean {one.mean:.3f}, 95% below {one.p95:.3f}, "
+                f"{one.share_above:.1%} as like as a copy."
             )
     header = ("", "captions", "drawings", "copies", "extracted", "sim. mean", "sim. 95%", "L2 copies")
     rows = [

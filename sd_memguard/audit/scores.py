@@ -4,7 +4,7 @@ Every figure that is an average over captions or pictures comes as an :class:`Es
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ Separation = Callable[[Tensor, Tensor], Tensor]
 """Takes (R, P) positives and (R, N) negatives to one number for each of R rows."""
 
 
-class Estimate(NamedTuple):
+@dataclass(frozen=True)
+class Estimate:
     """A figure, its interval, and how many independent things (captions, pictures) it rests on."""
 
     value: float
@@ -37,7 +38,8 @@ class Estimate(NamedTuple):
     n: int
 
 
-class Summary(NamedTuple):
+@dataclass(frozen=True)
+class Summary:
     """What many similarities have in common; ``share_above`` counts those at the threshold or above."""
 
     count: int
@@ -178,9 +180,9 @@ def kernel_distance(
 ) -> Estimate:
     """Return KID: the unbiased squared MMD of features under the kernel ``(x.y / D + 1)^3``, averaged over subsets.
 
-    Binkowski et al. 2018, "Demystifying MMD GANs" (arXiv 1801.01401), section 4. Unlike FID it is unbiased, so it can be
-    read at a few hundred pictures, and be slightly negative where the two sets do not differ. The extractor's features
-    take the place of Inception's: values compare only within one extractor.
+    Binkowski et al. 2018, "Demystifying MMD GANs" (arXiv 1801.01401), section 4. Unlike FID it is unbiased, so it
+    can be read at a few hundred pictures, and be slightly negative where the two sets do not differ. The extractor's
+    features take the place of Inception's: values compare only within one extractor.
 
     Args:
         drawn: (N, D) features of drawings.

@@ -32,6 +32,7 @@ class AuditSettings:
     caption_column: str
     reference_data_dir: str | None
     num_prompts: int
+    num_probes: int
     images_per_prompt: int
     num_inference_steps: int
     guidance_scale: float
@@ -74,11 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--num_prompts", type=_count, default=64, help="captions of repeated and of single pictures, each"
     )
     drawing.add_argument("--images_per_prompt", type=_count, default=4, help="drawings of each caption")
+    measuring = parser.add_argument_group("measuring")
     drawing.add_argument("--num_inference_steps", type=_count, default=50, help="DDIM steps")
     drawing.add_argument("--guidance_scale", type=_not_negative, default=7.5, help="classifier-free guidance; 1: none")
     drawing.add_argument("--resolution", type=_edge, help="edge of the drawings in pixels; default: the model's own")
     drawing.add_argument("--seed", type=int, default=0, help="of every draw")
-    measuring = parser.add_argument_group("measuring")
+    help = "most captions and pictures, trained on and unseen, each, for the measures without drawing; 0: none"
+    measuring.add_argument("--num_probes", type=_whole, default=256, help=help)
     measuring.add_argument("--extractor", default="bundled", help="bundled, sscd, sscd-paper, dinov2 or clip")
     measuring.add_argument("--extractor_weights", help="file, folder or hub name of its weights")
     measuring.add_argument("--extractor_sha256", help="refuse weights with another hash")
@@ -139,6 +142,10 @@ def _check_output_dir(folder: Path, sources: Sequence[str | Path | None]) -> Non
     for source in sources:
         if source is not None and folder.resolve().is_relative_to(Path(source).resolve()):
             raise AuditError(f"`--output_dir` {folder} must not lie in the pictures' folder {source}; name another")
+
+
+def _whole(text: str) -> int:
+    return int(text) if text.isdecimal() and int(text) == 0 else _count(text)
 
 
 def _count(text: str) -> int:

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import PIL.Image
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from sd_memguard.core.seeding import draw_normal
 
-DETECTION_STEPS = 4
+DETECTION_STEPS = 2
 DETECTION_SEEDS = 2
 """The first steps, and the noises, over which a caption's signal is averaged."""
 
@@ -44,9 +44,9 @@ def text_signal(
     """Return how strongly each caption steers the first steps: ``|eps(x, t, caption) - eps(x, t, "")|``, averaged.
 
     Wen et al. 2024, "Detecting, Explaining, and Mitigating Memorization in Diffusion Models" (ICLR): the Euclidean norm
-    of the text-conditional minus the unconditional noise prediction, which is large where a caption leads to a memorized
-    picture. Averaged over the first ``DETECTION_STEPS`` DDIM steps from ``DETECTION_SEEDS`` noises, the same for every
-    caption; no picture is decoded. Velocity predictions are turned to noise predictions first.
+    of the text-conditional minus the unconditional noise prediction, which is large where a caption leads to a
+    memorized picture. Averaged over the first ``DETECTION_STEPS`` DDIM steps from ``DETECTION_SEEDS`` noises, the same
+    for every caption; no picture is decoded. Velocity predictions are turned to noise predictions first.
 
     Args:
         pipeline: From ``load_pipeline``.
@@ -78,7 +78,7 @@ def text_signal(
     return total / (DETECTION_SEEDS * len(timesteps))
 
 
-def _noise_scale(scheduler: torch.nn.Module, timestep: Tensor) -> float:
+def _noise_scale(scheduler: DDIMScheduler, timestep: Tensor) -> float:
     """Return what turns a difference of predictions into a difference of noises: with v = a eps - s x it is a."""
     if scheduler.config.prediction_type == "v_prediction":
         return float(scheduler.alphas_cumprod[int(timestep)] ** 0.5)
@@ -112,7 +112,8 @@ def denoising_losses(
     embeddings = embed_captions(pipeline, captions)
     noises = draw_normal(seed, "membership", [(number,) for number in range(len(LOSS_TIMESTEPS))], latents.shape[1:])
     total = torch.zeros(len(latents))
-    for timestep, noise in zip(loss_timesteps(pipeline), noises.to(pipeline.device), strict=True):
+    timesteps = [int(share * scheduler.config.num_train_timesteps) for share in LOSS_TIMESTEPS]
+    for timestep, noise in zip(timesteps, noises.to(pipeline.device), strict=True):
         noise = noise.expand_as(latents)
         steps = torch.full((len(latents),), timestep, device=pipeline.device)
         noisy = scheduler.add_noise(latents, noise, steps)
@@ -122,8 +123,3 @@ def denoising_losses(
         predicted = unet(noisy, steps, encoder_hidden_states=embeddings).sample
         total += (predicted - target).square().flatten(1).mean(1).cpu()
     return total / len(noises)
-
-
-def loss_timesteps(pipeline: StableDiffusionPipeline) -> list[int]:
-    """Return the timesteps at which losses are measured."""
-    return [int(share * pipeline.scheduler.config.num_train_timesteps) for share in LOSS_TIMESTEPS]

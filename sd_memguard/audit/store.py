@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ class Store:
             file = self.folder / "rows" / f"{digest(kind, *keys[rows.start : rows.stop])[:32]}.npy"
             if (block := _read(file, len(rows))) is None:
                 values = compute(rows).cpu().contiguous().numpy()
-                self._keep(file, lambda path, values=values: _write_array(path, values))
+                self._keep(file, partial(_write_array, values))
                 block = _read(file, len(rows))
                 assert block is not None
             found.append(block)
@@ -95,7 +96,7 @@ class Store:
             Path(name).unlink(missing_ok=True)
 
 
-def _write_array(path: Path, values: np.ndarray) -> None:
+def _write_array(values: np.ndarray, path: Path) -> None:
     with path.open("wb") as stream:
         np.save(stream, values, allow_pickle=False)
 
