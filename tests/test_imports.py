@@ -39,6 +39,8 @@ LIBRARIES = {
     "proxies": {"torch", "safetensors"},
     "guard": {"torch"},
     "audit.similarity": {"torch"},
+    "audit.scores": {"torch"},
+    "audit.descriptor": {"torch"},
 }
 
 

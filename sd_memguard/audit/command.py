@@ -31,19 +31,16 @@ from sd_memguard.audit.features import Extractor
 from sd_memguard.audit.generate import DrawingSettings, draw_into, load_pipeline
 from sd_memguard.audit.inputs import Inputs, open_inputs
 from sd_memguard.audit.measures import (
-    MAX_QUALITY_PICTURES,
     Probes,
     Probing,
-    Quality,
     Subject,
     compare,
     copy_figures,
     detection_figures,
     membership_figures,
-    quality_features,
-    quality_figures,
 )
 from sd_memguard.audit.models import ModelFiles, default_device, model_sha256, read_run
+from sd_memguard.audit.quality import MAX_QUALITY_PICTURES, Quality, quality_features, quality_figures
 from sd_memguard.audit.scores import summarize
 from sd_memguard.audit.settings import MARKER, AuditSettings, parse_arguments
 from sd_memguard.audit.similarity import COPY_THRESHOLD

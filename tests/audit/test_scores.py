@@ -34,7 +34,9 @@ def test_summary_by_hand():
 @pytest.mark.parametrize("percent", [0, 2.5, 50, 95, 100])
 def test_percentile_is_numpys(percent):
     values = normal(7, 23)
-    assert percentile(values, percent).tolist() == pytest.approx(np.percentile(values.numpy(), percent, axis=1).tolist())
+    assert percentile(values, percent).tolist() == pytest.approx(
+        np.percentile(values.numpy(), percent, axis=1).tolist()
+    )
 
 
 def test_area_under_curve_counts_pairs():

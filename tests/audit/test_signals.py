@@ -1,3 +1,5 @@
+from itertools import islice, pairwise
+
 import pytest
 import torch
 from PIL import Image
@@ -34,7 +36,7 @@ def test_text_signal_equals_noise_predictions_along_ddim_by_hand(pipeline):
         norms = []
         for number in range(DETECTION_SEEDS):
             x = torch.randn(1, 4, 16, 16, generator=generator_for(3, "detection", number))
-            for t, following in list(zip(timesteps, timesteps[1:], strict=False))[:DETECTION_STEPS]:
+            for t, following in islice(pairwise(timesteps), DETECTION_STEPS):
                 a, s = alphas[t].sqrt(), (1 - alphas[t]).sqrt()
                 noises = []
                 for text in ("", caption):
