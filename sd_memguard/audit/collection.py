@@ -27,7 +27,7 @@ class Collection:
 
     Attributes:
         place: The folder, or the data set's name.
-        files: Names, relative to the folder; of a data set, what it stores or ``row 12``.
+        files: Names, relative to the folder; of a data set, the row number with ``.png``.
         captions: One for each; the first where a row has several, empty where it has none.
         read: Gives the bytes of a row's file.
         is_folder: Whether ``files`` are files below ``place``.
@@ -216,7 +216,7 @@ def read_dataset(name: str, image_column: str, caption_column: str) -> Collectio
         picture = stored[row][image_column]
         return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
 
-    return Collection(name, [f"row {row}" for row in range(len(rows))], captions, read, False)
+    return Collection(name, [f"{row:08}.png" for row in range(len(rows))], captions, read, False)
 
 
 def without(collection: Collection, excluded: Set[str]) -> Collection:

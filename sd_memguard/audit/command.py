@@ -293,6 +293,11 @@ def _describe_pictures(pictures: Collection) -> dict[str, Any]:
     }
 
 
+def training_folder(settings: AuditSettings, train: Collection) -> Path:
+    """Return where the training pictures that the rows name are found: their folder, or below the output folder."""
+    return Path(train.place) if train.is_folder else settings.output_dir / "training"
+
+
 def write(setup: Setup, audited: Sequence[Audited], report: dict[str, Any]) -> None:
     """Write the three files; the training pictures of a data set that are named in them go to ``training/``."""
     folder, inputs, background = setup.settings.output_dir, setup.inputs, setup.background
@@ -304,4 +309,13 @@ def write(setup: Setup, audited: Sequence[Audited], report: dict[str, Any]) -> N
         tables.append(records.background_table("reference", reference, range(len(reference)), matched, train))
     records.write_table(tables, folder / records.BACKGROUND)
     records.write_table([one.pairs for one in audited], folder / records.PAIRS)
+    if not train.is_folder:
+        target = training_folder(setup.settings, train)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        columns = [one.pairs[column].to_pylist() for one in audited for column in ("nearest_file", "own_file")]
+        named = {file for column in columns for file in column}
+        for row, file in enumerate(train.files):
+            if file in named:
+                train.image(row).save(target / file)
     records.write_report(report, folder / records.REPORT)

@@ -63,7 +63,7 @@ def test_data_set_is_read_by_row(tmp_path):
     datasets.Dataset.from_dict(columns).cast_column("picture", datasets.Image()).save_to_disk(tmp_path / "saved")
     pictures = read_dataset(str(tmp_path / "saved"), "picture", "words")
     assert list(pictures.captions) == [text for _, text in ROWS]
-    assert list(pictures.files) == ["row 0", "row 1", "row 2"]
+    assert list(pictures.files) == ["00000000.png", "00000001.png", "00000002.png"]
     assert pictures.distinct == [0, 1]
     assert pictures.image(0).getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(AuditError, match=r"columns `image` and `words`, found \['picture', 'words'\]"):
@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         with pytest.raises(AuditError, match=message):
             _ = read_folder(tmp_path, "--train_data_dir", **options).hashes
 
-    with pytest.raises(AuditError, match="`--images` .* is not a folder"):
+    with pytest.raises(AuditError, match=r"`--images` .* is not a folder"):
         read_folder(tmp_path / "nothing", "--images")
     refuse("holds no pictures")
     write_pictures(tmp_path)

@@ -127,5 +127,5 @@ def test_weights_that_are_missing_or_of_another_kind_are_named(tmp_path, name):
 
 
 def test_unknown_extractor_is_refused():
-    with pytest.raises(AuditError, match="`--extractor` must be one of bundled, sscd, .*, got vgg"):
+    with pytest.raises(AuditError, match=r"`--extractor` must be one of bundled, sscd, .*, got vgg"):
         make_extractor("vgg", None, CPU)
