@@ -132,6 +132,9 @@ def _load(files: ModelFiles) -> StableDiffusionPipeline:
     pipeline = StableDiffusionPipeline.from_pretrained(str(files.base), use_safetensors=True, **options)
     if files.addition:
         pipeline.load_lora_weights(str(files.addition.parent), weight_name=files.addition.name)
+        # diffusers passes over a file of which it knows no key, with no more than a line in the log.
+        if not any(hasattr(part, "peft_config") for part in (pipeline.unet, pipeline.text_encoder)):
+            raise ValueError(f"{files.addition.name} holds no LoRA weights for this pipeline")
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     return pipeline
