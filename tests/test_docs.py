@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from sd_memguard.audit.settings import build_parser
 from sd_memguard.config import ALIASES, SETTINGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
-KNOWN = {*SETTINGS, *ALIASES, "config", "help"}
+PAGES += sorted((ROOT / "examples").rglob("*.md"))
+SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
+AUDIT = {option.removeprefix("--") for action in build_parser()._actions for option in action.option_strings}
+KNOWN = {*SETTINGS, *ALIASES, *AUDIT, "config", "help"}
 # Flags of other programs, and those that the text says are refused or do not exist yet.
 FOREIGN = {"num_processes", "images_per_caption", "steps"}
 
