@@ -30,6 +30,9 @@ BACKGROUND_SIZE = 10_000
 BACKGROUND_PERCENT = 99
 """The percentile of the background that the default threshold starts from."""
 
+MARGIN = 1 / 3
+"""How far from there to 1 the default threshold lies."""
+
 
 class Matched(NamedTuple):
     """For each of Q pictures the similarity to the nearest training picture, and that picture's row in the set."""
@@ -146,12 +149,11 @@ def background_positions(count: int, seed: int) -> Tensor:
 
 
 def choose_threshold(train: Tensor, reference: Tensor | None) -> Threshold:
-    """Return the similarity from which on a drawing counts as a copy: halfway between a high background and identity.
+    """Return the similarity from which on a drawing counts as a copy: a third of the way from a high background to 1.
 
-    High means the 99th percentile of what is alike without being copied, robust to a few true duplicates in it. At that
-    value itself 1% of all unseen pictures would be called copies, more than a careful model makes; halfway to 1 leaves
-    room above look-alikes, and below copies that were compressed, scaled or slightly cropped. (With SSCD the rule gives
-    about the 0.75 that its authors name for copies, where unseen pictures stay below 0.5.)
+    High means the 99th percentile of what is alike without being copied, which a few true duplicates in it do not move.
+    At that value itself 1% of all unseen pictures would count as copies. A third of the way on leaves few of them, and
+    is below copies that were compressed, scaled or slightly cropped; docs/audit.md has the figures behind the choice.
 
     Args:
         train: (N,) similarities of distinct training pictures to their nearest others.
@@ -159,8 +161,8 @@ def choose_threshold(train: Tensor, reference: Tensor | None) -> Threshold:
     """
     usual, of = (train, "training pictures") if reference is None else (reference, "pictures not trained on")
     high = percentile(usual, BACKGROUND_PERCENT).item()
-    rule = f"halfway between {high:.3f}, below which {BACKGROUND_PERCENT}% of the {of} are, and 1"
-    return Threshold((high + 1) / 2, rule, "background")
+    rule = f"a third of the way from {high:.3f}, below which {BACKGROUND_PERCENT}% of the {of} are, to 1"
+    return Threshold(high + (1 - high) * MARGIN, rule, "background")
 
 
 def choose_rows(candidates: ChosenCaptions, look_alikes: set[int], count: int) -> ChosenCaptions:

@@ -108,9 +108,9 @@ def load_pipeline(model: Path | ModelFiles, device: torch.device | None = None) 
     files = model if isinstance(model, ModelFiles) else ModelFiles(model, None)
     try:
         pipeline = _load(files)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except Exception as error:  # whatever keeps diffusers from loading it, its own classes among them, is told alike
         hint = "" if files.base.is_dir() else "; without a hub, name a folder with its configs first: FOLDER+FILE"
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AuditError(f"`--model` {files.text} cannot be loaded: {reason}{hint}") from error
     # PNDM's config need not mention clip_sample; DDIM would then clip the latents to [-1, 1] and draw garbage.
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)

@@ -187,7 +187,7 @@ def test_bad_input_is_refused_before_anything_is_done(tmp_path, capsys):
 
     def refuse(message, *flags, sets=tuple(SETS)):
         with pytest.raises(AuditError, match=message):
-            run_audit(parse_arguments([*flags, *sets, "--output_dir", str(output)]))
+            run_audit(parse_arguments([*sets, *flags, "--output_dir", str(output)]))
 
     refuse("there is nothing to audit")
     refuse("as one of `--train_data_dir` and `--dataset_name`", *model, sets=())
