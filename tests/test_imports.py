@@ -46,6 +46,8 @@ LIBRARIES = {
     "audit.report_pictures": {"PIL"},
     "audit.report_view": set(),
     "audit.report_words": set(),
+    "audit.scores": {"torch"},
+    "audit.descriptor": {"torch"},
 }
 
 
