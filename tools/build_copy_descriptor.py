@@ -2,8 +2,7 @@
 
 Two changed views of a picture are to be alike, and unlike those of every other picture (InfoNCE); a second term spreads
 the vectors over the sphere (KoLeo), both as in SSCD (Pizzi et al. 2022, arXiv 2202.10261). The views are what happens
-to copies: shifted, zoomed, scaled down and up, compressed like JPEG, tinted, noisy, or drawn by a model that learned
-them, with the flaws that come of it: decoded from disturbed latents of the bundled autoencoder. Both views of a pair
+to copies: shifted, zoomed, scaled down and up, compressed like JPEG, tinted, noisy. Both views of a pair
 share a random recolouring, flip and blend, which makes many more styles of the few pictures at hand.
 """
 
@@ -13,12 +12,10 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from sd_memguard.assets import tiny_sd_path
 from sd_memguard.audit.descriptor import SIZE, CopyDescriptor
 from sd_memguard.audit.pictures import load_pictures
 
@@ -49,8 +46,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_dirs", type=Path, nargs="+", required=True, help="Imagefolders to train on.")
     parser.add_argument("--output_file", type=Path, required=True, help="Safetensors file, in float16.")
     parser.add_argument("--max_train_steps", type=int, default=1200, help="Steps of 128 pairs.")
-    parser.add_argument("--start_from", type=Path, help="Weights to go on from.")
-    parser.add_argument("--redrawn", type=float, default=0.25, help="Share of pairs with a view from the autoencoder.")
     parser.add_argument("--seed", type=int, default=0, help="Of weights, batches and views.")
     parser.add_argument("--num_threads", type=int, default=1, help="Of torch.")
     return parser.parse_args()
@@ -64,17 +59,12 @@ def main() -> None:
     pixels = torch.cat([load_pictures(folder, SIZE).pixels for folder in args.data_dirs])
     pictures = pixels.permute(0, 3, 1, 2).float() / 255
     model = CopyDescriptor()
-    if args.start_from:
-        model.load_state_dict({name: weight.float() for name, weight in load_file(args.start_from).items()})
-    autoencoder = AutoencoderKL.from_pretrained(tiny_sd_path() / "vae").float().eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=args.max_train_steps)
     start = time.monotonic()
     for step in range(args.max_train_steps):
         batch = restyle(pictures[torch.randint(len(pictures), (BATCH_SIZE,))])
-        count = round(args.redrawn * BATCH_SIZE)
-        drawn = torch.cat([redraw(batch[:count], autoencoder), batch[count:]]) if count else batch
-        vectors = torch.cat([model(disguise(drawn)), model(disguise(batch))])
+        vectors = torch.cat([model(disguise(batch)), model(disguise(batch))])
         contrast, spread = losses(vectors, same_picture(batch))
         optimizer.zero_grad()
         (contrast + spread).backward()
@@ -106,17 +96,6 @@ def restyle(batch: Tensor) -> Tensor:
         weight = 0.5 + 0.25 * torch.rand(()).item()
         batch = weight * batch + (1 - weight) * batch.roll(1, 0)
     return batch
-
-
-@torch.no_grad()
-def redraw(batch: Tensor, autoencoder: AutoencoderKL) -> Tensor:
-    """Return each picture decoded from its latents, which are disturbed by up to half of their deviation."""
-    latents = autoencoder.encode(2 * batch - 1).latent_dist.mode()
-    strength = 0.5 * latents.std() * torch.rand(len(batch), 1, 1, 1)
-    # Coarse noise as well as fine: a model errs in shapes, not only in grain.
-    coarse = functional.interpolate(torch.randn(*latents.shape[:2], 4, 4), latents.shape[2:], mode="bicubic")
-    noise = torch.randn(latents.shape) if chance(0.5) else coarse
-    return (autoencoder.decode(latents + strength * noise).sample / 2 + 0.5).clamp(0, 1)
 
 
 def disguise(batch: Tensor) -> Tensor:

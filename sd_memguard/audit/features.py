@@ -4,6 +4,7 @@ A new one is a class with the four attributes and two methods of :class:`Extract
 """
 
 import hashlib
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -231,11 +232,15 @@ class Inception(Extractor):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise AuditError("`inception` needs a package: pip install torch-fidelity") from error
+            raise AuditError(
+                "`inception` needs a package: pip install torch-fidelity, or this one with [inception]"
+            ) from error
         self.sha256 = file_sha256(file)
         try:
+            # The package unpickles whatever the file holds; what passes here holds nothing but tensors.
+            torch.load(file, map_location="cpu", weights_only=True)
             self.model = FeatureExtractorInceptionV3(self.name, ["2048"], feature_extractor_weights_path=str(file))
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
             raise AuditError(f"{file} does not hold torch-fidelity's Inception weights: {reason}") from error
         self.model.to(device)

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -87,13 +86,12 @@ class Store:
     def _keep(self, file: Path, write: Callable[[Path], None]) -> None:
         """Write under another name first, so that a file that is there is whole."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=".unfinished-")
-        os.close(handle)
+        unfinished = file.with_name(f".unfinished-{os.getpid()}-{file.name}")
         try:
-            write(Path(name))
-            os.replace(name, file)
+            write(unfinished)
+            os.replace(unfinished, file)
         finally:
-            Path(name).unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
 def _write_array(values: np.ndarray, path: Path) -> None:

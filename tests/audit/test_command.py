@@ -1,13 +1,16 @@
 import io
 import json
+import shutil
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from sd_memguard.assets import BUNDLED, demo_data_path, demo_heldout_path
+from sd_memguard.assets import BUNDLED, demo_data_path, demo_heldout_path, tiny_sd_path
 from sd_memguard.audit import AuditError, generate
 from sd_memguard.audit.collection import read_folder
 from sd_memguard.audit.command import main, run_audit
@@ -65,6 +68,36 @@ def test_planted_copies_are_found_and_nothing_else(planted, tmp_path):
     assert model["copies"]["given"]["share"]["low"] < 0.2 < model["copies"]["given"]["share"]["high"]
     assert model["detection"] is model["membership"] is model["copies"]["given"]["extraction"] is None
     assert model["why_missing"]["detection"] == "pictures were given, no model"
+
+
+def test_a_run_tells_the_history_of_the_nearest_picture_and_a_data_set_shows_it(planted, tmp_path):
+    """Rows know the run's shard and skips; of a data set, the pictures that rows name are put beside the report."""
+    folder, _ = planted
+    train = read_folder(demo_data_path(), "--train_data_dir")
+    rows = train.distinct[:60]
+    columns = {"image": [str(demo_data_path() / train.files[row]) for row in rows]}
+    columns["text"] = [train.captions[row] for row in rows]
+    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd_path(), model)
+    (model / "memguard").mkdir()
+    (model / "memguard" / "config.json").write_text("{}")
+    (model / "memguard" / "rounds.jsonl").write_text("")
+    counts = {name: range(60) for name in ("shard", "seen", "skipped", "augmented", "moves")}
+    known = {"sample_id": range(60), "file": ["x"] * 60, **counts, "skip_ratio": [row / 60 for row in range(60)]}
+    samples = pa.table({name: list(values)[:59] for name, values in known.items()})
+    pq.write_table(samples, model / "memguard" / "samples.parquet")
+    flags = ["--dataset_name", str(tmp_path / "set"), "--num_prompts", "2", "--num_inference_steps", "2"]
+    report, pairs = audit(tmp_path / "out", "--model", str(model), "--images", f"mine={folder}", *flags)
+    assert report["threshold"]["rule"].count("training pictures") == 1
+    assert report["reference"] is report["models"][0]["quality"]["kid_reference"] is None
+    for row in pairs:
+        sample_id = row["nearest_sample_id"]
+        assert row["nearest_caption"] == columns["text"][sample_id]
+        is_known = row["model"] == "model" and sample_id < 59
+        assert (row["shard"], row["moves"]) == ((sample_id, sample_id) if is_known else (None, None))
+        with Image.open(tmp_path / "out" / "training" / row["nearest_file"]) as shown:
+            assert shown.convert("RGB").tobytes() == train.image(rows[sample_id]).tobytes()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 from itertools import islice, pairwise
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -63,7 +64,7 @@ def test_losses_equal_squared_errors_one_by_one(pipeline):
     alphas = pipeline.scheduler.alphas_cumprod
     expected = []
     for image, caption in zip(images, CAPTIONS, strict=False):
-        pixels = torch.tensor(list(image.getdata()), dtype=torch.float32).reshape(1, 64, 64, 3).permute(0, 3, 1, 2)
+        pixels = torch.tensor(np.asarray(image), dtype=torch.float32)[None].permute(0, 3, 1, 2)
         latents = pipeline.vae.encode(pixels / 127.5 - 1).latent_dist.mean * pipeline.vae.config.scaling_factor
         errors = []
         for number, share in enumerate(LOSS_TIMESTEPS):
