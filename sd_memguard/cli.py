@@ -29,6 +29,13 @@ def _demo(argv: Sequence[str]) -> None:
         main(argv)
 
 
+def _audit(argv: Sequence[str]) -> None:
+    from sd_memguard.audit.command import main
+
+    with exit_on_user_error():
+        main(argv)
+
+
 def _export(argv: Sequence[str]) -> None:
     from sd_memguard.training.export_command import main
 
@@ -45,6 +52,7 @@ def _inspect(argv: Sequence[str]) -> None:
 COMMANDS = {
     "train": Command("fine-tune Stable Diffusion under the memorization guard", _train),
     "demo": Command("fine-tune the bundled model twice, plain and guarded, and compare what they copy", _demo),
+    "audit": Command("measure how much models copy of their training pictures", _audit),
     "export": Command("write a run in another format: a diffusers folder, one file, or a LoRA file", _export),
     "inspect": Command("tell the story of a run, and show its most memory-prone pictures and its curves", _inspect),
 }

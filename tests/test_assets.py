@@ -9,9 +9,11 @@ from datasets import load_dataset
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
-from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
+from sd_memguard.assets import copy_descriptor_path, demo_data_path, demo_heldout_path, tiny_sd_path
+from sd_memguard.audit.descriptor import CopyDescriptor
 
 DEMO_FOLDERS = [(demo_data_path(), 992), (demo_heldout_path(), 256)]
 
@@ -39,6 +41,15 @@ def test_every_weight_is_float16_and_finite():
                 tensor = weights.get_tensor(key)
                 assert tensor.dtype == torch.float16, key
                 assert tensor.isfinite().all(), key
+
+
+def test_copy_descriptor_is_small_float16_and_complete():
+    weights = load_file(copy_descriptor_path())
+    assert copy_descriptor_path().stat().st_size < 1.2e6
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    shapes = {name: weight.shape for name, weight in CopyDescriptor().state_dict().items()}
+    assert {name: weight.shape for name, weight in weights.items()} == shapes
+    assert all(weight.isfinite().all() for weight in weights.values())
 
 
 def test_no_config_names_a_path_of_the_machine_it_was_built_on():

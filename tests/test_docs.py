@@ -6,14 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from sd_memguard.audit.settings import build_parser as audit_parser
 from sd_memguard.config import ALIASES, SETTINGS
-from sd_memguard.training.export_command import build_parser
+from sd_memguard.training.export_command import build_parser as export_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
-EXPORT = {name.removeprefix("--") for name in build_parser()._option_string_actions if name.startswith("--")}
-KNOWN = {*SETTINGS, *ALIASES, "config", *EXPORT}
+PAGES += sorted((ROOT / "examples").rglob("*.md"))
+SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
+OTHERS = {
+    option.removeprefix("--")
+    for parser in (audit_parser(), export_parser())
+    for action in parser._actions
+    for option in action.option_strings
+}
+KNOWN = {*SETTINGS, *ALIASES, *OTHERS, "config", "help"}
 # Flags of other programs, and those that the text says are refused or do not exist yet.
 FOREIGN = {"num_processes", "images_per_caption", "steps", "num_pictures"}
 

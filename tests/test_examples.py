@@ -1,11 +1,15 @@
 """The examples run as they are printed."""
 
+import os
 import re
 import runpy
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from sd_memguard.audit.settings import build_parser
 from sd_memguard.flags import parse_train_args
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -22,13 +26,53 @@ def test_own_loop_skips_samples_and_stays_short(capsys):
     assert len(example.read_text(encoding="utf-8").splitlines()) < 80
 
 
-@pytest.mark.parametrize("script", ["finetune_bundled.sh", "finetune_sd15.sh"])
-def test_scripts_give_flags_that_parse(script):
+TRAINING = r"sd-memguard train|accelerate launch .* sd_memguard/train\.py"
+
+
+def arguments_of(script: str, program: str) -> list[str]:
+    """The arguments of the program that a script calls, each of its variables replaced by a word."""
     text = (EXAMPLES / script).read_text(encoding="utf-8").replace("\\\n", " ")
-    command = re.search(r"^(?:sd-memguard train|accelerate launch .* sd_memguard/train\.py) (.*)$", text, re.MULTILINE)
-    arguments = command[1].replace('"$@"', "").replace('"$pictures"', "pictures").replace('"$output"', "run").split()
+    command = re.search(rf"^(?:{program}) (.*)$", text, re.MULTILINE)
+    return [re.sub(r"\$(\w+)", r"\1", word) for word in shlex.split(command[1]) if word != "$@"]
 
-    config = parse_train_args(arguments)
 
-    assert config.memguard == "on"
+@pytest.mark.parametrize(
+    ("script", "memguard"),
+    [
+        ("finetune_bundled.sh", "on"),
+        ("finetune_sd15.sh", "on"),
+        ("laion10k/guarded.sh", "on"),
+        ("laion10k/plain.sh", "off"),
+    ],
+)
+def test_scripts_give_flags_that_parse(script, memguard):
+    config = parse_train_args(arguments_of(script, TRAINING))
+
+    assert config.memguard == memguard
     assert config.center_crop
+
+
+def test_laion10k_takes_the_authors_settings_and_the_arms_the_same_budget():
+    guarded, plain = (parse_train_args(arguments_of(f"laion10k/{arm}.sh", TRAINING)) for arm in ("guarded", "plain"))
+    guard = guarded.guard
+    assert guard.num_shards * 50 * guard.steps_per_round == guarded.max_train_steps == plain.max_train_steps
+    assert guarded.train_batch_size == plain.train_batch_size == 8
+    assert guarded.learning_rate == plain.learning_rate == 2.5e-6
+    assert guarded.lr_warmup_steps == guard.num_shards * plain.lr_warmup_steps
+    assert (guard.bank_mode, guard.skip_threshold, guard.augment_threshold) == ("paper", 0.8, 1.2)
+
+
+def test_laion10k_audit_gives_flags_that_parse():
+    flags = build_parser().parse_args(arguments_of("laion10k/audit.sh", "sd-memguard audit"))
+    assert flags.model == ["plain=plain", "guarded=guarded"]
+    assert (flags.extractor, flags.extractor_weights) == ("sscd-paper", "weights/sscd_disc_large.torchscript.pt")
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_well_formed_and_ask_for_what_they_need(script, tmp_path):
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    assert os.access(script, os.X_OK)
+    if "${1:?" in script.read_text(encoding="utf-8"):
+        done = subprocess.run(["bash", script], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode != 0
+        assert "give the folder of" in done.stderr

@@ -40,6 +40,14 @@ LIBRARIES = {
     "proxies": {"torch", "safetensors"},
     "guard": {"torch"},
     "audit.similarity": {"torch"},
+    "audit.report": {"jinja2"},
+    "audit.report_charts": {"numpy", "pyarrow"},
+    "audit.report_input": {"pyarrow"},
+    "audit.report_pictures": {"PIL"},
+    "audit.report_view": set(),
+    "audit.report_words": set(),
+    "audit.scores": {"torch"},
+    "audit.descriptor": {"torch"},
 }
 
 

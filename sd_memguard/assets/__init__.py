@@ -24,3 +24,8 @@ def demo_data_path() -> Path:
 def demo_heldout_path() -> Path:
     """Return the imagefolder of 256 captioned pictures in the style of the demo set that are never trained on."""
     return _ASSETS / "demo" / "heldout"
+
+
+def copy_descriptor_path() -> Path:
+    """Return the weights of the audit's offline extractor, float16 safetensors."""
+    return _ASSETS / "copy-descriptor" / "model.safetensors"

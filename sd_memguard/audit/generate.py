@@ -1,34 +1,28 @@
 """Drawing captions with a diffusers folder, so that the same caption and seed always give the same picture."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sd_memguard.audit.models import load_pipeline
+from sd_memguard.audit.store import Store, digest
 
-def load_pipeline(folder: Path, device: torch.device | None = None) -> StableDiffusionPipeline:
-    """Return the pipeline of a diffusers folder in float32 with a DDIM scheduler, ready to draw; asks no hub.
+__all__ = ["DrawingSettings", "draw", "draw_into", "drawing_key", "load_pipeline"]
 
-    The safety checker is left out: it blackens pictures, and a blackened copy would not be found.
 
-    Args:
-        folder: As ``save_pretrained`` writes it, in safetensors.
-        device: Default: the first CUDA device, else the CPU.
-    """
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        str(folder),
-        use_safetensors=True,
-        local_files_only=True,
-        safety_checker=None,
-        requires_safety_checker=False,
-    )
-    # PNDM's config need not mention clip_sample; DDIM would then clip the latents to [-1, 1] and draw garbage.
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+class DrawingSettings(NamedTuple):
+    """How captions are drawn; ``size`` is the edge in pixels, None the model's own."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    size: int | None
+    batch_size: int
 
 
 def draw(
@@ -38,6 +32,7 @@ def draw(
     *,
     num_inference_steps: int = 20,
     guidance_scale: float = 2.5,
+    size: int | None = None,
     batch_size: int = 32,
     description: str = "drawing",
 ) -> Tensor:
@@ -51,6 +46,7 @@ def draw(
         seeds: N seeds of the initial noise.
         num_inference_steps: DDIM steps (eta 0).
         guidance_scale: Weight of classifier-free guidance; 1 or less is none.
+        size: Edge in pixels; default: the model's own.
         batch_size: Pictures drawn at a time.
         description: Text of the progress bar.
 
@@ -60,15 +56,70 @@ def draw(
     drawn = []
     with tqdm(total=len(captions), desc=description, unit="picture") as progress:
         for start in range(0, len(captions), batch_size):
-            prompts = list(captions[start : start + batch_size])
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
-            pictures = pipeline(
-                prompts,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                generator=generators,
-                output_type="pt",
-            ).images
-            drawn.append((pictures.permute(0, 2, 3, 1).cpu() * 255).round().to(torch.uint8))
-            progress.update(len(prompts))
+            part = slice(start, start + batch_size)
+            settings = DrawingSettings(num_inference_steps, guidance_scale, size, batch_size)
+            drawn.append(_draw_batch(pipeline, captions[part], seeds[part], settings))
+            progress.update(len(drawn[-1]))
     return torch.cat(drawn)
+
+
+@torch.no_grad()
+def _draw_batch(
+    pipeline: StableDiffusionPipeline, captions: Sequence[str], seeds: Sequence[int], settings: DrawingSettings
+) -> Tensor:
+    """Return (B, H, W, 3) uint8."""
+    pictures = pipeline(
+        list(captions),
+        height=settings.size,
+        width=settings.size,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    ).images
+    return (pictures.permute(0, 2, 3, 1).float().cpu() * 255).round().to(torch.uint8)
+
+
+def drawing_key(model_sha256: str, caption: str, seed: int, settings: DrawingSettings) -> str:
+    """Return the name of a drawing in the store: a hash of all that decides it."""
+    return digest(
+        "drawing", model_sha256, caption, seed, settings.num_inference_steps, settings.guidance_scale, settings.size
+    )
+
+
+def draw_into(
+    store: Store,
+    load: Callable[[], StableDiffusionPipeline],
+    model_sha256: str,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    settings: DrawingSettings,
+    description: str,
+) -> list[str]:
+    """Draw what the store does not hold yet, with a progress bar, and return the keys of all drawings as PNG files.
+
+    Batches are cut at fixed places and kept whole or not at all, so an interrupted audit goes on with the same ones.
+
+    Args:
+        store: Where drawings are kept.
+        load: Gives the pipeline; called only where something is missing.
+        model_sha256: Of the model.
+        captions: N prompts.
+        seeds: N seeds of the initial noise.
+        settings: How to draw.
+        description: Text of the progress bar.
+    """
+    keys = [drawing_key(model_sha256, *pair, settings) for pair in zip(captions, seeds, strict=True)]
+    size = settings.batch_size
+    missing = [
+        slice(start, start + size)
+        for start in range(0, len(keys), size)
+        if not all(store.has_file(key) for key in keys[start : start + size])
+    ]
+    if missing:
+        pipeline = load()
+        for part in tqdm(missing, desc=description, unit="batch"):
+            pictures = _draw_batch(pipeline, captions[part], seeds[part], settings)
+            for key, picture in zip(keys[part], pictures, strict=True):
+                store.keep_file(key, partial(Image.fromarray(picture.numpy()).save, format="PNG"))
+    return keys

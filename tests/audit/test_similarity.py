@@ -9,7 +9,15 @@ from sd_memguard.assets import demo_data_path
 from sd_memguard.audit import AuditError
 from sd_memguard.audit.captions import choose_captions
 from sd_memguard.audit.pictures import as_image, as_rows, load_pictures
-from sd_memguard.audit.similarity import distance_ratio, distinct, find_copies, nearest
+from sd_memguard.audit.similarity import (
+    best_matches,
+    cosine,
+    distance_ratio,
+    distinct,
+    find_copies,
+    nearest,
+    squared_distance_ratio,
+)
 
 
 def slow_distances(query, gallery):
@@ -46,6 +54,37 @@ def test_nearest_names_what_cannot_be_compared():
 def test_distance_ratio_by_hand():
     distances = torch.tensor([[1.0, 2.0, 3.0], [0.0, 2.0, 4.0], [3.0, 3.0, 3.0], [0.0, 0.0, 0.0]])
     assert distance_ratio(distances).tolist() == [0.5, 0.0, 1.0, 1.0]
+
+
+def test_squared_distance_ratio_by_hand():
+    # 1 / ((1 + 4 + 9) / 3); as the authors' code: min of squares over the mean of squares, no factor.
+    assert squared_distance_ratio(torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 1.0]])).tolist() == pytest.approx(
+        [3 / 14, 0]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_best_matches_over_blocks_are_the_best_of_all(dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(50, 8, generator=generator), dim=1)
+    gallery, query = rows[:40].to(dtype), rows[40:]
+    found = best_matches(query, gallery.split([3, 1, 30, 6]), 4, cosine, chunk=7)
+    for row, one in enumerate(query.tolist()):
+        scores = [sum(a * b for a, b in zip(one, other, strict=True)) for other in gallery.tolist()]
+        order = sorted(range(40), key=scores.__getitem__, reverse=True)[:4]
+        assert found.indices[row].tolist() == order
+        assert found.scores[row].tolist() == pytest.approx([scores[index] for index in order], abs=1e-6)
+
+
+def test_a_row_does_not_match_itself():
+    rows = torch.nn.functional.normalize(torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows[7] = rows[3]
+    own = torch.tensor([3, 4, -1])
+    found = best_matches(rows[[3, 4, 5]], rows.split(8), 1, cosine, own=own)
+    assert found.indices[0].item() == 7
+    assert found.scores[0].item() == pytest.approx(1)
+    assert found.indices[1].item() != 4
+    assert found.indices[2].item() == 5
 
 
 def test_distinct_keeps_the_first_of_each():

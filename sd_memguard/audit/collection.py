@@ -1,0 +1,231 @@
+"""Collections of pictures to audit: a folder or a data set, read row by row, identified by content."""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+import PIL.Image
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from sd_memguard.audit import AuditError
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+@dataclass(frozen=True, eq=False)
+class Collection:
+    """Pictures with their captions, in the order of their rows; a row number is the sample id of training.
+
+    Attributes:
+        place: The folder, or the data set's name.
+        files: Names, relative to the folder; of a data set, the row number with ``.png``.
+        captions: One for each; the first where a row has several, empty where it has none.
+        read: Gives the bytes of a row's file.
+        is_folder: Whether ``files`` are files below ``place``.
+    """
+
+    place: str
+    files: Sequence[str]
+    captions: Sequence[str]
+    read: Callable[[int], bytes]
+    is_folder: bool
+
+    def __len__(self) -> int:
+        """Return the number of rows, repeats included."""
+        return len(self.files)
+
+    @cached_property
+    def hashes(self) -> list[str]:
+        """The SHA-256 of each row's file, with a progress bar; two rows with the same are the same picture.
+
+        Raises:
+            AuditError: Where a file is missing, unreadable or not a picture; names the first ones.
+        """
+        found, faults = [], []
+        for row in tqdm(range(len(self)), desc=f"reading {self.place or 'drawings'}", unit="picture", leave=False):
+            try:
+                content = self.read(row)
+                with Image.open(io.BytesIO(content)) as image:
+                    image.size  # noqa: B018 (opening reads the header, which tells a picture from anything else)
+                found.append(hashlib.sha256(content).hexdigest())
+            except (OSError, ValueError) as error:
+                faults.append(f"{self.files[row]}: {error}")
+        if faults:
+            more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+            raise AuditError(
+                f"{len(faults)} of {len(self)} pictures in {self.place} cannot be read: {'; '.join(faults[:3])}{more}; "
+                "repair or remove them"
+            )
+        return found
+
+    @cached_property
+    def distinct(self) -> list[int]:
+        """The first row of each distinct picture, ascending."""
+        first: dict[str, int] = {}
+        for row, content in enumerate(self.hashes):
+            first.setdefault(content, row)
+        return list(first.values())
+
+    @property
+    def sha256(self) -> str:
+        """One hash of all files and captions in order."""
+        lines = (f"{content} {caption!r}\n" for content, caption in zip(self.hashes, self.captions, strict=True))
+        return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def image(self, row: int) -> PIL.Image.Image:
+        """Return a picture in RGB, turned upright by its EXIF tag, transparency put on white.
+
+        Raises:
+            AuditError: Where its pixels are damaged.
+        """
+        try:
+            with Image.open(io.BytesIO(self.read(row))) as image:
+                upright = ImageOps.exif_transpose(image)
+                if upright.has_transparency_data:
+                    upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+                return upright.convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise AuditError(f"{self.files[row]} in {self.place} is damaged: {error}; repair or remove it") from error
+
+
+def read_folder(folder: Path, flag: str, caption_column: str = "text", *, needs_captions: bool = True) -> Collection:
+    """Return the pictures of a folder in the order that training gives them.
+
+    With ``metadata.jsonl``, ``.csv`` or ``.parquet`` at its top: its rows. Otherwise every picture below the folder in
+    the order of their paths, captions from the ``.txt`` file of the same name.
+
+    Args:
+        folder: Where the pictures are.
+        flag: The flag that named it, for messages.
+        caption_column: Column of the metadata that holds the caption, or a list of which the first counts.
+        needs_captions: Refuse pictures without captions, otherwise they get an empty one.
+
+    Raises:
+        AuditError: No such folder, no pictures, no captions, or metadata that cannot be read.
+    """
+    if not folder.is_dir():
+        raise AuditError(f"`{flag}` {folder} is not a folder; name the folder that holds the pictures")
+    metadata = [folder / name for name in METADATA if (folder / name).is_file()]
+    if metadata:
+        rows = list(_metadata_rows(metadata[0], flag, caption_column, needs_captions))
+    else:
+        rows = list(_text_rows(folder, needs_captions))
+    if not rows:
+        raise AuditError(f"`{flag}` {folder} holds no pictures (.png, .jpg, ...); name another folder")
+    root = folder.resolve()
+    for name, _ in rows:
+        if not (root / name).resolve().is_relative_to(root):
+            raise AuditError(
+                f"`{flag}` {folder} lists {name}, which lies outside of it; move the picture into the folder"
+            )
+    files = [name for name, _ in rows]
+    return Collection(
+        str(folder), files, [caption for _, caption in rows], lambda row: (root / files[row]).read_bytes(), True
+    )
+
+
+def _text_rows(folder: Path, needs_captions: bool) -> Iterator[tuple[str, str]]:
+    missing = []
+    for file in sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
+        if any(part.startswith(".") for part in file.parts):
+            continue
+        text = (folder / file).with_suffix(".txt")
+        lines = text.read_text(encoding="utf-8-sig", errors="replace").splitlines() if text.is_file() else []
+        captions = [line.strip() for line in lines if line.strip()]
+        if not captions:
+            missing.append(file.as_posix())
+        yield file.as_posix(), captions[0] if captions else ""
+    if missing and needs_captions:
+        raise AuditError(
+            f"{len(missing)} pictures in {folder} have no caption, the first is {missing[0]}; add metadata.jsonl, "
+            ".csv or .parquet with `file_name` and the caption, or a .txt file beside each picture"
+        )
+
+
+def _metadata_rows(file: Path, flag: str, caption_column: str, needs_captions: bool) -> Iterator[tuple[str, str]]:
+    try:
+        rows = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[file.suffix](file)
+    except (OSError, ValueError) as error:
+        raise AuditError(f"`{flag}`: {file} cannot be read: {error}; repair it") from error
+    for number, row in enumerate(rows, start=1):
+        name = row.get("file_name")
+        if not isinstance(name, str) or not name:
+            raise AuditError(f"row {number} of {file} must name a picture as `file_name`, it has {sorted(row)}; add it")
+        caption = row.get(caption_column)
+        caption = caption[0] if isinstance(caption, list) and caption else caption
+        if not isinstance(caption, str) and needs_captions:
+            raise AuditError(
+                f"row {number} of {file} must have a caption as `{caption_column}`, it has {sorted(row)}; add it, or "
+                "name the column with `--caption_column`"
+            )
+        yield name, caption if isinstance(caption, str) else ""
+
+
+def _read_jsonl(file: Path) -> list[dict[str, object]]:
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("every line must be a JSON object")
+    return rows
+
+
+def _read_csv(file: Path) -> list[dict[str, object]]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        return [dict(row) for row in csv.DictReader(lines)]
+
+
+def _read_parquet(file: Path) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = pq.read_table(file).to_pylist()
+    return rows
+
+
+def read_dataset(name: str, image_column: str, caption_column: str) -> Collection:
+    """Return the `train` split of a data set on the hub or in a local folder, as training numbers its rows.
+
+    Raises:
+        AuditError: It cannot be loaded, or lacks the split or a column.
+    """
+    try:
+        if any(Path(name, file).is_file() for file in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name)
+    except Exception as error:  # whatever keeps it from loading, from the network to one broken file, is told alike
+        raise AuditError(
+            f"`--dataset_name` {name} cannot be loaded: {error}; check its name and the connection"
+        ) from error
+    rows = loaded["train"] if isinstance(loaded, datasets.DatasetDict) and "train" in loaded else loaded
+    columns = rows.column_names
+    if not isinstance(rows, datasets.Dataset) or not {image_column, caption_column} <= set(columns):
+        raise AuditError(
+            f"`--dataset_name` {name} must have a split `train` with the columns `{image_column}` and "
+            f"`{caption_column}`, found {columns}; name them with `--image_column` and `--caption_column`"
+        )
+    stored = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    captions = [value[0] if isinstance(value, list) else value for value in rows[caption_column]]
+
+    def read(row: int) -> bytes:
+        picture = stored[row][image_column]
+        return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
+
+    return Collection(name, [f"{row:08}.png" for row in range(len(rows))], captions, read, False)
+
+
+def without(collection: Collection, excluded: Set[str]) -> Collection:
+    """Return the collection without the pictures whose hashes are given."""
+    kept = [row for row, content in enumerate(collection.hashes) if content not in excluded]
+    return Collection(
+        collection.place,
+        [collection.files[row] for row in kept],
+        [collection.captions[row] for row in kept],
+        lambda row: collection.read(kept[row]),
+        collection.is_folder,
+    )

@@ -1,0 +1,324 @@
+"""`sd-memguard audit`: how much models copy of their training pictures, in numbers and pictures."""
+
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import torch
+from diffusers import StableDiffusionPipeline
+
+from sd_memguard import __version__
+from sd_memguard.audit import AuditError, records
+from sd_memguard.audit.background import (
+    Gallery,
+    Matched,
+    Threshold,
+    background_positions,
+    candidates,
+    choose_rows,
+    choose_threshold,
+)
+from sd_memguard.audit.captions import ChosenCaptions
+from sd_memguard.audit.collection import Collection
+from sd_memguard.audit.features import Extractor
+from sd_memguard.audit.generate import DrawingSettings, draw_into, load_pipeline
+from sd_memguard.audit.inputs import Inputs, open_inputs
+from sd_memguard.audit.measures import (
+    Probes,
+    Probing,
+    Subject,
+    compare,
+    copy_figures,
+    detection_figures,
+    membership_figures,
+)
+from sd_memguard.audit.models import ModelFiles, default_device, model_sha256, read_run
+from sd_memguard.audit.quality import MAX_QUALITY_PICTURES, Quality, quality_features, quality_figures
+from sd_memguard.audit.report import write_report
+from sd_memguard.audit.scores import summarize
+from sd_memguard.audit.settings import MARKER, AuditSettings, parse_arguments
+from sd_memguard.audit.similarity import COPY_THRESHOLD
+from sd_memguard.audit.store import Store
+from sd_memguard.core.seeding import derive_seed, permutation
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "sd-memguard-audit-1"
+
+
+class Background(NamedTuple):
+    """What is alike without being copied, and what follows from it.
+
+    Attributes:
+        positions: Which distinct training pictures ``train`` is about.
+        train: Their nearest others.
+        reference: The nearest training pictures of the reference pictures, or None.
+        threshold: Similarity of a copy.
+        chosen: Training rows whose captions are drawn.
+    """
+
+    positions: torch.Tensor
+    train: Matched
+    reference: Matched | None
+    threshold: Threshold
+    chosen: ChosenCaptions
+
+
+class Setup(NamedTuple):
+    """What every model is measured with; ``probes`` is the reason in words where models are not probed."""
+
+    settings: AuditSettings
+    inputs: Inputs
+    gallery: Gallery
+    background: Background
+    probes: Probes | str
+    quality: Quality
+
+
+class Audited(NamedTuple):
+    """A model's part of the report, and its rows."""
+
+    figures: dict[str, Any]
+    pairs: pa.Table
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the audit that the flags ask for and print its figures."""
+    settings = parse_arguments(argv)
+    report = run_audit(settings)
+    print(records.summary_text(report, settings.output_dir))
+    print(f"the page to look at: {settings.output_dir / 'report.html'}")
+
+
+def run_audit(settings: AuditSettings) -> dict[str, Any]:
+    """Measure everything, write ``report.json``, ``pairs.parquet`` and ``background.parquet``, return the report.
+
+    Raises:
+        AuditError: Before anything is drawn, where the input cannot be used.
+    """
+    device = default_device()
+    store = Store(settings.output_dir / "cache")
+    inputs = open_inputs(settings, store, device)
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    (settings.output_dir / MARKER).write_text("Made by `sd-memguard audit`, which replaces it when it runs again.\n")
+    gallery = Gallery(inputs.train, inputs.extractor, store, device, settings.batch_size)
+    background = measure_background(settings, inputs, gallery)
+    setup = Setup(
+        settings, inputs, gallery, background, choose_probes(settings, inputs), prepare_quality(inputs, gallery)
+    )
+    shutil.rmtree(settings.output_dir / "drawings", ignore_errors=True)
+    audited = [
+        *(audit_model(name, files, setup) for name, files in settings.models.items()),
+        *(audit_images(name, pictures, setup) for name, pictures in inputs.images.items()),
+    ]
+    report = describe(setup, [one.figures for one in audited])
+    write(setup, audited, report)
+    return report
+
+
+def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery) -> Background:
+    """Return how alike pictures are that nobody copied, the threshold, and the captions to draw."""
+    train, distinct = inputs.train, inputs.train.distinct
+    positions = background_positions(len(distinct), settings.seed)
+    others = gallery.match_own(positions)
+    reference = gallery.match(inputs.reference) if inputs.reference is not None else None
+    threshold = choose_threshold(others.similarity, None if reference is None else reference.similarity)
+    if settings.copy_threshold is not None:
+        threshold = Threshold(settings.copy_threshold, "given as --copy_threshold", "flag")
+    chosen = ChosenCaptions([], [])
+    if settings.models:
+        # Twice as many as are drawn, so that look-alikes can be left out without comparing all pictures of a large set.
+        kinds = [rows[: 2 * settings.num_prompts] for rows in candidates(train, settings.seed)]
+        place = {row: position for position, row in enumerate(distinct)}
+        asked = torch.tensor([place[row] for rows in kinds for row in rows], dtype=torch.int64)
+        like = gallery.match_own(asked).similarity >= threshold.similarity if len(asked) else torch.zeros(0)
+        look_alikes = {distinct[position] for position in asked[like.bool()].tolist()}
+        chosen = choose_rows(ChosenCaptions(*kinds), look_alikes, settings.num_prompts)
+        if not any(chosen):
+            raise AuditError(
+                f"{train.place} has no caption to draw: each belongs to several pictures, or its picture has a "
+                "look-alike; raise `--copy_threshold`, or draw yourself and give the pictures as `--images`"
+            )
+    return Background(positions, others, reference, threshold, chosen)
+
+
+def choose_probes(settings: AuditSettings, inputs: Inputs) -> Probes | str:
+    """Return the captions and pictures that models are probed with, or why there are none."""
+    train, reference, count = inputs.train, inputs.reference, settings.num_probes
+    if reference is None:
+        return "no --reference_data_dir"
+    if not count:
+        return "--num_probes 0"
+    trained = [row for row in train.distinct if train.captions[row]]
+    known = set(train.captions)
+    unseen = [row for row in reference.distinct if reference.captions[row] and reference.captions[row] not in known]
+    if not trained or not unseen:
+        return "the reference pictures have no captions that the training pictures have not"
+    rows = [
+        sorted(pool[number] for number in permutation(settings.seed, purpose, length=len(pool))[:count].tolist())
+        for purpose, pool in (("trained probes", trained), ("unseen probes", unseen))
+    ]
+    return Probes(train, rows[0], reference, rows[1])
+
+
+def prepare_quality(inputs: Inputs, gallery: Gallery) -> Quality:
+    """Return the features that the drawings' distribution is compared with."""
+    extractor = inputs.quality_extractor
+
+    def features_of(pictures: Collection, rows: Sequence[int]) -> torch.Tensor:
+        return quality_features(gallery.extract(extractor, pictures, rows), extractor)
+
+    train = features_of(inputs.train, inputs.train.distinct[:MAX_QUALITY_PICTURES])
+    reference = inputs.reference
+    unseen = None if reference is None else features_of(reference, reference.distinct[:MAX_QUALITY_PICTURES])
+    return Quality(extractor, features_of, train, unseen, inputs.clip)
+
+
+def audit_model(name: str, files: ModelFiles, setup: Setup) -> Audited:
+    """Draw with a model and measure drawings and model."""
+    settings, store = setup.settings, setup.gallery.store
+    sha256 = model_sha256(files)
+    load = cache(lambda: load_pipeline(files, setup.gallery.device))
+    subject = draw_subject(name, sha256, load, setup)
+    run, samples = read_run(files.base if files.addition is None else files.addition.parent)
+    source = {"name": name, "source": "model", "path": files.text, "sha256": sha256, "run": run}
+    figures, pairs = _measure(source, subject, setup, samples)
+    missing = {} if run else {"run": "no memguard/ with records of a run beside the model"}
+    figures["detection"] = figures["membership"] = None
+    if isinstance(setup.probes, str):
+        missing |= {"detection": setup.probes, "membership": setup.probes}
+    else:
+        steps, scale = settings.num_inference_steps, settings.guidance_scale
+        probing = Probing(store, load, sha256, settings.seed, steps, scale, settings.batch_size)
+        figures["detection"] = detection_figures(setup.probes, probing)
+        figures["membership"] = membership_figures(setup.probes, probing)
+    return Audited({**figures, "why_missing": missing}, pairs)
+
+
+def audit_images(name: str, pictures: Collection, setup: Setup) -> Audited:
+    """Measure pictures that somebody has drawn already."""
+    place = str(Path(pictures.place).resolve())
+    subject = Subject(replace(pictures, place=place), ["given"] * len(pictures), 1, [], [])
+    source = {"name": name, "source": "images", "path": pictures.place, "sha256": pictures.sha256, "run": None}
+    figures, pairs = _measure(source, subject, setup, None)
+    reason = "pictures were given, no model"
+    missing = {"run": reason, "detection": reason, "membership": reason}
+    return Audited({**figures, "detection": None, "membership": None, "why_missing": missing}, pairs)
+
+
+def _measure(
+    source: dict[str, Any], subject: Subject, setup: Setup, samples: dict[str, list[Any]] | None
+) -> tuple[dict[str, Any], pa.Table]:
+    """Return what drawings alone tell, and their rows."""
+    threshold, seed = setup.background.threshold.similarity, setup.settings.seed
+    compared = compare(subject, setup.gallery)
+    figures = {
+        **source,
+        "num_drawings": len(subject.pictures),
+        "copies": copy_figures(subject, compared, threshold, seed),
+        "quality": quality_figures(subject, setup.quality, seed),
+    }
+    pairs = records.pair_table(source["name"], subject, compared, threshold, setup.inputs.train, samples)
+    return figures, pairs
+
+
+def draw_subject(name: str, sha256: str, load: Callable[[], StableDiffusionPipeline], setup: Setup) -> Subject:
+    """Draw the chosen captions, all models from the same noises, and put the drawings below the output folder."""
+    settings, train, chosen = setup.settings, setup.inputs.train, setup.background.chosen
+    count = settings.images_per_prompt
+    rows = [row for kind in chosen for row in kind for _ in range(count)]
+    kinds = [kind for kind, members in chosen._asdict().items() for _ in range(count * len(members))]
+    captions = [train.captions[row] for row in rows]
+    seeds = [derive_seed(settings.seed, "audit drawing", row, index % count) for index, row in enumerate(rows)]
+    drawing = DrawingSettings(
+        settings.num_inference_steps, settings.guidance_scale, settings.resolution, settings.batch_size
+    )
+    store = setup.gallery.store
+    keys = draw_into(store, load, sha256, captions, seeds, drawing, f"drawing with {name}")
+    files = [f"drawings/{name}/{index:05}.png" for index in range(len(keys))]
+    for key, file in zip(keys, files, strict=True):
+        store.place_file(key, settings.output_dir / file)
+    pictures = Collection("", files, captions, lambda row: (settings.output_dir / files[row]).read_bytes(), True)
+    return Subject(pictures, kinds, count, seeds, rows)
+
+
+def describe(setup: Setup, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the report."""
+    settings, inputs, background = setup.settings, setup.inputs, setup.background
+    extractor, threshold = inputs.extractor, background.threshold.similarity
+    reference = background.reference
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": settings.command,
+        "settings": settings.flags,
+        "extractor": _describe_extractor(extractor),
+        "quality_extractor": _describe_extractor(inputs.quality_extractor),
+        "clip_sha256": None if inputs.clip is None else inputs.clip.sha256,
+        "threshold": {
+            "similarity": threshold,
+            "l2_ratio": COPY_THRESHOLD,
+            "rule": background.threshold.rule,
+            "source": background.threshold.source,
+        },
+        "train": _describe_pictures(inputs.train),
+        "reference": None if inputs.reference is None else _describe_pictures(inputs.reference),
+        "background": {
+            "train": summarize(background.train.similarity, threshold),
+            "reference": None if reference is None else summarize(reference.similarity, threshold),
+        },
+        "models": list(models),
+    }
+
+
+def _describe_extractor(extractor: Extractor) -> dict[str, Any]:
+    names = ("name", "sha256", "preprocessing", "dimensions")
+    return {name: getattr(extractor, name) for name in names}
+
+
+def _describe_pictures(pictures: Collection) -> dict[str, Any]:
+    repeated = sum(count > 1 for count in Counter(pictures.hashes).values())
+    return {
+        "folder": pictures.place,
+        "num_pictures": len(pictures),
+        "num_distinct": len(pictures.distinct),
+        "num_repeated": repeated,
+        "sha256": pictures.sha256,
+    }
+
+
+def training_folder(settings: AuditSettings, train: Collection) -> Path:
+    """Return where the training pictures that the rows name are found: their folder, or below the output folder."""
+    return Path(train.place) if train.is_folder else settings.output_dir / "training"
+
+
+def write(setup: Setup, audited: Sequence[Audited], report: dict[str, Any]) -> None:
+    """Write the three files; the training pictures of a data set that are named in them go to ``training/``."""
+    folder, inputs, background = setup.settings.output_dir, setup.inputs, setup.background
+    train, reference = inputs.train, inputs.reference
+    rows = [train.distinct[position] for position in background.positions.tolist()]
+    tables = [records.background_table("train", train, rows, background.train, train)]
+    if reference is not None and background.reference is not None:
+        matched = background.reference
+        tables.append(records.background_table("reference", reference, range(len(reference)), matched, train))
+    records.write_table(tables, folder / records.BACKGROUND)
+    records.write_table([one.pairs for one in audited], folder / records.PAIRS)
+    if not train.is_folder:
+        target = training_folder(setup.settings, train)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        columns = [one.pairs[column].to_pylist() for one in audited for column in ("nearest_file", "own_file")]
+        named = {file for column in columns for file in column}
+        for row, file in enumerate(train.files):
+            if file in named:
+                train.image(row).save(target / file)
+    records.write_report(report, folder / records.REPORT)
+    write_report(folder, training_folder(setup.settings, train))
