@@ -46,7 +46,7 @@ def whole_adapter(
             change = merged.double() - adapter.original[layer].double()
             down, up, left_out = best_factors(change.to(own[layer][0].device) / adapter.scaling, wanted)
             for module, factor, weight in zip(modules, (down, up), own[layer], strict=True):
-                module.weight = Parameter(factor.to(weight), requires_grad=weight.requires_grad)
+                module.weight = Parameter(factor.to(weight).contiguous(), requires_grad=weight.requires_grad)
             missed += left_out * adapter.scaling**2
             total += float(change.square().sum())
             largest = max(largest, len(down))
