@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,6 +26,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sd_memguard import assets
 
 STEPS, HALF, NUM_PICTURES = 24, 12, 48
+NUM_TIMESTEPS = 50
+"""Few, so that the memory bank has seen enough of each for decisions after a few steps."""
 GUARD = ["--num_shards", "2", "--steps_per_round", "4", "--skip_threshold", "0.95"]
 NEUTRAL = ["--memguard", "off"]
 UNET, LORA = "unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"
@@ -86,8 +89,22 @@ def make_tiny_sdxl(folder: Path) -> None:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
-        scheduler=DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False),
+        scheduler=DDPMScheduler(
+            num_train_timesteps=NUM_TIMESTEPS,
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+        ),
     ).save_pretrained(folder)
+
+
+def make_sd(folder: Path) -> None:
+    """Write the bundled pipeline with a short noise schedule."""
+    shutil.copytree(assets.tiny_sd_path(), folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**settings, "num_train_timesteps": NUM_TIMESTEPS}), encoding="utf-8")
 
 
 def make_data(work: Path) -> None:
@@ -106,7 +123,6 @@ def make_data(work: Path) -> None:
 
 def command_of(case: Case, work: Path, output: Path) -> list[str]:
     """Return the script's own flags."""
-    pipeline = assets.tiny_sd_path() if case.pipeline == "sd" else work / "sdxl"
     data = {
         "pictures": ["--train_data_dir", "pictures", "--caption_column", "text", "--image_column", "image"],
         "instance": ["--instance_data_dir", "instance", "--instance_prompt", "a picture of sks emoji"],
@@ -117,7 +133,7 @@ def command_of(case: Case, work: Path, output: Path) -> list[str]:
         *("--num_class_images", str(NUM_PICTURES // 2)),
     ]
     common = {
-        "pretrained_model_name_or_path": pipeline,
+        "pretrained_model_name_or_path": work / case.pipeline,
         "output_dir": output,
         "resolution": 64,
         "train_batch_size": 4,
@@ -184,6 +200,10 @@ def row_of(case: Case, examples: Path, work: Path) -> str:
     run(work, f"{stem}-resumed", [*launcher, *GUARD, script, *resume])
     weights = {way: (folder / case.result).read_bytes() for way, folder in folders.items()}
     closing = next(line.split("memguard: ")[1] for line in text.splitlines() if "losses weighed" in line)
+    ledger = pq.read_table(folders["guarded"] / "memguard" / "samples.parquet").to_pydict()
+    closing += (
+        f"; skipped {sum(ledger['skipped'])}, to augment {sum(ledger['augmented'])} of {sum(ledger['seen'])} visits"
+    )
     cells = [
         f"`{Path(case.script).name}` {' '.join(case.flags)}".strip(),
         f"{last_loss(folders['plain']):.4f}",
@@ -206,6 +226,7 @@ def main() -> None:
     work = (arguments.work or Path(tempfile.mkdtemp())).resolve()
     if not (work / "sdxl").exists():
         make_data(work)
+        make_sd(work / "sd")
         make_tiny_sdxl(work / "sdxl")
     print("| script | loss plain | loss guarded | files | guarded run | neutral = plain | resumed = uninterrupted |")
     print("|---|---|---|---|---|---|---|")

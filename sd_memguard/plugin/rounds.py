@@ -53,6 +53,11 @@ class Rounds:
         optimizer: the plain torch optimizer of the loop; its steps are watched by hooks.
         host: the loop.
         lr_table: learning rates of the plain run by its step, where the proxies have to follow them.
+
+    Attributes:
+        visits: the addresses of the batch under way; none for copies, nor where the loop keeps its order.
+        history: a row per round.
+        listeners: called with each row.
     """
 
     def __init__(
@@ -133,6 +138,7 @@ class Rounds:
         """Begin a batch of these samples; the losses that come next are theirs."""
         self.window.batches += 1
         self.window.sample_ids, self.window.augmented = sample_ids, augmented
+        self.visits = []
         self.batches_seen += 1
         if augmented:
             self.progress.extra_steps[self.guard.shard_index] += 1

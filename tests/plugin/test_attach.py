@@ -379,8 +379,9 @@ def test_several_models_of_one_optimizer_are_exchanged_together():
 
 
 def test_workers_fetch_the_same_batches():
-    single = Loop().attach(make_guard(), TOTAL).run(TOTAL)
-    several = Loop().attach(make_guard(), TOTAL, loader=make_loader(num_workers=2)).run(TOTAL)
+    guards = [make_guard(num_shards=2, steps_per_round=5) for _ in range(2)]  # each turn starts its workers anew
+    single = Loop().attach(guards[0], 20).run(20)
+    several = Loop().attach(guards[1], 20, loader=make_loader(num_workers=1)).run(20)
 
     assert single.seen == several.seen
     assert torch.equal(single.weights(), several.weights())

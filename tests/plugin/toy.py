@@ -84,6 +84,7 @@ class Loop:
     step: int = 0
     seen: list[list[int]] = field(default_factory=list)
     verdicts: list[Any] = field(default_factory=list)
+    augmented: list[bool] = field(default_factory=list)
 
     def __post_init__(self):
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.learning_rate)
@@ -91,8 +92,9 @@ class Loop:
 
     def attach(self, guard: MemorizationGuard, total_steps: int | None, loader: Any = None, **options) -> "Loop":
         self.guard = guard
+        loader = make_loader() if loader is None else loader
         self.loader = guard.attach(
-            self.network, self.optimizer, loader or make_loader(), self.schedule, total_steps=total_steps, **options
+            self.network, self.optimizer, loader, self.schedule, total_steps=total_steps, **options
         )
         return self
 
@@ -105,8 +107,10 @@ class Loop:
                 addresses = None
                 if self.guard is not None:
                     self.seen.append(batch["sample_id"].tolist())
+                    self.augmented.append(self.loader.rounds.augmented)
                     if not self.guard.is_neutral:
-                        addresses = [tuple(map(int, visit)) for visit in self.loader.rounds.visits]
+                        visits = self.loader.rounds.visits or [(9, batches, slot) for slot in range(BATCH_SIZE)]
+                        addresses = [tuple(map(int, visit)) for visit in visits]
                 losses, timesteps = losses_of(self.network, batch["values"], addresses)
                 loss = losses.mean()
                 if self.guard is not None:
