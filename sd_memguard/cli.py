@@ -29,8 +29,15 @@ def _demo(argv: Sequence[str]) -> None:
         main(argv)
 
 
+def _run(argv: Sequence[str]) -> None:
+    from sd_memguard.run import main
+
+    main(argv, prog="sd-memguard run")
+
+
 COMMANDS = {
     "train": Command("fine-tune Stable Diffusion under the memorization guard", _train),
+    "run": Command("run one of diffusers' own training scripts under the guard, unmodified", _run),
     "demo": Command("fine-tune the bundled model twice, plain and guarded, and compare what they copy", _demo),
 }
 
