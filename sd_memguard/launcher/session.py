@@ -137,9 +137,8 @@ class Session:
         """Average for good before the script exports: all of them wait for each other first."""
 
         def wait_for_everyone(accelerator: Any) -> None:
-            if self.guard is not None and self.guard.attachment is not None and not self._finished:
-                self.calls["wait_for_everyone"] += 1
-                self._finish()
+            self.calls["wait_for_everyone"] += 1
+            self._finish_if_over()
             original(accelerator)
 
         return wait_for_everyone
@@ -216,14 +215,16 @@ class Session:
         resting = COPIES * num_shards * sum(p.numel() * p.element_size() for p in trained)
         return num_shards > 1 and resting > RAM_SHARE * psutil.virtual_memory().available
 
-    def _finish(self) -> None:
-        """Leave the aggregate in the model, for good."""
-        assert self.guard is not None
-        assert self.guard.attachment is not None
-        attachment = self.guard.attachment
-        self._finished = True
+    def _finish_if_over(self) -> None:
+        """Leave the aggregate in the model, for good, when the last step has been taken."""
+        attachment = None if self.guard is None else self.guard.attachment
+        if attachment is None or self._finished:
+            return
         attachment.rounds.settle()
-        if isinstance(attachment.proxies, LoraProxies) or not attachment.rounds.finished:
+        if not attachment.rounds.finished:
+            return
+        self._finished = True
+        if isinstance(attachment.proxies, LoraProxies):
             self._kept.enter_context(attachment.averaged(None))
         if self.records is not None:
             self.records.write()
@@ -248,8 +249,8 @@ class Session:
             )
         if not self._finished:
             raise ScriptError(
-                "the script has exported without waiting for its processes, so that what it wrote is one proxy and not "
-                "their mean"
+                f"the script has ended after {rounds.progress.global_step} of {rounds.schedule.total_steps} steps, or "
+                "has exported without `wait_for_everyone`; what it wrote is one proxy and not the mean of them"
             )
         logger.info(
             "%d steps, %d batches, %d losses weighed, %d of %d forwards matched, %d empty steps",

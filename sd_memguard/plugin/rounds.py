@@ -6,6 +6,7 @@ finds the proxy that took it.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -237,8 +238,20 @@ class Rounds:
             self.progress.empty_steps += 1
         if self.lr_table is not None:
             self._host_rates = learning_rates(self.optimizer)
+            self._check_rates(self.lr_table)
             plain_step = self.schedule.num_shards * self.progress.shard_steps[self.guard.shard_index]
             set_learning_rates(self.optimizer, self.lr_table[min(plain_step, len(self.lr_table) - 1)])
+
+    def _check_rates(self, lr_table: LRTable) -> None:
+        """Refuse a schedule that is not where one step for each step of the optimizer has brought it."""
+        step = self.progress.global_step - self.progress.nonfinite_steps  # accelerate does not count those
+        expected = lr_table[min(step, len(lr_table) - 1)]
+        if any(not math.isclose(a, b, rel_tol=1e-5) for a, b in zip(self._host_rates, expected, strict=True)):
+            raise LoopError(
+                f"at step {step} the learning rate is {self._host_rates}, where `lr_scheduler` is at {expected} if it "
+                "is stepped once after each optimizer step; do so, or leave `lr_scheduler` out of `prepare` or `attach`, "
+                "and the learning rate is the loop's affair"
+            )
 
     def _after_step(self) -> None:
         if self.lr_table is not None:  # the schedule of the loop goes on from its own value

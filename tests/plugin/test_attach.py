@@ -225,6 +225,29 @@ def test_the_gradient_of_a_window_is_the_mean_over_its_clean_samples():
     assert 0 < sum(v.num_skipped for v in loop.verdicts) < 8 * 3 * BATCH_SIZE
 
 
+def test_a_step_that_a_gradient_scaler_leaves_out_counts(monkeypatch):
+    loop = Loop().attach(make_guard(**IET), TOTAL)
+    rounds = loop.loader.rounds
+    batch = next(iter(loop.loader))
+    losses, timesteps = losses_of(loop.network, batch["values"], None)
+    loop.guard.weigh(losses, timesteps, batch["sample_id"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds.host, "overflowed", lambda: True)
+        rounds.settle()
+
+    assert rounds.progress.global_step == rounds.progress.nonfinite_steps == 1
+    loop.run(4)
+    assert rounds.progress.global_step == 5
+
+
+def test_a_schedule_that_is_not_stepped_with_the_optimizer_is_an_error():
+    loop = Loop().attach(make_guard(**IET), TOTAL)
+    loop.schedule.step = lambda: None
+    with pytest.raises(LoopError, match=r"at step 1 the learning rate is \[0.01\]"):
+        loop.run(3)
+
+
 def test_a_neutral_guard_changes_nothing_to_the_byte():
     def train(guard):
         torch.manual_seed(3)
