@@ -249,8 +249,8 @@ class Rounds:
         if any(not math.isclose(a, b, rel_tol=1e-5) for a, b in zip(self._host_rates, expected, strict=True)):
             raise LoopError(
                 f"at step {step} the learning rate is {self._host_rates}, where `lr_scheduler` is at {expected} if it "
-                "is stepped once after each optimizer step; do so, or leave `lr_scheduler` out of `prepare` or `attach`, "
-                "and the learning rate is the loop's affair"
+                "is stepped once after each optimizer step; do so, or leave it out of `prepare` or `attach`, and the "
+                "learning rate is the loop's affair"
             )
 
     def _after_step(self) -> None:

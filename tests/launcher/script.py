@@ -11,6 +11,8 @@ from accelerate.utils import set_seed
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 
 
 def parse_args():
@@ -23,6 +25,7 @@ def parse_args():
     parser.add_argument("--snr_gamma", type=float, default=None)
     parser.add_argument("--prior", choices=["first", "last"], default=None)
     parser.add_argument("--use_ema", action="store_true")
+    parser.add_argument("--lora", action="store_true")
     parser.add_argument("--own_loss", action="store_true")
     parser.add_argument("--cache_latents", action="store_true")
     parser.add_argument("--prediction_type", default=None)
@@ -66,7 +69,11 @@ def main():
 
     accelerator.register_save_state_pre_hook(save_model_hook)
     accelerator.register_load_state_pre_hook(load_model_hook)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
+    if args.lora:
+        unet.requires_grad_(False)
+        targets = ["to_k", "to_q", "to_v", "to_out.0"]
+        unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights="gaussian", target_modules=targets))
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-3)
 
     def collate_fn(examples):
         rows = [example["latents"] for example in examples]
@@ -136,7 +143,10 @@ def main():
     unet = accelerator.unwrap_model(unet)
     if args.use_ema:
         ema_unet.copy_to(unet.parameters())
-    unet.save_pretrained(os.path.join(args.output_dir, "unet"))
+    if args.lora:
+        save_file(get_peft_model_state_dict(unet), os.path.join(args.output_dir, "lora.safetensors"))
+    else:
+        unet.save_pretrained(os.path.join(args.output_dir, "unet"))
 
 
 if __name__ == "__main__":

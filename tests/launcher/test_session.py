@@ -17,6 +17,7 @@ from sd_memguard.launcher.arguments import parse_command
 from sd_memguard.launcher.losses import LossMatcher
 from sd_memguard.launcher.scripts import ScriptError
 from sd_memguard.launcher.session import Session
+from tests.plugin.toy import make_guard, make_loader, make_network
 
 SCRIPT = Path(__file__).parent / "script.py"
 GUARD = ["--num_shards", "2", "--steps_per_round", "2", "--skip_threshold", "0.95"]
@@ -97,6 +98,43 @@ def test_what_is_exported_is_the_mean_of_the_proxies(guarded, tmp_path):
     exported = load_file(tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors")
     for name, mean in proxies.aggregate(plan.sizes()).items():
         torch.testing.assert_close(exported[name], mean, rtol=0, atol=0)
+
+
+def test_a_lora_is_exported_as_the_whole_change(guarded, tmp_path):
+    session = guarded(GUARD, "--lora")
+
+    exported = load_file(tmp_path / "run" / "lora.safetensors")
+    proxies, adapter = session.guard.attachment.proxies, session.guard.attachment.adapter
+    missed, total = [], []
+    for layer, merged in proxies.merged(session.guard.plan.sizes()).items():
+        down, up = exported[f"{layer}.lora_A.weight"], exported[f"{layer}.lora_B.weight"]
+        assert len(down) == 4  # rank 2, two shards
+        change = merged - adapter.original[layer]
+        missed.append((change - up @ down).norm())
+        total.append(change.norm())
+    assert 0 < torch.stack(missed).norm() < 0.05 * torch.stack(total).norm()
+
+
+def test_a_weighted_loss_of_single_elements_comes_out_as_that_of_the_clean_samples():
+    guard = make_guard(num_shards=1, skip_threshold=1.0)
+    network = make_network()
+    loader = guard.attach(network, torch.optim.SGD(network.parameters(), lr=0.1), make_loader())
+    guard.banks[0].update(torch.arange(8), torch.ones(8) * 5)
+    batch = next(iter(loader))
+    timesteps = torch.tensor([1, 2, 3, 4])
+    output, target = torch.randn(4, 2, 3, 3, requires_grad=True), torch.zeros(4, 2, 3, 3)
+    scale = torch.tensor([0.1, 3.0, 3.0, 0.1]).view(4, 1, 1, 1)  # the first and the last are known too well
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    matcher = LossMatcher(guard, torch.nn.functional.mse_loss)
+    prediction = output * scale
+    matcher._remember(None, (None, timesteps), {}, (prediction,))
+
+    loss = matcher.mse_loss(prediction, target, reduction="none")
+    loss = (loss.mean(dim=(1, 2, 3)) * weights).mean()
+
+    losses = prediction.square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(loss, (2.0 * losses[1] + 3.0 * losses[2]) / 2)
+    assert batch["sample_id"].tolist() == guard.attachment.rounds.window.sample_ids
 
 
 def test_the_folder_of_the_guard_is_written(guarded, tmp_path):

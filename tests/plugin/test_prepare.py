@@ -49,12 +49,13 @@ class AccelerateLoop:
         else:
             prepared = guard.prepare(self.accelerator, *objects, total_steps=total_steps, ema=self.ema, **options)
         self.unet, self.optimizer, self.loader, self.schedule = prepared
-        self.step = 0
+        self.step = self.epochs = 0
         self.windows = []
 
     def run(self, steps, save_at=None, folder=None):
         batches = 0
         while self.step < steps:
+            self.epochs += 1
             for batch in self.loader:
                 with self.accelerator.accumulate(self.unet):
                     losses, timesteps = losses_of(self.unet, batch["values"], None)
@@ -140,6 +141,8 @@ def test_a_resumed_loop_equals_one_that_was_not_stopped(tmp_path, step, options)
     assert torch.equal(resumed.weights(), whole.weights())
     rounds = [each.loader.rounds for each in (whole, resumed)]
     assert rounds[0].history == rounds[1].history
+    steps_per_epoch = -(-len(whole.loader) // options.get("accumulation", 1))
+    assert resumed.epochs == whole.epochs - step // steps_per_epoch
     assert torch.equal(whole.guard.ledger.skips, resumed.guard.ledger.skips)
     if whole.ema is not None:
         assert all(torch.equal(a, b) for a, b in zip(whole.ema.shadow_params, resumed.ema.shadow_params, strict=True))
