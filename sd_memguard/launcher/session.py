@@ -20,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from sd_memguard.guard import MemorizationGuard
 from sd_memguard.launcher.arguments import Command
@@ -174,7 +175,10 @@ class Session:
         if config.seed is None:
             config = replace(config, seed=getattr(self.arguments, "seed", None))
         dataset = loader.dataset
-        self.guard = guard = MemorizationGuard(config, len(dataset))  # type: ignore[arg-type]
+        try:
+            self.guard = guard = MemorizationGuard(config, len(dataset))  # type: ignore[arg-type]
+        except ValueError as error:  # more shards than samples
+            raise ScriptError(str(error)) from error
         output_dir = Path(self.arguments.output_dir)
         store_dir = output_dir / FOLDER / "proxies" if self._rests_on_disk(models, guard.num_shards) else None
         prepared = guard.prepare(
@@ -263,9 +267,17 @@ class Session:
         )
 
 
+class _AboveBars(logging.Handler):
+    """Writes lines to stderr so that the script's progress bar goes on below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def configure_logging() -> None:
     """Show the guard's lines, whatever the script does to the root logger."""
-    handler = logging.StreamHandler()
+    handler = _AboveBars()
     handler.setFormatter(logging.Formatter("%(asctime)s memguard: %(message)s", "%H:%M:%S"))
     ours = logging.getLogger("sd_memguard")
     ours.addHandler(handler)

@@ -192,6 +192,11 @@ def test_other_scripts_are_refused(guarded, tmp_path, source, message):
         guarded(GUARD, script=script)
 
 
+def test_more_shards_than_samples_are_refused(guarded):
+    with pytest.raises(ScriptError, match="between 1 and the number of samples"):
+        guarded(["--num_shards", "17"])
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
