@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import psutil
 import torch
 from accelerate import Accelerator
@@ -89,6 +90,7 @@ class Session:
                 (Accelerator, "prepare", self._prepare),
                 (Accelerator, "wait_for_everyone", self._wait_for_everyone),
                 (torch.nn.functional, "mse_loss", self._mse_loss),
+                (huggingface_hub, "upload_folder", self._upload_folder),
             ]
             for owner, name, replacement in replaced:
                 original = getattr(owner, name)
@@ -155,6 +157,16 @@ class Session:
 
         self._plain_mse_loss = original
         return mse_loss
+
+    def _upload_folder(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Keep file names and captions, which the guard has written down, out of what the script uploads."""
+
+        def upload_folder(*args: Any, ignore_patterns: list[str] | str | None = None, **kwargs: Any) -> Any:
+            self.calls["upload_folder"] += 1
+            patterns = [ignore_patterns] if isinstance(ignore_patterns, str) else list(ignore_patterns or [])
+            return original(*args, ignore_patterns=[*patterns, f"{FOLDER}/*", f"*/{FOLDER}/*"], **kwargs)
+
+        return upload_folder
 
     # What happens there.
 

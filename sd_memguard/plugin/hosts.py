@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from sd_memguard.errors import LoopError
 
-SEVERAL_MACHINES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP", "XLA")
+SPREADING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP", "XLA")
 
 
 class Host(Protocol):
@@ -57,7 +57,7 @@ class AccelerateHost:
 
     def __init__(self, accelerator: Any) -> None:
         kind = getattr(accelerator.distributed_type, "name", str(accelerator.distributed_type))
-        if kind in SEVERAL_MACHINES:
+        if kind in SPREADING:
             raise LoopError(
                 f"the accelerator runs {kind}, which spreads the weights and the optimizer state that the guard has to "
                 "exchange between shards; run `accelerate config` without it, or launch with `--num_processes 1`"

@@ -6,10 +6,12 @@ import runpy
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from sd_memguard.errors import ConfigError, LoopError
@@ -147,6 +149,26 @@ def test_the_folder_of_the_guard_is_written(guarded, tmp_path):
     samples = pq.read_table(folder / "samples.parquet").to_pydict()
     assert sum(samples["seen"]) == STEPS * 4
     assert samples["sample_id"] == list(range(16))
+
+
+def test_uploads_leave_the_folder_of_the_guard_out(guarded, tmp_path, monkeypatch):
+    uploads = []
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **settings: uploads.append(settings))
+    script = tmp_path / "uploading.py"
+    call = "    upload_folder(folder_path='x', ignore_patterns=['step_*'])\n"
+    source = SCRIPT.read_text().replace("import os\n", "import os\nfrom huggingface_hub import upload_folder\n", 1)
+    script.write_text(
+        source.replace("    accelerator.wait_for_everyone()\n", "    accelerator.wait_for_everyone()\n" + call)
+    )
+
+    guarded(GUARD, "--checkpointing_steps", "5", script=script)
+
+    names = [path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    sent = list(filter_repo_objects(names, ignore_patterns=uploads[0]["ignore_patterns"]))
+    assert "unet/config.json" in sent
+    assert "checkpoint-5/unet/config.json" in sent
+    assert "memguard/samples.parquet" in names
+    assert not any("memguard" in name for name in sent)
 
 
 def test_libraries_are_as_before_afterwards(guarded):
