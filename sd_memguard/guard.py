@@ -77,7 +77,7 @@ class MemorizationGuard:
     5) When a batch's worth waits in the queue, :meth:`take_augment_batch` hands it out for an extra step.
 
     At a round's end the loop either averages the proxies by :meth:`aggregation_weights` or calls :meth:`redistribute`.
-    In a loop of somebody else's, :meth:`prepare` (with accelerate) or :meth:`attach` sees to all of this but :meth:`weigh`.
+    In a loop of somebody else's :meth:`prepare` (accelerate) or :meth:`attach` sees to all of this but :meth:`weigh`.
 
     Args:
         config: the guard's settings.
