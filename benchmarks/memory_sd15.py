@@ -5,7 +5,7 @@ memory of the process. The UNet has the shapes of SD 1.5 and random weights; the
 small ones that fit. Each run is a process of its own and takes two optimizer steps in one round: both on the one shard,
 or one on each of two, whose proxies rest on the disk and are averaged at the end.
 
-    python benchmarks/memory_sd15.py --output_dir runs/memory_sd15
+    python -m benchmarks.memory_sd15 --output_dir runs/memory_sd15
 
 It needs about 16 GB of free memory and 40 GB of disk; `--base_channels 32` makes a small UNet for a trial. Linux only.
 """

@@ -4,7 +4,7 @@ Three arms train the bundled model on the bundled pictures with the same setting
 the guard off ("plain") and with it on ("guarded"). They take turns, once per seed. Then the UNet of each run is
 measured on the 256 held-out pictures, at the same timesteps with the same noise, and by code of this file's own.
 
-    python benchmarks/upstream.py --upstream_script train_text_to_image.py --output_dir runs/upstream
+    python -m benchmarks.upstream --upstream_script train_text_to_image.py --output_dir runs/upstream
 
 Time is measured twice: the whole process from start to end, and the loop alone, between the tracker's entries of the
 first and the last step (both write them in the same way). Pictures are those of the schedule: steps times batch size.
@@ -22,16 +22,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
+from benchmarks.denoising import Encoded, denoising_losses, encode
 from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
+from sd_memguard.audit.pictures import load_pictures
 
 BATCH_SIZE, RESOLUTION = 16, 64
-DRAWS_PER_PICTURE = 4
 STUDENT_T = {2: 4.30, 4: 2.78, 6: 2.45, 8: 2.31}
 """Two-sided 95 % quantile of Student's t by degrees of freedom."""
 ARMS = ("upstream", "plain", "guarded")
@@ -43,14 +41,6 @@ class Run(NamedTuple):
     heldout_loss: float
     process_rate: float
     loop_rate: float
-
-
-class HeldOut(NamedTuple):
-    """The held-out pictures: mean latents (N, 4, h, w), embeddings (N, tokens, width), and the noise schedule."""
-
-    latents: Tensor
-    embeddings: Tensor
-    schedule: DDPMScheduler
 
 
 def command(arm: str, upstream_script: Path, seed: int, steps: int, folder: Path) -> list[str]:
@@ -75,7 +65,7 @@ def command(arm: str, upstream_script: Path, seed: int, steps: int, folder: Path
     return [sys.executable, *start, *(f"--{name}={value}" for name, value in flags.items()), "--center_crop", *own]
 
 
-def train(arm: str, upstream_script: Path, seed: int, steps: int, folder: Path, heldout: HeldOut) -> Run:
+def train(arm: str, upstream_script: Path, seed: int, steps: int, folder: Path, heldout: Encoded) -> Run:
     """Train one arm in a process of its own and measure the result."""
     start = time.monotonic()
     with (folder.parent / f"{folder.name}.log").open("w") as log:
@@ -100,39 +90,17 @@ def _scalars(file: Path) -> EventAccumulator:
     return events
 
 
-@torch.no_grad()
-def load_heldout() -> HeldOut:
-    """Encode the held-out pictures with the networks that no arm trains."""
-    folder = demo_heldout_path()
-    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    pixels = torch.stack([pil_to_tensor(Image.open(folder / row["file_name"]).convert("RGB")) for row in rows])
+def load_heldout() -> Encoded:
+    """Encode the held-out pictures."""
+    pictures = load_pictures(demo_heldout_path(), RESOLUTION)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_path(), torch_dtype=torch.float32)
-    tokens = pipeline.tokenizer(
-        [row["text"] for row in rows], padding="max_length", truncation=True, return_tensors="pt"
-    )
-    latents = [pipeline.vae.encode(part / 127.5 - 1).latent_dist.mean for part in pixels.split(BATCH_SIZE)]
-    embeddings = [pipeline.text_encoder(part)[0] for part in tokens.input_ids.split(BATCH_SIZE)]
-    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-    return HeldOut(torch.cat(latents) * pipeline.vae.config.scaling_factor, torch.cat(embeddings), schedule)
+    return encode(pictures.pixels, pictures.captions, pipeline)
 
 
-@torch.no_grad()
-def heldout_loss(folder: Path, heldout: HeldOut) -> float:
+def heldout_loss(folder: Path, heldout: Encoded) -> float:
     """Return the mean squared error of a UNet's noise over all held-out pictures at fixed timesteps and noise."""
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(20250101)
-    losses = []
-    for quarter in range(DRAWS_PER_PICTURE):
-        for latents, embeddings in zip(
-            heldout.latents.split(BATCH_SIZE), heldout.embeddings.split(BATCH_SIZE), strict=True
-        ):
-            noise = torch.randn(latents.shape, generator=generator)
-            place = (torch.rand(len(latents), generator=generator) + quarter) / DRAWS_PER_PICTURE
-            timesteps = (place * heldout.schedule.config.num_train_timesteps).long()
-            noisy = heldout.schedule.add_noise(latents, noise, timesteps)
-            losses.append((unet(noisy, timesteps, embeddings).sample - noise).square().mean(dim=(1, 2, 3)))
-    return float(torch.cat(losses).double().mean())
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
+    return float(denoising_losses(unet, heldout).mean())
 
 
 def compare(runs: dict[str, list[Run]], before: float) -> str:

@@ -1,6 +1,6 @@
 """Runs diffusers' training scripts plain and under the launcher on tiny pipelines, and prints a table of them.
 
-    python benchmarks/upstream_scripts.py path/to/diffusers/examples [--only train_dreambooth.py] [--work DIR]
+    python -m benchmarks.upstream_scripts path/to/diffusers/examples [--only train_dreambooth.py] [--work DIR]
 
 Each script is run four times for the same steps from the same seed: plain; under a neutral guard, whose final weights
 have to be the plain ones byte for byte; under the full guard; and under the full guard from the checkpoint that this

@@ -35,10 +35,25 @@ def _run(argv: Sequence[str]) -> None:
     main(argv, prog="sd-memguard run")
 
 
+def _export(argv: Sequence[str]) -> None:
+    from sd_memguard.training.export_command import main
+
+    main(argv)
+
+
+def _inspect(argv: Sequence[str]) -> None:
+    from sd_memguard.training.inspect_run import main
+
+    with exit_on_user_error():
+        main(argv)
+
+
 COMMANDS = {
     "train": Command("fine-tune Stable Diffusion under the memorization guard", _train),
     "run": Command("run one of diffusers' own training scripts under the guard, unmodified", _run),
     "demo": Command("fine-tune the bundled model twice, plain and guarded, and compare what they copy", _demo),
+    "export": Command("write a run in another format: a diffusers folder, one file, or a LoRA file", _export),
+    "inspect": Command("tell the story of a run, and show its most memory-prone pictures and its curves", _inspect),
 }
 
 

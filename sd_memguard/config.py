@@ -35,6 +35,8 @@ SEED = (
     Rule("between 0 and 2**32 - 1", lambda seed: 0 <= seed < 2**32),
 )
 
+ExportFormat = Literal["merged", "single-file", "lora-diffusers", "lora-kohya"]
+
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "default": {},
@@ -231,6 +233,9 @@ class TrainConfig:
     checkpoints_total_limit: int | None = setting(None, "Output", "keep the newest so many checkpoints", POSITIVE_COUNT)
     resume_from_checkpoint: str | None = setting(None, "Output", "checkpoint to go on from: a folder, or `latest`")
     logging_dir: str = setting("logs", "Output", "folder of the trackers' logs, inside output_dir")
+    export_formats: tuple[ExportFormat, ...] | None = setting(
+        None, "Output", "files to write into output_dir besides the final model, which is `merged`"
+    )
     report_to: Literal[
         "all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"
     ] = setting("tensorboard", "Output", "tracker of losses and drawings")

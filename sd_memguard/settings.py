@@ -54,7 +54,7 @@ def setting(
 
 
 class Setting(NamedTuple):
-    """A declared setting. `kind` is bool, int, float, str, or None where only one of `words` will do."""
+    """A declared setting. `kind` is bool, int, float, str, or None where only `words` will do."""
 
     name: str
     kind: type | None
@@ -121,6 +121,9 @@ class Setting(NamedTuple):
     def _check_many(self, value: Any) -> tuple[str, ...]:
         if not value or not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
             raise self.refusal("a list of one or more texts", value)
+        for text in value:
+            if self.words and text not in self.words:
+                raise self.refusal(f"one or more of {', '.join(self.words)}", text)
         return tuple(value)
 
     def _describe_type(self) -> str:
@@ -159,10 +162,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def _read_annotation(annotation: Any) -> tuple[type | None, tuple[str, ...], bool, bool]:
     """Split an annotation such as `int | Literal["auto"]` into kind, words, many and optional."""
     parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    words = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
     many = any(get_origin(part) is tuple for part in parts)
-    kinds = [part for part in parts if part in (bool, int, float, str)]
-    return (str if many else kinds[0] if kinds else None), words, many, type(None) in parts
+    items = [item for part in parts for item in (get_args(part) if get_origin(part) is tuple else (part,))]
+    words = tuple(word for item in items if get_origin(item) is Literal for word in get_args(item))
+    kinds = [item for item in items if item in (bool, int, float, str)]
+    return (kinds[0] if kinds else None), words, many, type(None) in parts
 
 
 def _as_text(value: Any) -> str:

@@ -94,28 +94,37 @@ def wide_pictures(tmp_path_factory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("wide") / "pictures", [(48, 40), (40, 56)] * 12)
 
 
+def short_run(pipeline: Path, pictures: Path, output_dir: Path, **settings) -> TrainConfig:
+    """Return the config of a short run under the full guard, with what is given on top."""
+    guard = {"num_shards": 3, "steps_per_round": 2, "skip_threshold": 0.95}
+    if settings.get("memguard") == "off":
+        guard = {}
+    defaults = {
+        "pretrained_model_name_or_path": str(pipeline),
+        "train_data_dir": str(pictures),
+        "output_dir": str(output_dir),
+        "resolution": RESOLUTION,
+        "train_batch_size": 4,
+        "max_train_steps": 24,
+        "learning_rate": 1e-3,
+        "seed": 7,
+        "mixed_precision": "no",
+    }
+    return make_train_config(**{**defaults, **guard, **settings})
+
+
 @pytest.fixture
 def configure(pipeline, pictures, tmp_path) -> Callable[..., TrainConfig]:
     """Return a function that makes the config of a short run under the full guard, with what is given on top."""
+    return lambda output="run", **settings: short_run(pipeline, pictures, tmp_path / output, **settings)
 
-    def make(output: str = "run", **settings) -> TrainConfig:
-        guard = {"num_shards": 3, "steps_per_round": 2, "skip_threshold": 0.95}
-        if settings.get("memguard") == "off":
-            guard = {}
-        defaults = {
-            "pretrained_model_name_or_path": str(pipeline),
-            "train_data_dir": str(pictures),
-            "output_dir": str(tmp_path / output),
-            "resolution": RESOLUTION,
-            "train_batch_size": 4,
-            "max_train_steps": 24,
-            "learning_rate": 1e-3,
-            "seed": 7,
-            "mixed_precision": "no",
-        }
-        return make_train_config(**{**defaults, **guard, **settings})
 
-    return make
+@pytest.fixture(scope="session")
+def finished_run(pipeline, pictures, wide_pictures, tmp_path_factory) -> TrainResult:
+    """Return a short run that is over, with a held-out gap and a checkpoint; whoever changes it makes a copy first."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    heldout = {"validation_data_dir": str(wide_pictures), "center_crop": True}
+    return train(short_run(pipeline, pictures, folder, **heldout, checkpointing_steps=15))
 
 
 @pytest.fixture

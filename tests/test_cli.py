@@ -69,7 +69,7 @@ def test_help_and_version_wait_for_no_heavy_import():
     probe = (
         "import sys\n"
         "from sd_memguard.cli import main\n"
-        "for arguments in ['--help'], ['--version'], ['train', '--help']:\n"
+        "for arguments in ['--help'], ['--version'], ['train', '--help'], ['export', '--help']:\n"
         "    try: main(arguments)\n"
         "    except SystemExit as done: assert not done.code\n"
         "print(sorted({'torch', 'diffusers', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)))\n"

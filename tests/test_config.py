@@ -88,6 +88,12 @@ def test_guard_rules(name, value, rule):
         ("image_interpolation_mode", "nearest-exact", "(did you mean `nearest_exact`?)"),
         ("validation_prompts", "a cat", "must be a list of one or more texts, got 'a cat'"),
         ("validation_prompts", [], "must be a list of one or more texts, got []"),
+        ("export_formats", "merged", "must be a list of one or more texts, got 'merged'"),
+        (
+            "export_formats",
+            ["lora"],
+            "must be one or more of merged, single-file, lora-diffusers, lora-kohya, got 'lora'",
+        ),
         ("validation_epochs", 0, "must be 1 or more, got 0"),
         ("checkpointing_steps", 0, "must be 1 or more, got 0"),
         ("report_to", "tensorbord", "(did you mean `tensorboard`?)"),

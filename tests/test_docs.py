@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from sd_memguard.config import ALIASES, SETTINGS
+from sd_memguard.training.export_command import build_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
-KNOWN = {*SETTINGS, *ALIASES, "config", "help"}
+EXPORT = {name.removeprefix("--") for name in build_parser()._option_string_actions if name.startswith("--")}
+KNOWN = {*SETTINGS, *ALIASES, "config", *EXPORT}
 # Flags of other programs, and those that the text says are refused or do not exist yet.
-FOREIGN = {"num_processes", "images_per_caption", "steps"}
+FOREIGN = {"num_processes", "images_per_caption", "steps", "num_pictures"}
 # Flags of diffusers' scripts that the launcher runs.
 FOREIGN |= {"do_edm_style_training", "use_dora", "output_kohya_format"}
 

@@ -44,7 +44,8 @@ def _row(setting: Setting) -> str:
     flag = ", ".join([f"`--{setting.name}`", *aliases])
     meaning = setting.help[0].upper() + setting.help[1:]
     rule = f" Must be {setting.rule.text}." if setting.rule else ""
-    words = f" One of {', '.join(f'`{word}`' for word in setting.words)}." if len(setting.words) > 1 else ""
+    number = "One or more" if setting.many else "One"
+    words = f" {number} of {', '.join(f'`{word}`' for word in setting.words)}." if len(setting.words) > 1 else ""
     return f"| {flag} | {_default(setting)} | {meaning}.{words}{rule} |"
 
 

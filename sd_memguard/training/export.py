@@ -2,16 +2,26 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sd_memguard.training.models import TRAINED_PARTS, weights_file
 
 UNET = "unet"
 
 
-def write_pipeline(source: Path, unet: UNet2DConditionModel, output_dir: Path, variant: str | None = None) -> None:
+def write_pipeline(
+    source: Path,
+    unet: UNet2DConditionModel,
+    output_dir: Path,
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write the pipeline with the trained UNet.
 
     Files are copied under the names that a plain ``from_pretrained`` looks for, so a variant of the source becomes the
@@ -19,9 +29,10 @@ def write_pipeline(source: Path, unet: UNet2DConditionModel, output_dir: Path, v
 
     Args:
         source: folder of the pipeline that was fine-tuned.
-        unet: the trained UNet, in float32.
+        unet: the trained UNet, written in its own precision.
         output_dir: where to write, made where it is missing.
         variant: the variant of the source that was loaded.
+        dtype: precision to cast the other parts to, which are then no longer the bytes of the source.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     index = json.loads((source / "model_index.json").read_text())
@@ -29,6 +40,8 @@ def write_pipeline(source: Path, unet: UNet2DConditionModel, output_dir: Path, v
     for part, classes in index.items():
         if isinstance(classes, list) and classes[0] is not None and part != UNET:
             _copy_part(source / part, output_dir / part, part, variant)
+            if dtype is not None:
+                _cast_part(output_dir / part, dtype)
     unet.save_pretrained(output_dir / UNET, max_shard_size="100GB")
 
 
@@ -41,3 +54,19 @@ def _copy_part(source: Path, target: Path, part: str, variant: str | None) -> No
     if list(source.glob("*.safetensors")):
         stem = TRAINED_PARTS.get(part, "model")
         shutil.copyfile(weights_file(source, stem, variant), target / f"{stem}.safetensors")
+
+
+def _cast_part(part: Path, dtype: torch.dtype) -> None:
+    """Cast the weights of a part in place, and note it in the config, by which transformers loads."""
+    for file in part.glob("*.safetensors"):
+        save_file(cast(load_file(file), dtype), file, metadata={"format": "pt"})
+    config_file = part / "config.json"
+    if config_file.is_file():
+        config = json.loads(config_file.read_text())
+        noted = {name: str(dtype).removeprefix("torch.") for name in ("dtype", "torch_dtype") if name in config}
+        config_file.write_text(json.dumps({**config, **noted}, indent=2) + "\n")
+
+
+def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the weights in another precision; whole numbers stay as they are."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}

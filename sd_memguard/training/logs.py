@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sd_memguard.core.progress import Progress
 from sd_memguard.guard import Verdict
+from sd_memguard.training.run_folder import round_mean
 from sd_memguard.training.setup import Plan
 
 logger = logging.getLogger(__name__)
@@ -104,14 +105,10 @@ class RunLog:
 
     def round(self, row: dict[str, Any], global_step: int) -> None:
         """Write the line of a round and send its curves to the trackers."""
-        shards = [shard for shard in row["shards"] if shard["loss"] is not None]
-        skipped = np.mean([shard["skipped_fraction"] for shard in shards])
-        augmented = np.mean([shard["augmented_fraction"] for shard in shards])
-        parts = [
-            f"loss {np.mean([shard['loss'] for shard in shards]):.4f}",
-            f"skipped {skipped:.0%}",
-            f"augmented {augmented:.0%}",
-        ]
+        parts = []
+        for name, kind in (("loss", ".4f"), ("skipped_fraction", ".0%"), ("augmented_fraction", ".0%")):
+            if (value := round_mean(row, name)) is not None:
+                parts.append(f"{name.removesuffix('_fraction')} {value:{kind}}")
         if "heldout_loss" in row:
             parts.append(f"probe loss: trained on {row['train_loss']:.4f}, held out {row['heldout_loss']:.4f}")
         if row["kind"] == "redistribute":
@@ -119,13 +116,7 @@ class RunLog:
         elif len(row["shards"]) > 1:
             parts.append("proxies averaged")
         logger.info("round %d/%d: %s", row["round"], self.plan.schedule.num_rounds, ", ".join(parts))
-        curves: dict[str, float] = {name: row[name] for name in ("heldout_loss", "extra_steps") if name in row}
-        if "heldout_loss" in row:
-            curves |= {"probe_train_loss": row["train_loss"], "loss_gap": row["heldout_loss"] - row["train_loss"]}
-        for shard in shards:
-            for name in ("loss", "skipped_fraction", "augmented_fraction", "distance"):
-                curves[f"shard_{shard['shard']}/{name}"] = shard[name]
-        self.accelerator.log(curves, step=global_step)
+        self.accelerator.log(_curves(row), step=global_step)
 
     def drawings(self, images: list[Image], global_step: int) -> None:
         """Send drawings of the validation prompts to the trackers that take pictures."""
@@ -151,6 +142,20 @@ class RunLog:
         return (progress.picture_forwards - self._first_forward) / seconds
 
 
+def _curves(row: dict[str, Any]) -> dict[str, float]:
+    """Return every number of a row of ``rounds.jsonl`` under the name of its curve."""
+    counts = ("extra_steps", "empty_steps", "nonfinite_steps", "picture_forwards")
+    curves: dict[str, float] = {name: row[name] for name in counts}
+    curves["moved_samples"] = sum(move["count"] for move in row["moves"])
+    if "heldout_loss" in row:
+        curves |= {"heldout_loss": row["heldout_loss"], "probe_train_loss": row["train_loss"]}
+        curves["loss_gap"] = row["heldout_loss"] - row["train_loss"]
+    for shard in row["shards"]:
+        values = {name: value for name, value in shard.items() if name != "shard" and value is not None}
+        curves |= {f"shard_{shard['shard']}/{name}": value for name, value in values.items()}
+    return curves
+
+
 MANY_PASSES = 10
 """Passes of a proxy over its shard within a round from which a warning is due."""
 
@@ -170,7 +175,7 @@ def summary_text(summary: dict[str, Any], output_dir: Path) -> str:
         f"steps without a clean sample {summary['empty_steps']}; samples moved {summary['moved_samples']}; "
         f"left in the augmentation queues {summary['augment_queue_left']}",
     ]
-    if summary["heldout_loss"] is not None:
+    if None not in (summary["train_loss"], summary["heldout_loss"]):
         lines.append(
             f"denoising loss: pictures trained on {summary['train_loss']:.4f}, unseen {summary['heldout_loss']:.4f}"
         )
@@ -180,4 +185,4 @@ def summary_text(summary: dict[str, Any], output_dir: Path) -> str:
             f"  {row['skip_ratio']:4.0%} of {row['seen']:4d}  {row['file']!r}  {row['caption']!r}"
             for row in summary["memory_prone"]
         ]
-    return "\n".join([*lines, f"the fine-tuned pipeline is in {output_dir}"])
+    return "\n".join([*lines, f"the fine-tuned pipeline is in {output_dir}", *summary["exports"]])

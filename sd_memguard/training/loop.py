@@ -30,14 +30,22 @@ from sd_memguard.training.checkpoint import (
 )
 from sd_memguard.training.dry_run import describe_plan
 from sd_memguard.training.export import UNET, write_pipeline
+from sd_memguard.training.exporter import export_at_end
 from sd_memguard.training.hub import push_to_hub
 from sd_memguard.training.interrupt import Interrupted, StopRequest
 from sd_memguard.training.learning_rate import learning_rate_schedule
 from sd_memguard.training.logs import RunLog, summary_text
-from sd_memguard.training.lora import low_rank, merge, write_lora_file
+from sd_memguard.training.lora import merge
 from sd_memguard.training.loss import DenoisingLoss, Noising
 from sd_memguard.training.models import load_unet
-from sd_memguard.training.records import FOLDER, PROXIES_FOLDER, RunRecords, count_moves, memory_prone_samples
+from sd_memguard.training.records import (
+    PROXIES_FOLDER,
+    RunRecords,
+    bank_summary,
+    count_moves,
+    memory_prone_samples,
+)
+from sd_memguard.training.run_folder import FOLDER
 from sd_memguard.training.setup import (
     Plan,
     base_learning_rate,
@@ -47,6 +55,7 @@ from sd_memguard.training.setup import (
     make_proxies,
     prepare_models,
 )
+from sd_memguard.training.trained_run import TrainedRun
 from sd_memguard.training.validation import LossProbe, MeanLoss, draw_prompts
 
 logger = logging.getLogger(__name__)
@@ -300,7 +309,7 @@ class Trainer:
         """Average the proxies or move samples between shards, look at the aggregate, and write the round down."""
         progress, weights = self.progress, self.guard.aggregation_weights()
         kind = self.schedule.kind(progress.round_index)
-        moves = None
+        moves, sizes = None, self.guard.plan.sizes()
         if kind == "average":
             distances = self.proxies.average(weights)
         else:
@@ -308,25 +317,29 @@ class Trainer:
             moves = self.guard.redistribute()
             for cursor in progress.cursors:
                 cursor.begin_pass()
-        row = self._round_row(kind, distances, moves, self._look())
+        row = self._round_row(kind, sizes, distances, moves, self._look())
         self.records.add_round(row)
         self.records.write_samples(self.plan.samples, self.guard)
+        self.records.write_banks(self.guard.banks)
         self.log.round(row, progress.global_step)
         progress.begin_round()
 
     def _round_row(
-        self, kind: str, distances: list[float], moves: Moves | None, measured: dict[str, MeanLoss]
+        self, kind: str, sizes: list[int], distances: list[float], moves: Moves | None, measured: dict[str, MeanLoss]
     ) -> dict[str, Any]:
-        progress, sizes = self.progress, self.guard.plan.sizes()
+        progress, banks = self.progress, [bank_summary(bank) for bank in self.guard.banks]
         meters = enumerate(progress.meters)
         row: dict[str, Any] = {
             "round": progress.round_index + 1,
             "kind": kind,
             "global_step": progress.global_step,
             "extra_steps": progress.round_extra_steps,
+            "empty_steps": progress.empty_steps - sum(row["empty_steps"] for row in self.records.rounds),
+            "nonfinite_steps": progress.nonfinite_steps - sum(row["nonfinite_steps"] for row in self.records.rounds),
             "picture_forwards": progress.picture_forwards,
             "shards": [
-                {"shard": k, "size": sizes[k], **meter.summary(), "distance": distances[k]} for k, meter in meters
+                {"shard": k, "size": sizes[k], **meter.summary(), "distance": distances[k], **banks[k]}
+                for k, meter in meters
             ],
             "moves": [] if moves is None else count_moves(moves),
         }
@@ -400,6 +413,7 @@ class Trainer:
             "progress": self.progress.to_dict(),
             "guard": self.guard.state_dict(),
             "proxies": self.proxies.save(private / PROXIES_FOLDER),
+            "rounds": self.records.rounds,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         save_state(state, private, "state")
@@ -423,7 +437,7 @@ class Trainer:
         self.progress = Progress.from_dict(state["progress"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.records.restore_rounds(self.progress.round_index)
+        self.records.restore_rounds(state["rounds"])
         logger.info("going on from %s", folder)
 
     # The end of the run.
@@ -434,23 +448,15 @@ class Trainer:
         with self._aggregate() as unet:
             write_pipeline(self.plan.pipeline, unet, output_dir, config.variant)
         self.records.write_samples(self.plan.samples, self.guard)
-        summary = self.summary()
-        if isinstance(self.proxies, LoraProxies):
-            summary |= self._write_lora_file(self.proxies)
+        exports = export_at_end(TrainedRun(output_dir, config, self.schedule.num_shards))
+        summary = {**self.summary(), **exports.summary()}
+        self.records.write_summary(summary)
         shutil.rmtree(self.records.folder / PROXIES_FOLDER, ignore_errors=True)  # the resting ones, if on disk
         self.log.end(summary_text(summary, output_dir))
         if config.push_to_hub:
             push_to_hub(output_dir, config, summary)
+        exports.raise_failures()
         return TrainResult(output_dir, progress.global_step, summary)
-
-    def _write_lora_file(self, proxies: LoraProxies) -> dict[str, Any]:
-        """Write the LoRA file: the change of the weights, whose rank the averagings have raised, at rank * shards."""
-        assert self.config.rank is not None
-        merged = proxies.merged(self.guard.aggregation_weights())
-        rank = self.config.rank * self.schedule.num_shards
-        adapter = low_rank(load_unet(self.plan.pipeline, self.config), merged, rank)
-        write_lora_file(self.plan.output_dir, adapter)
-        return {"lora_rank": adapter.rank, "lora_relative_error": adapter.relative_error}
 
     def summary(self) -> dict[str, Any]:
         """Return what the closing lines, the model card and callers report."""

@@ -1,28 +1,43 @@
-"""The LoRA adapter of a UNet: added with peft, merged for export, and written as a LoRA file by SVD."""
+"""The LoRA adapter of a UNet: added with peft, merged for export, and made into the factors of a LoRA file by SVD."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor
+from torch.nn.functional import pad
+from tqdm import tqdm
 
 from sd_memguard.core.seeding import derive_seed
+from sd_memguard.errors import UserError
 
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 """The projections of the attention layers, as in diffusers' LoRA script."""
-FILE = "pytorch_lora_weights.safetensors"
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+KOHYA = {DOWN: "lora_down.weight", UP: "lora_up.weight"}
+
+
+class LoraError(UserError):
+    """No LoRA file can be made of this change of the weights."""
 
 
 class LowRank(NamedTuple):
-    """A LoRA file's content: factors by peft's names, their rank, and what they miss of the change of the weights."""
+    """What a LoRA file holds.
+
+    Attributes:
+        factors: by peft's names, (rank, in) and (out, rank), with the kernel of a convolution behind the first.
+        rank: of all of them.
+        relative_error: Frobenius norm of what they miss, over that of the change of all weights.
+        inexpressible: the same of the biases and norms alone, which no rank can mend.
+    """
 
     factors: dict[str, Tensor]
     rank: int
     relative_error: float
+    inexpressible: float
 
 
 def add_adapter(unet: UNet2DConditionModel, rank: int, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -56,26 +71,125 @@ def merge(unet: UNet2DConditionModel, merged: Mapping[str, Tensor]) -> UNet2DCon
     return unet
 
 
-def low_rank(original: UNet2DConditionModel, merged: Mapping[str, Tensor], rank: int) -> LowRank:
-    """Return the best factors of a given rank for the change of each layer, by SVD.
+def low_rank(
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    *,
+    rank: int | None = None,
+    error: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LowRank:
+    """Return the factors of one rank for all layers that miss least of the change of the weights (Eckart-Young).
+
+    Changed biases and norms have no factors: they are missed whole, and counted as such. A layer with fewer singular
+    values than the rank gets zeros for the rest, since programs differ in what they make of several ranks.
 
     Args:
-        original: the UNet before training.
-        merged: the weights after it, by layer name.
-        rank: largest rank of the factors; alpha equals it.
+        before: all weights of the UNet before training, by name.
+        after: the same after it.
+        rank: of the factors; alpha equals it. Where None:
+        error: the largest relative error; the smallest rank that keeps it is taken.
+        dtype: of the factors.
+
+    Raises:
+        LoraError: nothing has changed, or no rank keeps the error.
     """
-    factors, missed, total = {}, 0.0, 0.0
-    for layer, weight in merged.items():
-        change = weight.double() - original.get_parameter(f"{layer}.weight").detach().cpu().double()
-        left, values, right = torch.linalg.svd(change, full_matrices=False)
-        root = values[:rank].sqrt()
-        factors[f"{layer}.lora_A.weight"] = (root[:, None] * right[:rank]).float().contiguous()
-        factors[f"{layer}.lora_B.weight"] = (left[:, :rank] * root).float().contiguous()
-        missed += float(values[rank:].square().sum())
-        total += float(values.square().sum())
-    return LowRank(factors, rank, (missed / total) ** 0.5 if total else 0.0)
+    changed = [name for name in after if not torch.equal(after[name], before[name])]
+    layers = [name for name in changed if name.endswith(".weight") and after[name].ndim in (2, 4)]
+    if not layers:
+        raise LoraError("training has changed no layer of the UNet, so there is nothing to write into a LoRA file")
+    lost = sum(float(_change(before, after, name).square().sum()) for name in set(changed) - set(layers))
+    if rank is None:
+        assert error is not None
+        spectra = [singular_squares(_change(before, after, name)) for name in _shown(layers, "choosing the rank")]
+        rank = smallest_rank(spectra, lost, error, rounding=torch.finfo(dtype).eps)
+    factors, missed, total = {}, lost, lost
+    for name in _shown(layers, "factoring layers"):
+        change, layer = _change(before, after, name), name.removesuffix(".weight")
+        down, up = (factor.to(dtype) for factor in best_factors(change, rank))
+        missed += float((change - up.double() @ down.double()).square().sum())
+        total += float(change.square().sum())
+        kernel = after[name].shape[2:]
+        factors[f"{layer}{DOWN}"] = down.unflatten(1, (-1, *kernel)).cpu().contiguous()
+        factors[f"{layer}{UP}"] = up.reshape(*up.shape, *(1 for _ in kernel)).cpu().contiguous()
+    return LowRank(factors, rank, (missed / total) ** 0.5, (lost / total) ** 0.5)
 
 
-def write_lora_file(folder: Path, adapter: LowRank) -> None:
-    """Write ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of a pipeline reads."""
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=adapter.factors, safe_serialization=True)
+def _shown(layers: list[str], task: str) -> Iterable[str]:
+    """Return the layers with a progress bar on a terminal: there are hundreds, and large ones take seconds."""
+    return tqdm(layers, task, unit="layer", leave=False, disable=None)
+
+
+def _change(before: Mapping[str, Tensor], after: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the change of a weight in float64, flat from its second dimension on, where it is quick to factor."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    old, new = (weights[name].to(device, torch.float64) for weights in (before, after))
+    return (new - old).flatten(1) if new.ndim > 1 else new - old
+
+
+def singular_squares(matrix: Tensor) -> Tensor:
+    """Return the squares of the singular values of a matrix in float64, largest first."""
+    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return torch.linalg.eigvalsh(short @ short.T).clamp_min(0).flip(0)
+
+
+def best_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the (rank, in) and (out, rank) factors nearest to an (out, in) matrix in float64, both of one scale.
+
+    They come from the eigenvectors of the smaller of ``M M^T`` and ``M^T M``, many times quicker than an SVD of the
+    long matrices of convolutions. In float64 that loses singular values below 1e-8 of the largest one.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        down, up = best_factors(matrix.T, rank)
+        return up.T, down.T
+    left = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].flip(1)
+    right = left.T @ matrix
+    root = right.norm(dim=1).sqrt()
+    down, up = right / root.clamp_min(1e-150)[:, None], left * root
+    padding = rank - len(root)
+    return pad(down, (0, 0, 0, padding)), pad(up, (0, padding))
+
+
+def smallest_rank(spectra: Sequence[Tensor], lost: float, error: float, rounding: float = 0.0) -> int:
+    """Return the smallest rank at which factors of all layers miss at most ``error`` of the change.
+
+    Args:
+        spectra: squares of the singular values of each layer, largest first.
+        lost: squares of the change that has no factors.
+        error: relative to the Frobenius norm of the whole change.
+        rounding: part of the error to leave to the rounding of the factors.
+
+    Raises:
+        LoraError: no rank does.
+    """
+    captured = torch.zeros(max((len(spectrum) for spectrum in spectra), default=0), dtype=torch.float64)
+    for spectrum in spectra:
+        captured[: len(spectrum)] += spectrum.cpu()
+    total = float(captured.sum()) + lost
+    missed = captured.sum() - captured.cumsum(0) + lost
+    enough = torch.nonzero(missed <= total * (error**2 - rounding**2)).flatten()
+    if len(enough) == 0 or error <= rounding:
+        reasons = f"biases and norms, which have no factors, are {(lost / total) ** 0.5:.2%} of the change"
+        if rounding > 1e-5:
+            reasons += f", and the rounding to this `--dtype` takes up to {rounding:.1%}"
+        raise LoraError(
+            f"`--lora_error` {error:g} cannot be kept by any rank: {reasons}; raise it, or export `merged` or "
+            "`single-file`, which miss nothing"
+        )
+    return int(enough[0]) + 1
+
+
+def diffusers_names(adapter: LowRank) -> dict[str, Tensor]:
+    """Return the content of ``pytorch_lora_weights.safetensors``, as ``load_lora_weights`` of a pipeline reads it."""
+    return {f"unet.{name}": tensor for name, tensor in adapter.factors.items()}
+
+
+def kohya_names(adapter: LowRank) -> dict[str, Tensor]:
+    """Return the same in the form of kohya's scripts, with the alpha of each layer."""
+    weights = {}
+    for name, tensor in adapter.factors.items():
+        suffix = DOWN if name.endswith(DOWN) else UP
+        layer = "lora_unet_" + name.removesuffix(suffix).replace(".", "_")
+        weights[f"{layer}.{KOHYA[suffix]}"] = tensor
+        weights[f"{layer}.alpha"] = torch.tensor(float(adapter.rank), dtype=tensor.dtype)
+    return weights

@@ -1,25 +1,29 @@
-"""What a run tells of itself in ``memguard/``: config.json, rounds.jsonl, samples.parquet; and the closing summary."""
+"""What a run tells of itself in ``memguard/``: settings, rounds, samples, memory banks; and the closing summary."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import save_file
 
 from sd_memguard.config import TrainConfig
+from sd_memguard.core.memory_bank import LossMemoryBank
 from sd_memguard.core.shards import Moves
 from sd_memguard.guard import MemorizationGuard
+from sd_memguard.training.ranking import memory_prone_order
+from sd_memguard.training.run_folder import BANKS, CONFIG, FOLDER, ROUNDS, SAMPLES, SUMMARY, replace_file, replace_text
 from sd_memguard.training.samples import Samples
 
-FOLDER = "memguard"
 PROXIES_FOLDER = "proxies"
 NUM_MEMORY_PRONE = 10
 
 
 class RunRecords:
-    """Writes the files of ``memguard/`` in a run folder.
+    """Writes the files of ``memguard/`` in a run folder, each one whole or not at all.
 
     Args:
         output_dir: the run folder.
@@ -33,23 +37,21 @@ class RunRecords:
     def write_config(self, config: TrainConfig, resolved: dict[str, Any]) -> None:
         """Write every setting as given, with what ``auto`` and a missing seed were resolved to."""
         text = json.dumps({**config.to_dict(), **resolved}, indent=2, ensure_ascii=False)
-        (self.folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        replace_text(self.folder / CONFIG, text + "\n")
 
-    def restore_rounds(self, num_rounds: int) -> None:
-        """Keep the first rounds of an interrupted run; later ones are about to be trained again."""
-        file = self.folder / "rounds.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self.rounds = [json.loads(line) for line in lines[:num_rounds]]
+    def restore_rounds(self, rounds: list[dict[str, Any]]) -> None:
+        """Take over the rounds of an interrupted run; later ones are about to be trained again."""
+        self.rounds = list(rounds)
         self._write_rounds()
 
     def add_round(self, row: dict[str, Any]) -> None:
-        """Append a round."""
-        self.rounds.append(row)
+        """Append a round; what is not finite, such as the standard error of a single picture, becomes null."""
+        self.rounds.append(_finite(row))
         self._write_rounds()
 
     def _write_rounds(self) -> None:
         text = "".join(json.dumps(row) + "\n" for row in self.rounds)
-        (self.folder / "rounds.jsonl").write_text(text, encoding="utf-8")
+        replace_text(self.folder / ROUNDS, text)
 
     def write_samples(self, samples: Samples, guard: MemorizationGuard) -> None:
         """Write a row per usable sample: file, caption, shard and counts."""
@@ -63,29 +65,65 @@ class RunRecords:
             **{name: getattr(ledger, name)[ids].numpy() for name in ("seen", "skipped", "augmented", "moves")},
             "skip_ratio": ledger.skip_ratio()[ids].numpy(),
         }
-        pq.write_table(pa.table(columns), self.folder / "samples.parquet")
+        replace_file(self.folder / SAMPLES, lambda temporary: pq.write_table(pa.table(columns), temporary))
+
+    def write_banks(self, banks: list[LossMemoryBank]) -> None:
+        """Write each proxy's memory bank: ``shard_<k>.mean`` and ``shard_<k>.visits``, both (T,)."""
+        tensors = {}
+        for shard_index, bank in enumerate(banks):
+            tensors[f"shard_{shard_index}.mean"] = bank_curve(bank).cpu()
+            tensors[f"shard_{shard_index}.visits"] = bank.visits.cpu()
+        replace_file(self.folder / BANKS, lambda temporary: save_file(tensors, temporary))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write how the run ended; its speed stays out, so that the same run gives the same file."""
+        kept = {name: value for name, value in summary.items() if name != "pictures_per_second"}
+        replace_text(self.folder / SUMMARY, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+
+
+def bank_curve(bank: LossMemoryBank) -> torch.Tensor:
+    """Return the mean loss at every timestep, (T,) float32, NaN where nothing was visited (in paper mode, too)."""
+    timesteps = torch.arange(bank.num_timesteps, device=bank.visits.device)
+    mean = bank.mean(timesteps)
+    return torch.where(bank.visits > 0, mean, torch.nan) if bank.mode == "paper" else mean
+
+
+def bank_summary(bank: LossMemoryBank) -> dict[str, float | None]:
+    """Return the mean of the bank over the timesteps it knows, and the share of timesteps it decides on."""
+    curve = bank_curve(bank)
+    known = curve[curve.isfinite()]
+    ratio = bank.loss_ratio(torch.arange(len(curve), device=curve.device), torch.ones_like(curve))
+    return {
+        "bank_mean": float(known.double().mean()) if len(known) else None,
+        "bank_coverage": float(ratio.isfinite().double().mean()),
+    }
 
 
 def memory_prone_samples(samples: Samples, guard: MemorizationGuard) -> list[dict[str, Any]]:
-    """Return the most memory-prone samples first, none that was never skipped.
-
-    Ranked by unclean visits / (visits + 1), so that one visit out of one does not outrank nine out of ten.
-    """
-    ratio, seen = guard.ledger.skip_ratio(), guard.ledger.seen
-    order = torch.argsort(ratio * seen / (seen + 1), descending=True, stable=True)[:NUM_MEMORY_PRONE]
+    """Return the most memory-prone samples first, none that was never skipped or augmented; see `ranking.py`."""
+    ledger, ratio = guard.ledger, guard.ledger.skip_ratio()
+    order = memory_prone_order(ledger.seen.numpy(), (ledger.skipped + ledger.augmented).numpy())[:NUM_MEMORY_PRONE]
     return [
         {
             "sample_id": sample_id,
             "file": samples.file(sample_id),
             "caption": samples.captions(sample_id)[0],
             "skip_ratio": round(float(ratio[sample_id]), 4),
-            "seen": int(guard.ledger.seen[sample_id]),
+            "seen": int(ledger.seen[sample_id]),
         }
         for sample_id in order.tolist()
-        if ratio[sample_id] > 0
     ]
 
 
 def count_moves(moves: Moves) -> list[dict[str, int]]:
     """Return how many samples went from which shard to which."""
     return moves.counts()
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON values in which numbers that JSON does not know are None."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

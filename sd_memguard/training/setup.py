@@ -29,7 +29,8 @@ from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore
 from sd_memguard.training.footprint import Footprint, check_space, footprint, rests_in_ram
 from sd_memguard.training.lora import add_adapter, base_weights
 from sd_memguard.training.models import Models, find_pipeline, load_models
-from sd_memguard.training.records import FOLDER, PROXIES_FOLDER
+from sd_memguard.training.records import PROXIES_FOLDER
+from sd_memguard.training.run_folder import FOLDER
 from sd_memguard.training.samples import Samples, load_samples
 
 logger = logging.getLogger(__name__)

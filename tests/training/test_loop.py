@@ -28,7 +28,8 @@ from sd_memguard.training.setup import RunFolderError, make_accelerator, make_pl
 from tests.reference.bare_loop import bare_loop
 
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
-RESULTS = [UNET, Path("memguard/rounds.jsonl"), Path("memguard/samples.parquet")]
+RECORDS = ("rounds.jsonl", "samples.parquet", "banks.safetensors", "summary.json")
+RESULTS = [UNET, *(Path("memguard", name) for name in RECORDS)]
 EPSILON = 1e-4
 """AdamW's epsilon where sums are taken in another order: with 1e-8 it blows the rounding of tiny gradients up."""
 NEUTRAL = {"num_shards": 1, "skip_threshold": 0.0, "augment_threshold": 0.0, "redistribute_fraction": 0.0}
@@ -87,6 +88,28 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(run, configure, wide_pict
     if settings.get("memguard") != "off":
         assert whole.summary["skipped_fraction"] > 0
         assert whole.summary["extra_steps"] > 0
+
+
+def test_a_run_may_go_on_in_another_folder(run, configure, monkeypatch):
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15)
+        with pytest.raises(Interrupted):
+            run("first")
+    checkpoint = Path(configure("first").output_dir, "checkpoint-15")
+    second = run("second", resume_from_checkpoint=str(checkpoint))
+    assert results(second.output_dir) == results(whole.output_dir)
+
+
+def test_the_size_of_a_shard_is_that_of_the_round(run):
+    rounds = Path(run(max_train_steps=12).output_dir, "memguard/rounds.jsonl").read_text().splitlines()
+    first, second = (json.loads(line) for line in rounds)
+    assert [shard["size"] for shard in first["shards"]] == [8, 8, 8]
+    sizes = [8, 8, 8]
+    for move in first["moves"]:
+        sizes[move["source"]] -= move["count"]
+        sizes[move["target"]] += move["count"]
+    assert [shard["size"] for shard in second["shards"]] == sizes
 
 
 def test_a_real_sigterm_ends_with_143_and_a_checkpoint(configure, pictures, pipeline, tmp_path):
@@ -161,6 +184,7 @@ def test_a_run_folder(run, pipeline, pictures):
         (4, "average"),
     ]
     fields = {"shard", "size", "steps", "loss", "skipped_fraction", "augmented_fraction", "distance"}
+    fields |= {"bank_mean", "bank_coverage"}
     assert all(set(shard) == fields for row in rounds for shard in row["shards"])
     assert sum(row["extra_steps"] for row in rounds) == summary["extra_steps"]
     assert all(row["train_loss"] == row["heldout_loss"] for row in rounds)  # the same pictures twice: same probe

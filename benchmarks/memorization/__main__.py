@@ -1,0 +1,115 @@
+"""Fine-tune the bundled model in many ways with one budget and write a small JSON file for each point along the way.
+
+    python -m benchmarks.memorization --work_dir runs/memorization
+
+A point that is there already (``cells/ARM-STEPS-SEED.json``) is not made again, and an interrupted fine-tune goes on
+from its newest checkpoint, so the command can be stopped and started at will. `table.py` makes the table of the cells.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from benchmarks.memorization.arms import ARMS, COMMON
+from benchmarks.memorization.data import training_folder
+from benchmarks.memorization.judge import Exam, judge, prepare_exam
+from sd_memguard.config import TrainConfig, make_train_config
+from sd_memguard.training.checkpoint import list_checkpoints, load_state
+from sd_memguard.training.logs import configure_logging
+from sd_memguard.training.loop import train
+
+CELLS = Path(__file__).parent / "cells"
+
+
+def main() -> None:
+    """Train and judge what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, required=True, help="where the runs go; may be removed afterwards")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one fine-tune of each arm per seed")
+    parser.add_argument("--max_train_steps", type=int, default=900, help="optimizer steps of each fine-tune")
+    parser.add_argument("--points", type=int, default=3, help="points along the training that are judged")
+    parser.add_argument("--cells", type=Path, default=CELLS, help="where the results are")
+    options = parser.parse_args()
+    configure_logging()
+    options.cells.mkdir(parents=True, exist_ok=True)
+    exam = prepare_exam()
+    for seed in options.seeds:
+        for arm in options.arms:
+            run_arm(arm, seed, options, exam)
+
+
+def run_arm(arm: str, seed: int, options: argparse.Namespace, exam: Exam) -> None:
+    """Train one arm with one seed and judge its checkpoints, as far as that has not been done."""
+    every = options.max_train_steps // options.points
+    steps = [every * (point + 1) for point in range(options.points)]
+    missing = [step for step in steps if not cell_file(options.cells, arm, step, seed).exists()]
+    if not missing:
+        return
+    config = configuration(arm, seed, every, options)
+    folder = Path(config.output_dir)
+    if not (folder / "model_index.json").exists():
+        train(config)
+    for checkpoint in list_checkpoints(folder):
+        step = int(checkpoint.name.rpartition("-")[2])
+        if step in missing:
+            cell = describe(arm, seed, step, checkpoint, options) | judge(exam, checkpoint / "unet", f"{arm} {step}")
+            text = json.dumps(cell, indent=1) + "\n"
+            cell_file(options.cells, arm, step, seed).write_text(text, encoding="utf-8")
+            print(arm, step, cell["copies"], cell["losses"], flush=True)
+    for checkpoint in list_checkpoints(folder):
+        for part in (path for path in checkpoint.iterdir() if path.name != "unet"):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def cell_file(cells: Path, arm: str, step: int, seed: int) -> Path:
+    """Return the file of one point."""
+    return cells / f"{arm}-{step}-{seed}.json"
+
+
+def configuration(arm: str, seed: int, checkpointing_steps: int, options: argparse.Namespace) -> TrainConfig:
+    """Return the settings of one fine-tune."""
+    return make_train_config(
+        **COMMON,
+        **ARMS[arm].settings,
+        train_data_dir=str(training_folder(ARMS[arm].data, options.work_dir)),
+        max_train_steps=options.max_train_steps,
+        checkpointing_steps=checkpointing_steps,
+        output_dir=str(options.work_dir / f"{arm}-{seed}"),
+        resume_from_checkpoint="latest",
+        seed=seed,
+    )
+
+
+def describe(arm: str, seed: int, step: int, checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what made a point and what it cost."""
+    progress = load_state(checkpoint / "memguard", "state")["progress"]
+    weights = (checkpoint / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "arm": arm,
+        "title": ARMS[arm].title,
+        "seed": seed,
+        "step": step,
+        "settings": COMMON | ARMS[arm].settings,
+        "data": ARMS[arm].data,
+        "command": f"python -m benchmarks.memorization --arms {arm} --seeds {seed} "
+        f"--max_train_steps {options.max_train_steps} --points {options.points} --work_dir runs/memorization",
+        "commit": commit,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "unet_sha256": hashlib.sha256(weights).hexdigest(),
+        "extra_steps": sum(progress["extra_steps"]),
+        "empty_steps": progress["empty_steps"],
+        "picture_forwards": progress["picture_forwards"],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The fine-tunes that are compared: what they share, and what each one changes."""
+
+from typing import Any, NamedTuple
+
+COMMON: dict[str, Any] = {
+    "pretrained_model_name_or_path": "bundled",
+    "resolution": 64,
+    "center_crop": True,
+    "train_batch_size": 16,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 20,
+    "caption_dropout": 0.1,
+    "report_to": "tensorboard",
+}
+
+FULL = {"learning_rate": 3e-4, "use_ema": True}
+LORA = {"proxy": "lora", "rank": 16, "learning_rate": 1e-3}
+"""No EMA: the trainer refuses it with adapters."""
+
+OFF = {
+    "num_shards": 1,
+    "skip_threshold": 0.0,
+    "augment_threshold": 0.0,
+    "redistribute_fraction": 0.0,
+    "group_duplicates": "off",
+}
+IET = OFF | {"num_shards": 4}
+AGC = {"skip_threshold": 0.8}
+TAA = {"augment_threshold": 1.2}
+MSR = {"redistribute_fraction": 0.25}
+
+
+class Arm(NamedTuple):
+    """A fine-tune: its row in the table, its settings on top of ``COMMON``, and the pictures it is trained on."""
+
+    title: str
+    settings: dict[str, Any]
+    data: str = "demo"
+
+
+ARMS = {
+    "plain": Arm("plain", FULL | {"memguard": "off"}),
+    "iet": Arm("IET", FULL | IET),
+    "iet_agc": Arm("IET, AGC", FULL | IET | AGC),
+    "iet_agc_taa": Arm("IET, AGC, TAA", FULL | IET | AGC | TAA),
+    "iet_agc_taa_msr": Arm("IET, AGC, TAA, MSR", FULL | IET | AGC | TAA | MSR),
+    "shard": Arm("the same, duplicates in one shard", FULL | IET | AGC | TAA | MSR | {"group_duplicates": "shard"}),
+    "balance": Arm("the same, and counted as one", FULL | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}),
+    "paper": Arm("`--preset paper`, 4 shards", FULL | {"preset": "paper", "num_shards": 4}),
+    "agc": Arm("AGC, one model", FULL | OFF | AGC),
+    "plain_distinct": Arm("plain, duplicates removed", FULL | {"memguard": "off"}, data="distinct"),
+    "plain_augmented": Arm("plain, RandAugment on everything", FULL | {"memguard": "off"}, data="augmented"),
+    "lora_plain": Arm("LoRA, plain", LORA | {"memguard": "off"}),
+    "lora_iet": Arm("LoRA, IET", LORA | IET),
+    "lora_iet_agc": Arm("LoRA, IET, AGC", LORA | IET | AGC),
+    "lora_iet_agc_taa": Arm("LoRA, IET, AGC, TAA", LORA | IET | AGC | TAA),
+    "lora_iet_agc_taa_msr": Arm("LoRA, IET, AGC, TAA, MSR", LORA | IET | AGC | TAA | MSR),
+    "lora_balance": Arm(
+        "LoRA, the same, duplicates counted as one", LORA | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}
+    ),
+}

@@ -1,0 +1,60 @@
+"""The pictures that the arms are trained on: the bundled set, and two changed copies of it."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms import RandAugment
+
+from sd_memguard.assets import demo_data_path
+
+COPIES, MAGNITUDE = 4, 5
+"""RandAugment versions of each picture, and their magnitude, of 30 (the method's own go up to 5)."""
+
+
+def training_folder(name: str, work_dir: Path) -> Path:
+    """Return the folder of a set, made in ``work_dir`` where it is not there yet.
+
+    ``demo`` is the bundled one; ``distinct`` has each of its files once; ``augmented`` has RandAugment versions of
+    every row in its place, so that no picture is seen as it is.
+    """
+    if name == "demo":
+        return demo_data_path()
+    folder = work_dir / f"data-{name}"
+    if not (folder / "metadata.jsonl").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        {"distinct": _write_distinct, "augmented": _write_augmented}[name](folder)
+    return folder
+
+
+def _rows() -> list[dict[str, str]]:
+    lines = (demo_data_path() / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _write_distinct(folder: Path) -> None:
+    rows = list({row["file_name"]: row for row in _rows()}.values())
+    for row in rows:
+        (folder / row["file_name"]).write_bytes((demo_data_path() / row["file_name"]).read_bytes())
+    _write_metadata(folder, rows)
+
+
+def _write_augmented(folder: Path) -> None:
+    augment, written = RandAugment(num_ops=2, magnitude=MAGNITUDE, fill=[255, 255, 255]), []
+    torch.manual_seed(0)
+    random.seed(0)
+    for number, row in enumerate(_rows()):
+        with Image.open(demo_data_path() / row["file_name"]) as image:
+            picture = image.convert("RGB")
+        for copy in range(COPIES):
+            name = f"{number:04}-{copy}.png"
+            augment(picture).save(folder / name)
+            written.append({"file_name": name, "text": row["text"]})
+    _write_metadata(folder, written)
+
+
+def _write_metadata(folder: Path, rows: list[dict[str, str]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")

@@ -1,0 +1,92 @@
+"""What a UNet copies and how well it denoises: the same captions, noises and timesteps for every arm."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from benchmarks.denoising import Encoded, denoising_losses, encode
+from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
+from sd_memguard.audit.captions import choose_captions
+from sd_memguard.audit.generate import draw, load_pipeline
+from sd_memguard.audit.pictures import Pictures, as_rows, load_pictures
+from sd_memguard.audit.similarity import find_copies
+from sd_memguard.core.seeding import derive_seed
+
+SIZE = 64
+NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 20, 2.5
+NUM_CAPTIONS = {"repeated": 32, "single": 96}
+DRAWINGS = {"repeated": 4, "single": 1}
+"""Drawings of each caption, by kind."""
+
+
+class Exam(NamedTuple):
+    """What every model is asked: training pictures, chosen rows by kind, and the pictures whose loss is measured."""
+
+    pipeline: StableDiffusionPipeline
+    pictures: Pictures
+    rows: dict[str, list[int]]
+    encoded: dict[str, Encoded]
+
+
+def prepare_exam() -> Exam:
+    """Choose the captions and encode the pictures: repeated, single, and held out."""
+    pictures, heldout = load_pictures(demo_data_path(), SIZE), load_pictures(demo_heldout_path(), SIZE)
+    chosen = choose_captions(pictures, max(NUM_CAPTIONS.values()))._asdict()
+    rows = {kind: chosen[kind][:count] for kind, count in NUM_CAPTIONS.items()}
+    pipeline = load_pipeline(tiny_sd_path())
+
+    def encoded(source: Pictures, ids: Sequence[int]) -> Encoded:
+        return encode(source.pixels[list(ids)], [source.captions[row] for row in ids], pipeline)
+
+    return Exam(
+        pipeline,
+        pictures,
+        rows,
+        {
+            "heldout": encoded(heldout, range(len(heldout.files))),
+            **{kind: encoded(pictures, ids) for kind, ids in rows.items()},
+        },
+    )
+
+
+def judge(exam: Exam, unet_folder: Path, description: str) -> dict[str, Any]:
+    """Return copies by kind and mean losses by set of the UNet in a folder."""
+    unet = UNet2DConditionModel.from_pretrained(unet_folder, torch_dtype=torch.float32, use_safetensors=True)
+    exam.pipeline.unet = unet.eval()
+    return {
+        "copies": {kind: _copies(exam, kind, f"{description}, {kind}") for kind in exam.rows},
+        "losses": {name: _mean(denoising_losses(unet, encoded)) for name, encoded in exam.encoded.items()},
+    }
+
+
+def _copies(exam: Exam, kind: str, description: str) -> dict[str, Any]:
+    rows, drawings = exam.rows[kind], DRAWINGS[kind]
+    pixels = draw(
+        exam.pipeline,
+        [exam.pictures.captions[row] for row in rows for _ in range(drawings)],
+        [derive_seed(0, "memorization benchmark", row, number) for row in rows for number in range(drawings)],
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        description=description,
+    )
+    found = find_copies(as_rows(pixels), as_rows(exam.pictures.pixels))
+    is_copy = found.is_copy.view(len(rows), drawings)
+    return {
+        "captions": len(rows),
+        "drawings": int(is_copy.numel()),
+        "copies": int(is_copy.sum()),
+        "captions_copied": int(is_copy.any(1).sum()),
+        "mean_ratio": round(float(found.ratio.mean()), 4),
+        "copies_by_caption": "".join(map(str, is_copy.sum(1).tolist())),  # a digit for each
+    }
+
+
+def _mean(losses: Tensor) -> dict[str, float]:
+    return {
+        "mean": round(float(losses.mean()), 6),
+        "standard_error": round(float(losses.std() / len(losses) ** 0.5), 6),
+    }
