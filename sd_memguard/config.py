@@ -49,6 +49,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "redistribute_fraction": 0.25,
             "shard_weights": "equal",
             "augment_surplus": "drop",
+            "group_duplicates": "off",
         },
     }
 )
@@ -87,6 +88,9 @@ class GuardConfig:
     augment_surplus: Literal["keep", "drop"] = setting(
         "keep", GUARD, "what happens to samples that wait for augmentation beyond one batch"
     )
+    group_duplicates: Literal["off", "shard", "balance"] = setting(
+        "shard", GUARD, "near-identical pictures share a shard and move together; balance: and count as one picture"
+    )
     seed: int | None = setting(None, *SEED)
 
     def __post_init__(self) -> None:
@@ -101,7 +105,13 @@ class GuardConfig:
     @classmethod
     def off(cls) -> "GuardConfig":
         """The neutral guard: one shard, nothing skipped, augmented or redistributed. It trains like no guard at all."""
-        return cls(num_shards=1, skip_threshold=0.0, augment_threshold=0.0, redistribute_fraction=0.0)
+        return cls(
+            num_shards=1,
+            skip_threshold=0.0,
+            augment_threshold=0.0,
+            redistribute_fraction=0.0,
+            group_duplicates="off",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

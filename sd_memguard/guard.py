@@ -17,7 +17,7 @@ from sd_memguard.core.bands import Bands, classify
 from sd_memguard.core.ledger import SampleLedger
 from sd_memguard.core.memory_bank import LossMemoryBank
 from sd_memguard.core.redistribution import redistribute
-from sd_memguard.core.shards import Moves, ShardPlan, auto_num_shards, split_into_shards
+from sd_memguard.core.shards import Moves, ShardPlan, auto_num_shards, count_pictures, split_into_shards
 from sd_memguard.errors import LoopError
 
 if TYPE_CHECKING:
@@ -83,13 +83,16 @@ class MemorizationGuard:
         config: the guard's settings.
         num_samples: number of samples, ids ``0 .. num_samples-1``.
         num_timesteps: number of timesteps of the noise schedule.
-        groups: (num_samples,) int64, duplicates share a number and stay together.
+        groups: (num_samples,) int64, duplicates share a number and stay together. With ``group_duplicates="balance"``
+            a group counts as one picture: in the sizes of the shards, in what moves, and in the weights of the proxies;
+            the loop is to visit one member of each group in a pass. Without groups there are no duplicates, with a
+            notice.
         exclude: sample ids that are not trained on, e.g. unreadable pictures.
         augments: whether the loop trains augmented copies; if not there are two bands.
         device: where the memory banks live.
 
     Raises:
-        ValueError: more shards than usable samples.
+        ValueError: more shards than usable samples or groups, or groups while ``group_duplicates`` is off.
 
     >>> guard = MemorizationGuard(GuardConfig(num_shards=2, bank_mode="paper", seed=0), num_samples=10)
     >>> verdict = guard.weigh(torch.ones(2), torch.tensor([5, 9]), torch.tensor([0, 1]))
@@ -110,10 +113,18 @@ class MemorizationGuard:
     ) -> None:
         self.config = config
         self.seed = secrets.randbits(31) if config.seed is None else config.seed
-        num_usable = num_samples - (0 if exclude is None else len(exclude))
-        num_shards = auto_num_shards(num_usable) if config.num_shards == "auto" else config.num_shards
-        self.groups = groups
-        self.plan = split_into_shards(num_samples, num_shards, self.seed, groups, exclude)
+        self.groups = self._check_groups(groups, num_samples)
+        num_shards = config.num_shards
+        if num_shards == "auto":
+            num_shards = auto_num_shards(count_pictures(num_samples, groups, exclude))
+        balanced = config.group_duplicates == "balance"
+        self.plan = split_into_shards(num_samples, num_shards, self.seed, groups, exclude, balanced=balanced)
+        if groups is None and (balanced or (config.group_duplicates == "shard" and num_shards > 1)):
+            logger.warning(
+                "`group_duplicates` is %r, but the guard was given no `groups`: it takes no sample for a duplicate of "
+                "another. Give `groups`, or set it to 'off'",
+                config.group_duplicates,
+            )
         self.ledger = SampleLedger(num_samples)
         self.banks = [
             LossMemoryBank(num_timesteps, config.bank_decay, config.bank_mode, device) for _ in range(num_shards)
@@ -127,6 +138,26 @@ class MemorizationGuard:
     def num_shards(self) -> int:
         """Number of shards, with ``"auto"`` resolved."""
         return self.plan.num_shards
+
+    def _check_groups(self, groups: Tensor | None, num_samples: int) -> Tensor | None:
+        if groups is None:
+            return None
+        if self.config.group_duplicates == "off":
+            raise ValueError("`groups` were given, but `group_duplicates` is 'off'; set it to 'shard' or 'balance'")
+        if groups.shape != (num_samples,):
+            raise ValueError(
+                f"`groups` must be of shape ({num_samples},), a number for each sample, got {tuple(groups.shape)}"
+            )
+        return groups
+
+    @property
+    def balanced_groups(self) -> Tensor | None:
+        """The groups of which each pass visits one member, None where every sample is visited."""
+        return self.groups if self.config.group_duplicates == "balance" else None
+
+    def num_pictures(self) -> list[int]:
+        """Return the length of a pass over each shard: its samples, or its groups of duplicates under ``balance``."""
+        return self.plan.sizes(self.balanced_groups)
 
     @property
     def redistributes(self) -> bool:
@@ -224,13 +255,14 @@ class MemorizationGuard:
         return AugmentBatch(sample_ids, augment_magnitude(strengths))
 
     def aggregation_weights(self) -> list[float]:
-        """Return the weight of each proxy in the aggregate: the shard's size, or 1 (paper)."""
-        return [float(size) if self.config.shard_weights == "size" else 1.0 for size in self.plan.sizes()]
+        """Return the weight of each proxy in the aggregate: the shard's number of pictures, or 1 (paper)."""
+        return [float(size) if self.config.shard_weights == "size" else 1.0 for size in self.num_pictures()]
 
     def redistribute(self) -> Moves:
         """Move the memory-prone samples of each shard to the next one and count skips anew."""
         fraction = self.config.redistribute_fraction
-        self.plan, moves = redistribute(self.plan, self.ledger.skips, fraction, self.groups)
+        balanced = self.config.group_duplicates == "balance"
+        self.plan, moves = redistribute(self.plan, self.ledger.skips, fraction, self.groups, balanced=balanced)
         self.ledger.record_moves(moves.sample_ids)
         return moves
 
@@ -363,6 +395,7 @@ class MemorizationGuard:
             "num_shards": self.num_shards,
             "shard_index": self.shard_index,
             "assignment": self.plan.assignment,
+            "groups": self.groups,
             "ledger": self.ledger.state_dict(),
             "banks": [bank.state_dict() for bank in self.banks],
             "queues": [{"sample_ids": queue.sample_ids, "strengths": queue.strengths} for queue in self.queues],
@@ -381,7 +414,7 @@ class MemorizationGuard:
         for bank, saved in zip(self.banks, state["banks"], strict=True):
             bank.check_state(saved)
         self.ledger.load_state_dict(state["ledger"])
-        self.seed, self.shard_index = state["seed"], state["shard_index"]
+        self.seed, self.shard_index, self.groups = state["seed"], state["shard_index"], state["groups"]
         self.plan = ShardPlan(state["assignment"].clone(), self.num_shards)
         for bank, saved in zip(self.banks, state["banks"], strict=True):
             bank.load_state_dict(saved)

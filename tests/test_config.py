@@ -28,7 +28,13 @@ def test_guard_defaults():
 def test_guard_presets():
     assert GuardConfig.preset("default") == GuardConfig()
     paper = GuardConfig.preset("paper", bank_decay=0.5)
-    assert paper == GuardConfig(bank_mode="paper", shard_weights="equal", augment_surplus="drop", bank_decay=0.5)
+    assert paper == GuardConfig(
+        bank_mode="paper",
+        shard_weights="equal",
+        augment_surplus="drop",
+        group_duplicates="off",
+        bank_decay=0.5,
+    )
     with pytest.raises(
         ConfigError, match=r"`--preset` must be one of default, paper, got 'papr' \(did you mean `paper`"
     ):

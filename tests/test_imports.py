@@ -37,6 +37,7 @@ LIBRARIES = {
     "train": set(),
     "assets": set(),
     "core": {"torch"},
+    "core.duplicates": {"numpy"},
     "proxies": {"torch", "safetensors"},
     "plugin": {"torch"},
     "plugin.augment": {"torch", "torchvision"},

@@ -45,7 +45,7 @@ class Progress:
 
     ``global_step`` counts optimizer steps of the schedule over all proxies, also those not taken because no sample was
     clean (``empty_steps``) or a number was not finite (``nonfinite_steps``); ``extra_steps`` are those of augmented
-    batches, outside the schedule.
+    batches, outside the schedule. ``lost_visits`` were to pictures that could not be read any more.
     """
 
     num_shards: int
@@ -55,6 +55,7 @@ class Progress:
     global_step: int = 0
     empty_steps: int = 0
     nonfinite_steps: int = 0
+    lost_visits: int = 0
     picture_forwards: int = 0
     shard_steps: list[int] = field(default_factory=list)
     extra_steps: list[int] = field(default_factory=list)

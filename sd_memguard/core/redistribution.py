@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from sd_memguard.core.shards import Moves, ShardPlan
+from sd_memguard.core.shards import Moves, ShardPlan, first_positions
 
 
 def redistribute(
-    plan: ShardPlan, skip_counts: Tensor, fraction: float, groups: Tensor | None = None
+    plan: ShardPlan, skip_counts: Tensor, fraction: float, groups: Tensor | None = None, *, balanced: bool = False
 ) -> tuple[ShardPlan, Moves]:
     """Return the plan after each shard k has handed its most-skipped samples to shard (k+1) mod K, and the moves.
 
@@ -20,6 +20,8 @@ def redistribute(
         fraction: share of a shard that may move, in [0, 1).
         groups: (num_samples,) int64, duplicates share a number: a group counts the mean of its members and moves
             whole; one that does not fit in what is left of the share stays.
+        balanced: a group counts as one picture: its skips are those of all its members together, and the share is one
+            of the shard's groups, whatever their sizes.
     """
     if plan.num_shards == 1:
         nothing = torch.empty(0, dtype=torch.int64)
@@ -27,8 +29,11 @@ def redistribute(
     chosen, sources = [], []
     for shard_index in range(plan.num_shards):
         members = plan.members(shard_index)
-        quota = int(fraction * len(members))
-        movers = _most_skipped(members, skip_counts[members], quota, None if groups is None else groups[members])
+        counts = skip_counts[members]
+        if groups is None:
+            movers = _most_skipped(members, counts, int(fraction * len(members)))
+        else:
+            movers = _most_skipped_groups(members, counts, fraction, groups[members], balanced=balanced)
         chosen.append(movers)
         sources.append(torch.full_like(movers, shard_index))
     sample_ids, source = torch.cat(chosen), torch.cat(sources)
@@ -38,22 +43,28 @@ def redistribute(
     return ShardPlan(assignment, plan.num_shards), Moves(sample_ids, source, target)
 
 
-def _most_skipped(members: Tensor, counts: Tensor, quota: int, groups: Tensor | None) -> Tensor:
+def _most_skipped(members: Tensor, counts: Tensor, quota: int) -> Tensor:
     """Return at most ``quota`` of the members (ascending ids), most skipped first."""
-    if groups is None:
-        order = torch.argsort(counts, descending=True, stable=True)[:quota]
-        return members[order[counts[order] > 0]]
+    order = torch.argsort(counts, descending=True, stable=True)[:quota]
+    return members[order[counts[order] > 0]]
+
+
+def _most_skipped_groups(members: Tensor, counts: Tensor, fraction: float, groups: Tensor, *, balanced: bool) -> Tensor:
+    """Return the members (ascending ids) of the most skipped groups that fit in the share."""
     _, inverse, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
-    totals = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, inverse, counts.double())
-    first = torch.full((len(sizes),), len(members)).scatter_reduce_(0, inverse, torch.arange(len(members)), "amin")
-    means = totals / sizes
-    by_id = torch.argsort(first)
-    order = by_id[torch.argsort(means[by_id], descending=True, stable=True)]
-    taken = []
-    for group in order.tolist():
-        if quota == 0 or means[group] == 0:
+    skips = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, inverse, counts.double())
+    if balanced:
+        sizes = torch.ones_like(sizes)
+    skips /= sizes
+    by_id = torch.argsort(first_positions(inverse))
+    order = by_id[torch.argsort(skips[by_id], descending=True, stable=True)]
+    order = order[skips[order] > 0]
+    quota = int(fraction * int(sizes.sum()))
+    moves = torch.zeros(len(sizes), dtype=torch.bool)
+    for group, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        if quota == 0:
             break
-        if sizes[group] <= quota:
-            taken.append(members[inverse == group])
-            quota -= int(sizes[group])
-    return torch.cat(taken) if taken else members[:0]
+        if size <= quota:
+            moves[group] = True
+            quota -= size
+    return members[moves[inverse]]

@@ -28,8 +28,10 @@ class ShardPlan:
         """Return the sample ids of a shard, ascending, (size,) int64."""
         return torch.nonzero(self.assignment == shard_index).flatten()
 
-    def sizes(self) -> list[int]:
-        """Return the number of samples in each shard."""
+    def sizes(self, groups: Tensor | None = None) -> list[int]:
+        """Return the number of samples in each shard, or of groups of duplicates where these are given."""
+        if groups is not None:
+            return [len(torch.unique(groups[self.members(shard_index)])) for shard_index in range(self.num_shards)]
         placed = self.assignment[self.assignment != NO_SHARD].long()
         return torch.bincount(placed, minlength=self.num_shards).tolist()
 
@@ -58,12 +60,28 @@ def auto_num_shards(num_samples: int) -> int:
     return min(max(num_samples // 64, 1), 4)
 
 
+def count_pictures(num_samples: int, groups: Tensor | None = None, exclude: Tensor | None = None) -> int:
+    """Return the number of different pictures among the samples: of groups where these are given.
+
+    Args:
+        num_samples: number of samples, ids ``0 .. num_samples-1``.
+        groups: (num_samples,) int64, duplicates share a number.
+        exclude: sample ids that do not count.
+    """
+    usable = torch.ones(num_samples, dtype=torch.bool)
+    if exclude is not None:
+        usable[exclude] = False
+    return int(usable.sum()) if groups is None else len(torch.unique(groups[usable]))
+
+
 def split_into_shards(
     num_samples: int,
     num_shards: int,
     seed: int,
     groups: Tensor | None = None,
     exclude: Tensor | None = None,
+    *,
+    balanced: bool = False,
 ) -> ShardPlan:
     """Split the samples in shuffled shards whose sizes differ by one at most.
 
@@ -75,6 +93,7 @@ def split_into_shards(
         seed: seed of the shuffle.
         groups: (num_samples,) int64, equal numbers stay in one shard; sizes are then as even as the groups allow.
         exclude: sample ids that belong to no shard, e.g. unreadable pictures.
+        balanced: a group counts as one picture, so that the shards are even in groups, not in samples.
 
     Raises:
         ValueError: there are fewer usable samples (or groups) than shards.
@@ -93,9 +112,31 @@ def split_into_shards(
     assignment = torch.full((num_samples,), NO_SHARD, dtype=torch.int16)
     if groups is None:
         assignment[shuffled] = (torch.arange(len(shuffled)) % num_shards).to(torch.int16)
+    elif balanced:
+        _deal_groups(assignment, shuffled, groups[shuffled], num_shards)
     else:
         _place_groups(assignment, shuffled, groups[shuffled], num_shards)
     return ShardPlan(assignment, num_shards)
+
+
+def _deal_groups(assignment: Tensor, shuffled: Tensor, groups: Tensor, num_shards: int) -> None:
+    """Give the groups to the shards in turn, in the order in which the shuffle shows their first members."""
+    _, inverse = torch.unique(groups, return_inverse=True)
+    first = first_positions(inverse)
+    shard_of_group = torch.empty_like(first)
+    shard_of_group[torch.argsort(first)] = torch.arange(len(first)) % num_shards
+    assignment[shuffled] = shard_of_group[inverse].to(torch.int16)
+
+
+def first_positions(labels: Tensor) -> Tensor:
+    """Return where each of the labels ``0 .. L-1`` comes first, (L,) int64.
+
+    >>> first_positions(torch.tensor([1, 0, 1, 2, 0]))
+    tensor([1, 0, 3])
+    """
+    num_labels = int(labels.max()) + 1 if len(labels) else 0
+    first = torch.full((num_labels,), len(labels))
+    return first.scatter_reduce_(0, labels, torch.arange(len(labels)), "amin")
 
 
 def _place_groups(assignment: Tensor, shuffled: Tensor, groups: Tensor, num_shards: int) -> None:

@@ -12,7 +12,12 @@ from sd_memguard.settings import nearest
 
 OWN = ("memguard", "preset", "proxy_store")
 """Settings of the drop-in script that the launcher has too, besides those of the guard."""
-SETTINGS = {**{name: TRAIN_SETTINGS[name] for name in OWN}, **GUARD_SETTINGS}
+MISSING = ("group_duplicates",)
+"""Settings of the guard that the launcher lacks: it does not look for duplicates in a script's data."""
+SETTINGS = {
+    **{name: TRAIN_SETTINGS[name] for name in OWN},
+    **{name: setting for name, setting in GUARD_SETTINGS.items() if name not in MISSING},
+}
 
 
 class Command(NamedTuple):
@@ -49,7 +54,7 @@ def parse_command(argv: Sequence[str], *, prog: str | None = None) -> Command:
         for name, value in vars(namespace).items()
     }
     own = {name: values.pop(name, TRAIN_SETTINGS[name].default) for name in OWN}
-    guard = GuardConfig.preset(own["preset"], **values)
+    guard = GuardConfig.preset(own["preset"], **values, group_duplicates="off")
     if own["memguard"] == "off":
         guard = GuardConfig.off()
     return Command(guard, own["proxy_store"], script, list(argv[position + 1 :]))

@@ -28,6 +28,7 @@ class ScriptRecords:
         self.folder = output_dir / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
         self.guard = guard
+        self.data_dir = _data_dir(arguments)
         self.files, self.captions = _files(dataset, arguments), _captions(dataset, arguments)
 
     def write_config(self, script: Path, total_steps: int, steps_per_round: int) -> None:
@@ -39,6 +40,7 @@ class ScriptRecords:
             "steps_per_round": steps_per_round,
             "max_train_steps": total_steps,
             "script": script.name,
+            "train_data_dir": self.data_dir,
         }
         text = json.dumps({**settings, **resolved}, indent=2, ensure_ascii=False)
         (self.folder / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -61,6 +63,11 @@ class ScriptRecords:
         pq.write_table(pa.table(columns), self.folder / "samples.parquet")
 
 
+def _data_dir(arguments: Any) -> str | None:
+    """Return the script's folder of pictures, where it has one."""
+    return getattr(arguments, "train_data_dir", None) or getattr(arguments, "instance_data_dir", None)
+
+
 def _files(dataset: Any, arguments: Any) -> list[str | None]:
     """Return each sample's file as far as the data set knows it, relative to the script's data folder."""
     paths: list[Any] = [None] * len(dataset)
@@ -69,7 +76,7 @@ def _files(dataset: Any, arguments: Any) -> list[str | None]:
         paths = [known[index % len(known)] for index in range(len(dataset))]
     elif hasattr(dataset, "cast_column"):
         paths = _huggingface_paths(dataset)
-    root = getattr(arguments, "train_data_dir", None) or getattr(arguments, "instance_data_dir", None)
+    root = _data_dir(arguments)
     return [None if path is None else (os.path.relpath(path, root) if root else str(path)) for path in paths]
 
 

@@ -124,14 +124,16 @@ class Rounds:
         """Yield the batches of the active shard from where its cursor stands, without end and without moving it."""
         shard_index = self.guard.shard_index
         members, cursor = self.guard.plan.members(shard_index), replace(self.progress.cursors[shard_index])
+        groups = None if self.guard.balanced_groups is None else self.guard.balanced_groups[members]
+        pass_length = self.guard.num_pictures()[shard_index]
         while True:
-            yield cursor.peek(members, size, self.guard.seed)
-            cursor.advance(size, len(members))
+            yield cursor.peek(members, size, self.guard.seed, groups)
+            cursor.advance(size, pass_length)
 
     def take(self, visits: list[Visit]) -> None:
         """Count a batch that goes out to the loop."""
         shard_index = self.guard.shard_index
-        self.progress.cursors[shard_index].advance(len(visits), len(self.guard.plan.members(shard_index)))
+        self.progress.cursors[shard_index].advance(len(visits), self.guard.num_pictures()[shard_index])
         self.open_batch([visit.sample_id for visit in visits])
         self.visits = visits
 

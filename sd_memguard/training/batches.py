@@ -4,6 +4,7 @@ A latent is exact to cache when the crop is the same at every visit (center crop
 flips are encoded, and the VAE's mean and variance are kept so that the latent is still drawn anew at each visit.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,7 +23,9 @@ from sd_memguard.config import ConfigError, TrainConfig
 from sd_memguard.core.seeding import Address, derive_seed, draw_integers, draw_normal, draw_uniform
 from sd_memguard.core.visits import Visit
 from sd_memguard.training.models import Models
-from sd_memguard.training.samples import Samples
+from sd_memguard.training.samples import SampleError, Samples
+
+logger = logging.getLogger(__name__)
 
 CACHE_SHARE = 0.25
 """Share of the free host memory that each cache may take under ``auto``."""
@@ -33,6 +36,10 @@ class Batch(NamedTuple):
 
     latents: Tensor
     embeddings: Tensor
+
+
+NOTHING = Batch(torch.empty(0), torch.empty(0))
+"""The batch of no visits."""
 
 
 class Preprocess:
@@ -154,15 +161,22 @@ class Encoders:
         return hidden.float()
 
 
-class PixelDataset(Dataset[Tensor]):
-    """The pictures of visits as tensors, for a DataLoader with workers."""
+class PixelDataset(Dataset[Tensor | str]):
+    """The pictures of visits as tensors, for a DataLoader with workers; of one that cannot be read, the reason."""
 
     def __init__(self, samples: Samples, preprocess: Preprocess) -> None:
         self.samples, self.preprocess = samples, preprocess
 
-    def __getitem__(self, visit: Visit) -> Tensor:
-        """Return the picture of one visit, (3, resolution, resolution)."""
-        return self.preprocess(self.samples.image(visit.sample_id), visit_address(visit))
+    def __getitem__(self, visit: Visit) -> Tensor | str:
+        """Return the picture of one visit, (3, resolution, resolution), or why there is none."""
+        return self.read(visit.sample_id, visit_address(visit))
+
+    def read(self, sample_id: int, address: Address, magnitude: int | None = None) -> Tensor | str:
+        """Return the picture at an address, by RandAugment where there is a magnitude."""
+        try:
+            return self.preprocess(self.samples.image(sample_id), address, magnitude)
+        except SampleError as error:
+            return str(error)
 
 
 def visit_address(visit: Visit) -> Address:
@@ -197,6 +211,8 @@ class BatchSource:
     ) -> None:
         self.samples, self.encoders, self.seed, self.config = samples, encoders, seed, config
         self.preprocess = Preprocess(config, seed)
+        self.pixels = PixelDataset(samples, self.preprocess)
+        self.lost: set[int] = set()
         self.captions = Captions(samples, config.caption_dropout, seed)
         self._moments: Tensor | None = None
         self._embeddings: Tensor | None = None
@@ -207,31 +223,51 @@ class BatchSource:
         if captions:
             self._fill_embeddings(captions, progress)
 
-    def batches(self, visits: Iterable[list[Visit]]) -> Iterator[Batch]:
-        """Yield the batch of each list of visits."""
+    def batches(self, visits: Iterable[list[Visit]]) -> Iterator[tuple[list[Visit], Batch]]:
+        """Yield the batch of each list of visits, and the visits in it.
+
+        A picture that was good when it was checked and cannot be read now is named once and left out of its batches;
+        a batch may even be empty then.
+        """
         if self._moments is not None:
             for chunk in visits:
-                yield self._batch(chunk, self._cached_moments(chunk))
+                yield chunk, self._batch(chunk, self._cached_moments(chunk))
             return
         chunks = list(visits)
         loader = DataLoader(
-            PixelDataset(self.samples, self.preprocess),
+            self.pixels,
             batch_sampler=chunks,
             num_workers=self.config.dataloader_num_workers,
+            collate_fn=list,
             generator=torch.Generator(),  # else the loader draws its workers' seed from the global generator
         )
         for chunk, pixels in zip(chunks, loader, strict=True):
-            yield self._batch(chunk, self.encoders.moments(pixels))
+            kept = self._readable([visit.sample_id for visit in chunk], pixels)
+            present = [chunk[position] for position in kept]
+            yield present, self._batch(present, self._moments_at(kept, pixels)) if kept else NOTHING
 
-    def augmented(self, sample_ids: list[int], addresses: list[Address], magnitude: int) -> Batch:
-        """Return a batch of augmented copies; nothing of it comes from a cache of pictures or enters one."""
-        pixels = torch.stack(
-            [
-                self.preprocess(self.samples.image(sample_id), address, magnitude)
-                for sample_id, address in zip(sample_ids, addresses, strict=True)
-            ]
-        )
-        return self._sampled(sample_ids, addresses, self.encoders.moments(pixels), purpose="augment_")
+    def augmented(self, sample_ids: list[int], addresses: list[Address], magnitude: int) -> tuple[list[Address], Batch]:
+        """Return a batch of augmented copies and their addresses, without pictures that cannot be read any more.
+
+        Nothing of it comes from a cache of pictures or enters one.
+        """
+        pixels = [self.pixels.read(*one, magnitude) for one in zip(sample_ids, addresses, strict=True)]
+        kept = self._readable(sample_ids, pixels)
+        if not kept:
+            return [], NOTHING
+        ids, present = [sample_ids[position] for position in kept], [addresses[position] for position in kept]
+        return present, self._sampled(ids, present, self._moments_at(kept, pixels), purpose="augment_")
+
+    def _readable(self, sample_ids: list[int], pixels: list[Tensor | str]) -> list[int]:
+        """Return the positions of the pictures that could be read, and name the others, each once."""
+        for sample_id, picture in zip(sample_ids, pixels, strict=True):
+            if isinstance(picture, str) and sample_id not in self.lost:
+                self.lost.add(sample_id)
+                logger.warning("%s; the run goes on without it", picture)
+        return [position for position, picture in enumerate(pixels) if isinstance(picture, Tensor)]
+
+    def _moments_at(self, positions: list[int], pixels: list[Any]) -> Tensor:
+        return self.encoders.moments(torch.stack([pixels[position] for position in positions]))
 
     def fixed(self, sample_ids: list[int]) -> Batch:
         """Return a batch without chance: center crop, no flip, the mean latent and the first caption."""

@@ -56,7 +56,11 @@ def save_checkpoint(output_dir: Path, global_step: int, write: Callable[[Path], 
     temporary = output_dir / f"{TEMPORARY_PREFIX}{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
+    try:
+        write(temporary)
+    except BaseException:  # also an interrupt: what is half written is of no use and takes the room of the next try
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {path.relative_to(temporary).as_posix(): _fingerprint(path) for path in files}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -68,6 +72,12 @@ def save_checkpoint(output_dir: Path, global_step: int, write: Callable[[Path], 
     if os.name == "posix":
         _flush(output_dir)
     return final
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a run that was killed while it saved has left half written."""
+    for folder in output_dir.glob(f"{TEMPORARY_PREFIX}{PREFIX}*"):
+        shutil.rmtree(folder)
 
 
 def prune_checkpoints(output_dir: Path, total_limit: int | None) -> None:

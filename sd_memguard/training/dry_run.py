@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
+from sd_memguard.training.duplicates import count_duplicates
 from sd_memguard.training.footprint import gigabytes
 from sd_memguard.training.logs import passes_per_round
 from sd_memguard.training.loss import DenoisingLoss
@@ -25,6 +26,7 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
     kinds = [schedule.kind(index) for index in range(schedule.num_rounds)]
     rows = {
         "samples": f"{len(plan.samples.sample_ids):,} usable of {plan.samples.num_rows:,}",
+        "duplicates": duplicates(plan),
         "shards": f"{schedule.num_shards} (one proxy each)",
         "optimizer steps": f"{schedule.total_steps:,} over all proxies, {plan.visits_per_step} pictures each",
         "rounds": f"{schedule.num_rounds} of {schedule.steps_per_round} steps per proxy "
@@ -39,6 +41,16 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
         "(forward, backward and update; without VAE, text encoder and extra steps)",
     }
     return "\n".join(f"{name + ':':18}{text}" for name, text in rows.items())
+
+
+def duplicates(plan: Plan) -> str:
+    """Return how many near-identical pictures there are, and what comes of them."""
+    mode, samples = plan.config.guard.group_duplicates, plan.samples
+    if samples.groups is None:
+        return "not looked for"
+    count = count_duplicates(samples.groups[samples.sample_ids])
+    handling = {"shard": "each in one shard", "balance": "each in one shard and counted as one picture"}[mode]
+    return f"{count}, {handling}" if count.num_groups else str(count)
 
 
 def time_step(unet: UNet2DConditionModel, plan: Plan, loss: DenoisingLoss, accelerator: Accelerator) -> float:

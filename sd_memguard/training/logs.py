@@ -18,6 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sd_memguard.core.progress import Progress
 from sd_memguard.guard import Verdict
 from sd_memguard.training.run_folder import round_mean
+from sd_memguard.training.sample_check import shortened
 from sd_memguard.training.setup import Plan
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class RunLog:
         if self._bar is None:
             self._bar = tqdm(total=self.plan.schedule.total_steps, initial=progress.global_step - 1, unit="step")
             self._first_forward = progress.picture_forwards
-        visits = sum(len(verdict.losses) for verdict in verdicts)
+        visits = max(sum(len(verdict.losses) for verdict in verdicts), 1)
         loss = sum(float(verdict.losses.sum()) for verdict in verdicts) / visits
         skipped = sum(verdict.num_skipped for verdict in verdicts) / visits
         augmented = sum(verdict.num_augmented for verdict in verdicts) / visits
@@ -162,7 +163,7 @@ MANY_PASSES = 10
 
 def passes_per_round(plan: Plan) -> float:
     """Return how often a proxy passes over its shard in a round."""
-    per_shard = len(plan.samples.sample_ids) / plan.schedule.num_shards
+    per_shard = plan.pass_length / plan.schedule.num_shards
     return min(plan.schedule.steps_per_round, plan.schedule.shard_steps(0)) * plan.visits_per_step / per_shard
 
 
@@ -175,6 +176,8 @@ def summary_text(summary: dict[str, Any], output_dir: Path) -> str:
         f"steps without a clean sample {summary['empty_steps']}; samples moved {summary['moved_samples']}; "
         f"left in the augmentation queues {summary['augment_queue_left']}",
     ]
+    if summary["lost_visits"]:
+        lines.append(f"visits to pictures that could not be read any more: {summary['lost_visits']}")
     if None not in (summary["train_loss"], summary["heldout_loss"]):
         lines.append(
             f"denoising loss: pictures trained on {summary['train_loss']:.4f}, unseen {summary['heldout_loss']:.4f}"
@@ -182,7 +185,7 @@ def summary_text(summary: dict[str, Any], output_dir: Path) -> str:
     if summary["memory_prone"]:
         lines.append("most memory-prone samples (share of visits skipped or augmented):")
         lines += [
-            f"  {row['skip_ratio']:4.0%} of {row['seen']:4d}  {row['file']!r}  {row['caption']!r}"
+            f"  {row['skip_ratio']:4.0%} of {row['seen']:4d}  {shortened(row['file'])}  {shortened(row['caption'])}"
             for row in summary["memory_prone"]
         ]
     return "\n".join([*lines, f"the fine-tuned pipeline is in {output_dir}", *summary["exports"]])

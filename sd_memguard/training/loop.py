@@ -26,14 +26,17 @@ from sd_memguard.training.checkpoint import (
     find_checkpoint,
     prune_checkpoints,
     refuse_changes,
+    remove_leftovers,
     save_checkpoint,
 )
 from sd_memguard.training.dry_run import describe_plan
 from sd_memguard.training.export import UNET, write_pipeline
 from sd_memguard.training.exporter import export_at_end
+from sd_memguard.training.faults import NonFiniteError, check_finite, explained_faults
 from sd_memguard.training.hub import push_to_hub
 from sd_memguard.training.interrupt import Interrupted, StopRequest
 from sd_memguard.training.learning_rate import learning_rate_schedule
+from sd_memguard.training.lock import run_lock
 from sd_memguard.training.logs import RunLog, summary_text
 from sd_memguard.training.lora import merge
 from sd_memguard.training.loss import DenoisingLoss, Noising
@@ -64,16 +67,24 @@ MAX_NONFINITE_STEPS = 5
 """Steps in a row that may be left out for a loss or gradient that is not finite."""
 
 
+MAX_NAMED = 8
+"""Samples that a message about such a step names."""
+
+
+class Seen(NamedTuple):
+    """One batch that a step met: ids and timesteps (B,) int64, and what the guard said of it."""
+
+    sample_ids: Tensor
+    timesteps: Tensor
+    verdict: Verdict
+
+
 class TrainResult(NamedTuple):
     """What a run has made: its folder, the steps over all proxies, and the closing summary."""
 
     output_dir: Path
     global_step: int
     summary: dict[str, Any]
-
-
-class NonFiniteError(RuntimeError):
-    """Losses or gradients stay infinite or not a number; the weights were not changed by them."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -89,11 +100,13 @@ def train(config: TrainConfig) -> TrainResult:
     if plan.config.dry_run:
         print(describe_plan(plan, accelerator))
         return TrainResult(plan.output_dir, 0, {})
-    trainer = Trainer(plan, accelerator)
-    trainer.resume()
-    with StopRequest() as stop, trainer.log:
-        trainer.fit(stop)
-        return trainer.finish()
+    with run_lock(plan.output_dir), explained_faults(plan.config):
+        remove_leftovers(plan.output_dir)
+        trainer = Trainer(plan, accelerator)
+        trainer.resume()
+        with StopRequest() as stop, trainer.log:
+            trainer.fit(stop)
+            return trainer.finish()
 
 
 class Trainer:
@@ -130,6 +143,7 @@ class Trainer:
             config.guard,
             plan.samples.num_rows,
             num_timesteps=num_timesteps,
+            groups=None if plan.samples.groups is None else torch.from_numpy(plan.samples.groups),
             exclude=torch.nonzero(unusable).flatten(),
             device=accelerator.device,
         )
@@ -194,15 +208,17 @@ class Trainer:
         self.proxies.activate(shard_index)
         self.guard.shard_index = shard_index
         members = self.guard.plan.members(shard_index)
+        groups = None if self.guard.balanced_groups is None else self.guard.balanced_groups[members]
+        pass_length = self.guard.num_pictures()[shard_index]
         size, accumulation = self.config.train_batch_size, self.config.gradient_accumulation_steps
-        visits = cursor.peek(members, num_steps * self.plan.visits_per_step, self.plan.seed)
+        visits = cursor.peek(members, num_steps * self.plan.visits_per_step, self.plan.seed, groups)
         chunks = [visits[start : start + size] for start in range(0, len(visits), size)]
-        batches = zip(chunks, self.source.batches(chunks), strict=True)
+        batches = self.source.batches(chunks)
         for _ in range(num_steps):
             verdicts = self.step(batches, accumulation)
             while (waiting := self.guard.take_augment_batch(size)) is not None:
                 self.augmented_step(waiting)
-            cursor.advance(self.plan.visits_per_step, len(members))
+            cursor.advance(self.plan.visits_per_step, pass_length)
             progress.shard_steps[shard_index] += 1
             progress.step_in_round += 1
             progress.global_step += 1
@@ -217,24 +233,28 @@ class Trainer:
         sum scaled at the end, when the number of clean samples is known.
         """
         self._set_learning_rate()
-        verdicts = []
+        seen: list[Seen] = []
         for _ in range(accumulation):
             visits, batch = next(batches)
+            self.progress.lost_visits += self.config.train_batch_size - len(visits)
+            if not visits:
+                continue
             losses, timesteps = self._losses(batch, [visit_address(visit) for visit in visits])
             sample_ids = torch.tensor([visit.sample_id for visit in visits])
             verdict = self.guard.weigh(losses, timesteps, sample_ids, self.loss.weights(timesteps))
-            self.accelerator.backward(verdict.clean_sum / (len(visits) * accumulation))
+            self.accelerator.backward(verdict.clean_sum / self.plan.visits_per_step)
             self.progress.meters[self.guard.shard_index].record(verdict)
-            verdicts.append(verdict)
+            seen.append(Seen(sample_ids, timesteps, verdict))
+        verdicts = [one.verdict for one in seen]
         if not all(bool(torch.isfinite(verdict.losses).all()) for verdict in verdicts):
-            self._leave_out("loss", verdicts)
+            self._leave_out("loss", seen)
             return verdicts
         num_clean = sum(verdict.num_clean for verdict in verdicts)
         if num_clean == 0:
             self.optimizer.zero_grad()
             self.progress.empty_steps += 1
             return verdicts
-        self._update(scale=self.plan.visits_per_step / num_clean, verdicts=verdicts)
+        self._update(scale=self.plan.visits_per_step / num_clean, seen=seen)
         return verdicts
 
     def augmented_step(self, waiting: AugmentBatch) -> None:
@@ -242,11 +262,13 @@ class Trainer:
         shard_index = self.guard.shard_index
         number = self.progress.extra_steps[shard_index]
         addresses: list[Address] = [(shard_index, number, slot) for slot in range(len(waiting.sample_ids))]
-        batch = self.source.augmented(waiting.sample_ids, addresses, waiting.magnitude)
+        addresses, batch = self.source.augmented(waiting.sample_ids, addresses, waiting.magnitude)
+        if not addresses:
+            return
         losses, timesteps = self._losses(batch, addresses, purpose="augment_", dream=False)
         weights = self.loss.weights(timesteps)
         self.accelerator.backward((losses if weights is None else losses * weights).mean())
-        self._update(scale=1.0, verdicts=[])
+        self._update(scale=1.0, seen=[])
         self.progress.extra_steps[shard_index] += 1
         self.progress.round_extra_steps += 1
 
@@ -260,13 +282,13 @@ class Trainer:
         self.progress.picture_forwards += forwards * len(addresses)
         return losses, timesteps
 
-    def _update(self, scale: float, verdicts: list[Verdict]) -> None:
+    def _update(self, scale: float, seen: list[Seen]) -> None:
         """Clip the gradients and step, unless they are not finite (a GradScaler takes care of that by itself)."""
         if scale != 1.0:
             torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], scale)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if self.accelerator.scaler is None and not math.isfinite(float(norm)):
-            self._leave_out("gradient", verdicts)
+            self._leave_out("gradient", seen)
             return
         self.nonfinite_in_a_row = 0
         self.optimizer.step()
@@ -282,21 +304,33 @@ class Trainer:
         if self.config.offload_ema:
             self.ema.to("cpu", non_blocking=True)
 
-    def _leave_out(self, what: str, verdicts: list[Verdict]) -> None:
-        """Leave the step out, name it, and stop the run when that happens again and again."""
+    def _leave_out(self, what: str, seen: list[Seen]) -> None:
+        """Leave the step out, name its samples, and stop the run when that happens again and again."""
         self.optimizer.zero_grad()
         self.progress.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
-        losses = torch.cat([verdict.losses for verdict in verdicts]) if verdicts else torch.empty(0)
-        bad = int((~torch.isfinite(losses)).sum())
         step = self.progress.global_step + 1
-        logger.warning("step %d is left out: its %s is not finite (%d of %d losses)", step, what, bad, len(losses))
+        logger.warning("step %d is left out: its %s is not finite (%s)", step, what, self._suspects(seen))
         if self.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
             raise NonFiniteError(
                 f"the {what} of {MAX_NONFINITE_STEPS} steps in a row was not finite, the last at step {step}; the "
                 "weights are those before. Lower `--learning_rate`, use `--mixed_precision bf16` or `no`, or look "
                 "at the pictures; the last checkpoint is untouched"
             )
+
+    def _suspects(self, seen: list[Seen]) -> str:
+        """Return which samples a step met at which timesteps: those with a bad loss, or all where each loss is good."""
+        met = [
+            (sample_id, timestep, loss)
+            for one in seen
+            for sample_id, timestep, loss in zip(
+                one.sample_ids.tolist(), one.timesteps.tolist(), one.verdict.losses.tolist(), strict=True
+            )
+        ]
+        bad = [row for row in met if not math.isfinite(row[2])] or met
+        named = [f"sample {row[0]}, {self.plan.samples.file(row[0])}, timestep {row[1]}" for row in bad[:MAX_NAMED]]
+        more = [f"and {len(bad) - MAX_NAMED} more"] if len(bad) > MAX_NAMED else []
+        return "; ".join([*named, *more]) or "augmented copies"
 
     def _set_learning_rate(self) -> None:
         rate = self.learning_rate(self.progress.shard_steps[self.guard.shard_index])
@@ -361,7 +395,7 @@ class Trainer:
         """Say whether a multiple of ``--validation_epochs`` passes was completed, or the first or last round ends."""
         if not self._prompts:
             return False
-        per_epoch = len(self.plan.samples.sample_ids)
+        per_epoch = self.plan.pass_length
         done = self.progress.global_step * self.plan.visits_per_step // per_epoch
         steps_before = self.records.rounds[-1]["global_step"] if self.records.rounds else 0
         before, every = steps_before * self.plan.visits_per_step // per_epoch, self.config.validation_epochs
@@ -404,6 +438,7 @@ class Trainer:
 
     def _write_checkpoint(self, folder: Path) -> None:
         with self._aggregate() as unet:
+            check_finite(unet)
             unet.save_pretrained(folder / UNET, max_shard_size="100GB")
         private = folder / FOLDER
         (private / PROXIES_FOLDER).mkdir(parents=True)
@@ -446,6 +481,7 @@ class Trainer:
         """Write the pipeline, draw, upload, and say how it went."""
         config, output_dir, progress = self.config, self.plan.output_dir, self.progress
         with self._aggregate() as unet:
+            check_finite(unet)
             write_pipeline(self.plan.pipeline, unet, output_dir, config.variant)
         self.records.write_samples(self.plan.samples, self.guard)
         exports = export_at_end(TrainedRun(output_dir, config, self.schedule.num_shards))
@@ -470,6 +506,7 @@ class Trainer:
             "extra_steps": sum(progress.extra_steps),
             "empty_steps": progress.empty_steps,
             "nonfinite_steps": progress.nonfinite_steps,
+            "lost_visits": progress.lost_visits,
             "picture_forwards": progress.picture_forwards,
             "pictures_per_second": self.log.pictures_per_second(progress),
             "skipped_fraction": int(ledger.skipped.sum()) / visits,

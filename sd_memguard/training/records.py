@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -62,6 +63,7 @@ class RunRecords:
             "file": [samples.file(sample_id) for sample_id in ids.tolist()],
             "caption": [samples.captions(sample_id)[0] for sample_id in ids.tolist()],
             "shard": guard.plan.assignment[ids].numpy(),
+            "duplicate_group": duplicate_groups(samples),
             **{name: getattr(ledger, name)[ids].numpy() for name in ("seen", "skipped", "augmented", "moves")},
             "skip_ratio": ledger.skip_ratio()[ids].numpy(),
         }
@@ -97,6 +99,16 @@ def bank_summary(bank: LossMemoryBank) -> dict[str, float | None]:
         "bank_mean": float(known.double().mean()) if len(known) else None,
         "bank_coverage": float(ratio.isfinite().double().mean()),
     }
+
+
+def duplicate_groups(samples: Samples) -> pa.Array:
+    """Return the first sample of each usable sample's group of duplicates, null for a sample without duplicates."""
+    ids = samples.sample_ids
+    if samples.groups is None:
+        return pa.nulls(len(ids), pa.int64())
+    groups = samples.groups[ids]
+    _, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    return pa.array(groups, mask=sizes[inverse] == 1)
 
 
 def memory_prone_samples(samples: Samples, guard: MemorizationGuard) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import PIL.Image
 from tqdm.auto import tqdm
 
+from sd_memguard.core.duplicates import THUMBNAIL_SIDE
 from sd_memguard.errors import UserError
 
 _MAX_LISTED = 20
@@ -139,8 +140,19 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
+def thumbnail(picture: PIL.Image.Image) -> npt.NDArray[np.uint8]:
+    """Return a picture squeezed to a small square, (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)."""
+    size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    return np.asarray(picture.resize(size, PIL.Image.Resampling.BILINEAR, reducing_gap=3.0))
+
+
 def check_pictures(
-    pictures: Pictures, rows: npt.NDArray[np.int64], *, num_workers: int | None = None, progress: bool = True
+    pictures: Pictures,
+    rows: npt.NDArray[np.int64],
+    *,
+    num_workers: int | None = None,
+    progress: bool = True,
+    thumbnails: npt.NDArray[np.uint8] | None = None,
 ) -> tuple[npt.NDArray[np.int32], dict[int, str]]:
     """Decode every picture once, in threads, and return their sizes and what is wrong with them.
 
@@ -149,6 +161,7 @@ def check_pictures(
         rows: (N,) row numbers to decode.
         num_workers: number of threads; one per CPU core by default.
         progress: show a progress bar that disappears when it is full.
+        thumbnails: (N, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), filled with small versions of the good pictures if given.
 
     Returns:
         (N, 2) width and height after EXIF rotation (0, 0 where the picture is bad), and the fault of each bad row.
@@ -160,9 +173,13 @@ def check_pictures(
         task = rows[start : start + _ROWS_PER_TASK]
         for position, row in enumerate(task.tolist(), start):
             try:
-                sizes[position] = decode_picture(pictures.read(row)).size
+                picture = decode_picture(pictures.read(row))
             except PictureError as error:
                 faults[row] = printable(str(error))
+                continue
+            sizes[position] = picture.size
+            if thumbnails is not None:
+                thumbnails[position] = thumbnail(picture)
         return len(task)
 
     executor = ThreadPoolExecutor(num_workers or os.cpu_count())

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import PIL.Image
 import pyarrow as pa
 
+from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups
 from sd_memguard.training.sample_check import (
     BadSample,
     PictureError,
@@ -37,6 +38,8 @@ class Samples:
         sample_ids: (num_good,) int64, ascending: the rows to train on.
         sizes: (num_rows, 2) int32, width and height after EXIF rotation; 0, 0 for rows that are not used.
         bad: what is wrong with the rows that were dropped, by ascending sample id.
+        groups: (num_rows,) int64, for each row the first sample of its group of duplicates, itself where it is single
+            or not used; None where duplicates were not looked for.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Samples:
     _files: pa.Array = field(repr=False)
     _captions: pa.Array = field(repr=False)
     _pictures: Pictures = field(repr=False)
+    groups: npt.NDArray[np.int64] | None = field(default=None, repr=False)
 
     def image(self, sample_id: int) -> PIL.Image.Image:
         """Return the picture in RGB, turned upright by its EXIF tag.
@@ -83,6 +87,7 @@ def load_samples(
     max_train_samples: int | None,
     seed: int,
     on_bad_sample: Literal["error", "skip"],
+    find_duplicates: bool = False,
     num_workers: int | None = None,
     progress: bool = True,
 ) -> Samples:
@@ -101,6 +106,7 @@ def load_samples(
         max_train_samples: use this many rows, drawn with `seed`: the rows that the upstream script draws.
         seed: of that draw.
         on_bad_sample: refuse the data, or drop the bad samples and keep the ids of the others.
+        find_duplicates: group the near-identical pictures.
         num_workers: threads that decode; one per CPU core by default.
         progress: show a progress bar.
 
@@ -122,13 +128,12 @@ def load_samples(
         raise SampleError("there are no data to train on: give `--train_data_dir FOLDER` or `--dataset_name NAME`")
     num_rows = len(source.rows.files)
     chosen = _choose_rows(num_rows, max_train_samples, seed)
-    sizes, bad = _check(source, chosen, num_workers, progress)
+    sizes, bad, groups = _check(source, chosen, num_workers, progress, find_duplicates)
     if bad:
         _report_bad(source.name, bad, len(chosen), on_bad_sample)
     sample_ids = np.setdiff1d(chosen, [one.sample_id for one in bad], assume_unique=True).astype(np.int64)
-    return Samples(
-        source.name, num_rows, sample_ids, sizes, bad, source.rows.files, source.rows.captions, source.pictures
-    )
+    files, captions = source.rows.files, source.rows.captions
+    return Samples(source.name, num_rows, sample_ids, sizes, bad, files, captions, source.pictures, groups)
 
 
 def _report_bad(name: str, bad: list[BadSample], num_samples: int, on_bad_sample: Literal["error", "skip"]) -> None:
@@ -157,12 +162,16 @@ def _choose_rows(num_rows: int, max_train_samples: int | None, seed: int) -> npt
 
 
 def _check(
-    source: Source, rows: npt.NDArray[np.int64], num_workers: int | None, progress: bool
-) -> tuple[npt.NDArray[np.int32], list[BadSample]]:
-    """Return the sizes of all pictures and the bad samples among the rows, with all that is wrong with each."""
+    source: Source, rows: npt.NDArray[np.int64], num_workers: int | None, progress: bool, find_duplicates: bool
+) -> tuple[npt.NDArray[np.int32], list[BadSample], npt.NDArray[np.int64] | None]:
+    """Return the sizes of all pictures, the bad samples among the rows with all that is wrong, and the groups."""
     files, _, row_faults, caption_faults = source.rows
     readable = rows[~np.isin(rows, list(row_faults))]
-    checked, picture_faults = check_pictures(source.pictures, readable, num_workers=num_workers, progress=progress)
+    shape = (len(readable), THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)
+    thumbnails = np.empty(shape, dtype=np.uint8) if find_duplicates else None
+    checked, picture_faults = check_pictures(
+        source.pictures, readable, num_workers=num_workers, progress=progress, thumbnails=thumbnails
+    )
     sizes = np.zeros((len(files), 2), dtype=np.int32)
     sizes[readable] = checked
     bad = []
@@ -170,4 +179,9 @@ def _check(
         if found := [faults[row] for faults in (row_faults, caption_faults, picture_faults) if row in faults]:
             bad.append(BadSample(row, files[row].as_py(), "; ".join(found)))
             sizes[row] = 0
-    return sizes, bad
+    if thumbnails is None:
+        return sizes, bad, None
+    groups = np.arange(len(files))
+    good = np.flatnonzero(sizes[readable].all(axis=1))
+    groups[readable[good]] = readable[good[find_groups(thumbnails[good])]]
+    return sizes, bad, groups

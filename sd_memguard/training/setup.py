@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
@@ -26,6 +27,7 @@ from sd_memguard.errors import UserError
 from sd_memguard.proxies.full import FullProxies
 from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore
+from sd_memguard.training.duplicates import describe_duplicates
 from sd_memguard.training.footprint import Footprint, check_space, footprint, rests_in_ram
 from sd_memguard.training.lora import add_adapter, base_weights
 from sd_memguard.training.models import Models, find_pipeline, load_models
@@ -58,6 +60,12 @@ class Plan:
         return Path(self.config.output_dir)
 
     @property
+    def pass_length(self) -> int:
+        """Visits in a pass over all shards: samples, or groups of duplicates where each counts as one picture."""
+        balanced = self.config.guard.group_duplicates == "balance"
+        return num_different(self.samples) if balanced else len(self.samples.sample_ids)
+
+    @property
     def visits_per_step(self) -> int:
         """Samples seen per optimizer step."""
         return self.config.train_batch_size * self.config.gradient_accumulation_steps
@@ -75,11 +83,16 @@ def make_plan(config: TrainConfig) -> Plan:
     check_output_dir(config)
     check_extras(config)
     train_folder = _unbundle(config.train_data_dir, assets.demo_data_path())
-    samples = _load_pictures(config, train_folder, config.dataset_name, config.max_train_samples)
+    groups_duplicates = guard.group_duplicates != "off"
+    samples = _load_pictures(
+        config, train_folder, config.dataset_name, config.max_train_samples, find_duplicates=groups_duplicates
+    )
+    if groups_duplicates:
+        logger.info("%s", describe_duplicates(samples))
     heldout_folder = _unbundle(config.validation_data_dir, assets.demo_heldout_path())
     heldout = _load_pictures(config, heldout_folder, None, None) if heldout_folder else None
     pipeline = find_pipeline(config)
-    schedule = plan_rounds(config, len(samples.sample_ids))
+    schedule = plan_rounds(config, samples)
     sizes = footprint(pipeline, config, schedule)
     check_space(sizes, config)
     return Plan(config, seed, pipeline, samples, heldout, schedule, sizes)
@@ -95,20 +108,30 @@ def _recorded_seed(config: TrainConfig) -> int:
     return secrets.randbits(31)
 
 
-def plan_rounds(config: TrainConfig, num_samples: int) -> RoundSchedule:
+def num_different(samples: Samples) -> int:
+    """Return the number of different pictures: of groups of duplicates where these were looked for, else of samples."""
+    if samples.groups is None:
+        return len(samples.sample_ids)
+    return len(np.unique(samples.groups[samples.sample_ids]))
+
+
+def plan_rounds(config: TrainConfig, samples: Samples) -> RoundSchedule:
     """Return the schedule, with ``auto`` and a number of epochs resolved.
 
     Raises:
-        ConfigError: more shards than samples, or than steps.
+        ConfigError: more shards than different pictures, or than steps.
     """
     guard = config.guard
-    num_shards = auto_num_shards(num_samples) if guard.num_shards == "auto" else guard.num_shards
-    if num_shards > num_samples:
+    num_pictures = num_different(samples)
+    num_shards = auto_num_shards(num_pictures) if guard.num_shards == "auto" else guard.num_shards
+    if num_shards > num_pictures:
+        what = "samples" if samples.groups is None else "samples, near-identical ones counted as one"
         raise ConfigError(
-            f"`--num_shards` must be between 1 and the number of samples ({num_samples}), got {num_shards}; "
+            f"`--num_shards` must be between 1 and the number of {what} ({num_pictures}), got {num_shards}; "
             "lower it or add samples"
         )
-    batches = -(-num_samples // config.train_batch_size)
+    pass_length = num_pictures if guard.group_duplicates == "balance" else len(samples.sample_ids)
+    batches = -(-pass_length // config.train_batch_size)
     steps_per_epoch = -(-batches // config.gradient_accumulation_steps)
     total_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
     if total_steps < num_shards:
@@ -123,7 +146,9 @@ def _unbundle(folder: str | None, bundled: Path) -> str | None:
     return str(bundled) if folder == assets.BUNDLED else folder
 
 
-def _load_pictures(config: TrainConfig, folder: str | None, dataset: str | None, limit: int | None) -> Samples:
+def _load_pictures(
+    config: TrainConfig, folder: str | None, dataset: str | None, limit: int | None, *, find_duplicates: bool = False
+) -> Samples:
     assert config.seed is not None
     return load_samples(
         train_data_dir=folder,
@@ -135,6 +160,7 @@ def _load_pictures(config: TrainConfig, folder: str | None, dataset: str | None,
         max_train_samples=limit,
         seed=config.seed,
         on_bad_sample=config.on_bad_sample,
+        find_duplicates=find_duplicates,
     )
 
 

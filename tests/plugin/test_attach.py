@@ -85,6 +85,20 @@ def test_an_epoch_has_as_many_batches_as_before_each_of_one_shard():
     assert all(len(batch) == BATCH_SIZE for batch in loop.seen)
 
 
+def test_duplicates_that_count_as_one_picture_are_visited_as_one():
+    groups = torch.arange(NUM_SAMPLES) // 2  # eleven pictures, each twice
+    guard = make_guard(**IET, group_duplicates="balance", groups=groups)
+
+    loop = Loop().attach(guard, TOTAL).run(TOTAL)
+
+    shard = [groups[batch].tolist() for batch in loop.seen if int(guard.plan.assignment[batch[0]]) == 0]
+    visited = [group for batch in shard for group in batch]
+    num_pictures = guard.num_pictures()[0]
+    passes = [visited[i : i + num_pictures] for i in range(0, len(visited) - num_pictures + 1, num_pictures)]
+    assert len(passes) > 3
+    assert all(len(set(one)) == num_pictures for one in passes)
+
+
 def test_samples_move_and_weights_stay_after_the_first_round():
     guard = make_guard()
     before = guard.plan.assignment.clone()

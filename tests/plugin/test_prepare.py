@@ -266,7 +266,7 @@ def test_the_drop_in_script_and_a_loop_of_ones_own_give_the_same(run, configure,
             with accelerator.accumulate(unet):
                 visits = loader.rounds.visits
                 assert [visit.sample_id for visit in visits] == batch["sample_id"].tolist() == batch["row"].tolist()
-                latents, embeddings = next(iter(source.batches([visits])))
+                _, (latents, embeddings) = next(iter(source.batches([visits])))
                 addresses = [visit_address(visit) for visit in visits]
                 timesteps, noise, _ = noising.draw(addresses, latents.shape[1:], latents.device)
                 losses = denoising_loss(unet, latents, embeddings, timesteps, noise)

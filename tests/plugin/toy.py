@@ -51,8 +51,9 @@ def make_loader(**settings) -> DataLoader:
 def make_guard(**settings) -> MemorizationGuard:
     """A guard of three shards with rounds of two steps that decides after few visits."""
     defaults = {"num_shards": 3, "steps_per_round": 2, "skip_threshold": 0.9, "augment_threshold": 0.0, "seed": 5}
-    config = GuardConfig(**{**defaults, "bank_mode": "paper", **settings})
-    return MemorizationGuard(config, NUM_SAMPLES, num_timesteps=NUM_TIMESTEPS)
+    groups = settings.pop("groups", None)
+    config = GuardConfig(**{**defaults, "bank_mode": "paper", "group_duplicates": "off", **settings})
+    return MemorizationGuard(config, NUM_SAMPLES, num_timesteps=NUM_TIMESTEPS, groups=groups)
 
 
 def neutral_guard() -> MemorizationGuard:

@@ -33,7 +33,7 @@ def test_caches_change_nothing(make_source, wide_pictures, shape):
     computed = make_source(cache_latents="off", cache_text_embeddings="off", **data)
     assert cached.caches_everything
     assert not computed.caches_everything
-    for ours, theirs in zip(cached.batches(VISITS), computed.batches(VISITS), strict=True):
+    for (_, ours), (_, theirs) in zip(cached.batches(VISITS), computed.batches(VISITS), strict=True):
         torch.testing.assert_close(ours.latents, theirs.latents, rtol=0, atol=1e-5)
         torch.testing.assert_close(ours.embeddings, theirs.embeddings, rtol=0, atol=1e-5)
 
@@ -44,19 +44,19 @@ def test_random_crops_are_not_cached(make_source, wide_pictures):
 
 def test_augmented_copies_neither_come_from_the_cache_nor_enter_it(make_source):
     cached, computed = make_source(cache_latents="memory"), make_source(cache_latents="off")
-    (before,) = cached.batches(VISITS[:1])
+    ((_, before),) = cached.batches(VISITS[:1])
     request = ([3, 8], [(0, 0, 0), (0, 0, 1)], 5)
-    copies = cached.augmented(*request)
-    torch.testing.assert_close(copies.latents, computed.augmented(*request).latents, rtol=0, atol=1e-5)
-    (after,) = cached.batches(VISITS[:1])
+    _, copies = cached.augmented(*request)
+    torch.testing.assert_close(copies.latents, computed.augmented(*request)[1].latents, rtol=0, atol=1e-5)
+    ((_, after),) = cached.batches(VISITS[:1])
     assert torch.equal(before.latents, after.latents)
-    assert not torch.allclose(copies.latents, cached.augmented(*request[:2], 0).latents)
+    assert not torch.allclose(copies.latents, cached.augmented(*request[:2], 0)[1].latents)
 
 
 def test_workers_change_nothing(make_source):
     alone = make_source(cache_latents="off")
     helped = make_source(cache_latents="off", dataloader_num_workers=1)
-    for ours, theirs in zip(alone.batches(VISITS), helped.batches(VISITS), strict=True):
+    for (_, ours), (_, theirs) in zip(alone.batches(VISITS), helped.batches(VISITS), strict=True):
         assert torch.equal(ours.latents, theirs.latents)
 
 

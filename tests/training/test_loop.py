@@ -19,9 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sd_memguard.config import ConfigError
 from sd_memguard.training.checkpoint import CheckpointError, list_checkpoints
+from sd_memguard.training.faults import NonFiniteError
 from sd_memguard.training.hub import ALLOWED, model_card
 from sd_memguard.training.interrupt import Interrupted, StopRequest
-from sd_memguard.training.loop import NonFiniteError, Trainer
+from sd_memguard.training.loop import Trainer
 from sd_memguard.training.loss import DenoisingLoss
 from sd_memguard.training.models import ModelError
 from sd_memguard.training.setup import RunFolderError, make_accelerator, make_plan
@@ -191,7 +192,7 @@ def test_a_run_folder(run, pipeline, pictures):
 
     table = pq.read_table(run_folder / "memguard/samples.parquet")
     counts = ["seen", "skipped", "augmented", "moves", "skip_ratio"]
-    assert table.column_names == ["sample_id", "file", "caption", "shard", *counts]
+    assert table.column_names == ["sample_id", "file", "caption", "shard", "duplicate_group", *counts]
     columns = table.to_pydict()
     assert sum(columns["seen"]) == 24 * 4
     moved = sum(move["count"] for row in rounds for move in row["moves"])
@@ -410,10 +411,12 @@ def plant_nan(monkeypatch, first: int, last: int) -> None:
     monkeypatch.setattr(DenoisingLoss, "__call__", poisoned)
 
 
-def test_a_step_with_a_nan_is_left_out(run, monkeypatch):
+def test_a_step_with_a_nan_is_left_out_and_its_sample_named(run, monkeypatch, caplog):
     plant_nan(monkeypatch, 3, 3)
     result = run(max_train_steps=12)
     assert result.summary["nonfinite_steps"] == 1
+    assert caplog.text.count("secret-") >= 1
+    assert "timestep" in caplog.text
     assert all(tensor.isfinite().all() for tensor in weights(result.output_dir).values())
 
     def refuse(name: str) -> None:

@@ -1,0 +1,227 @@
+"""Near-identical pictures, found in near-linear time: a 64-bit hash proposes pairs, a thumbnail confirms them.
+
+Ours, not the paper's. A perceptual hash is a row of signs of low frequencies, so that two versions of one picture
+differ in few bits. The hashes are sorted under 28 orders of their bits, one for each two of their eight bytes in
+front: two hashes that differ in six bits at most agree in two bytes at least, and so lie near each other in one of the
+orders (the sorted tables of Manku et al. 2007, "Detecting near-duplicates for web crawling"). Equal hashes are sorted
+by a random projection of the thumbnail, another one in each order. Each picture is compared with the next few in each
+order, and with no more once it was unlike 64 others: so the time is bounded also where all hashes are alike.
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+
+THUMBNAIL_SIDE = 12
+"""Side of a thumbnail in pixels; of 8, 12, 16, 24 the smallest that tells apart as well as the larger ones."""
+MAX_DISTANCE = 0.12
+"""Thumbnails no farther apart than this are of one picture; measured, see docs/method.md."""
+MAX_BITS = 10
+"""Hashes that differ in more bits are not looked at."""
+WINDOW = 16
+"""Neighbours in each order with which a picture is compared."""
+MAX_FAILURES = 64
+"""Comparisons in vain after which a picture is left alone."""
+
+_MIN_CONTRAST = 4.0  # grey levels; below that a picture counts as flat and its noise is not blown up
+_MAX_BRIGHTER = 32.0  # grey levels by which one of two pictures of the same pattern may be brighter
+_MIN_COEFFICIENT = 2.0  # grey levels; a frequency as weak as this is noise, whatever its sign
+_MAX_SHIFT = 0.6  # pixels of the thumbnail, 5 % of its side: what a crop may shift, and stretch each half
+_MAX_DISTANCE_BEFORE_SHIFT = 0.4  # a crop of 4 % moves pictures hardly farther apart
+_ROWS_PER_CHUNK = 4096
+_ORDERS = [[*front, *(byte for byte in range(8) if byte not in front)] for front in combinations(range(8), 2)]
+
+Thumbnails = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+
+def find_groups(thumbnails: Thumbnails) -> Ids:
+    """Return for each picture the first one of its group, (N,) int64; its own number where it is single.
+
+    Every member of a group was compared with the first one, so a chain of pictures each like the next is not one group.
+    The result depends on nothing but the thumbnails and their order.
+
+    Args:
+        thumbnails: (N, side, side, 3) uint8, RGB.
+    """
+    first_equal = _first_equal(thumbnails)
+    distinct = np.flatnonzero(first_equal == np.arange(len(thumbnails)))
+    leaders = _Leaders(thumbnails[distinct])
+    for number in range(len(_ORDERS)):
+        leaders.merge_neighbours(number)
+    position = np.searchsorted(distinct, first_equal)
+    return distinct[leaders.leader_of[position]]
+
+
+def hash_thumbnails(thumbnails: Thumbnails) -> npt.NDArray[np.uint8]:
+    """Return the perceptual hashes, (N, 8) uint8: which of the 8 x 8 lowest frequencies of the grey picture are large.
+
+    A bit is set where the coefficient of the cosine transform lies above the median of all 64 by more than noise.
+    """
+    side = thumbnails.shape[1]
+    frequency, pixel = np.meshgrid(np.arange(8), np.arange(side), indexing="ij")
+    basis = np.sqrt(2 / side) * np.cos(np.pi * frequency * (2 * pixel + 1) / (2 * side))
+    low_first = np.argsort(np.add.outer(np.arange(8), np.arange(8)).ravel(), kind="stable")
+    hashes = np.empty((len(thumbnails), 8), dtype=np.uint8)
+    for rows in _chunks(len(thumbnails)):
+        grey = thumbnails[rows].astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+        coefficients = (basis @ grey @ basis.T).reshape(len(grey), 64)[:, low_first]
+        median = np.median(coefficients, axis=1, keepdims=True)
+        hashes[rows] = np.packbits(coefficients > median + _MIN_COEFFICIENT, axis=1)
+    return hashes
+
+
+def distances(first: Thumbnails, second: Thumbnails) -> npt.NDArray[np.float32]:
+    """Return how far thumbnails are apart, pair by pair, (N,) float32.
+
+    The root mean square difference of the pixels, each picture's mean subtracted and its contrast divided out, after
+    the small shift and stretch that fit best: 0 for the same pattern, also darker, brighter or of another contrast;
+    about 1.4 for unrelated ones. Infinite where one is much brighter than the other.
+
+    Args:
+        first: (N, side, side, 3) uint8.
+        second: as many.
+    """
+    (one, mean), (other, other_mean) = _standardized(first), _standardized(second)
+    difference = other - one
+    apart = _root_mean_square(difference)
+    apart[np.abs(mean - other_mean) > _MAX_BRIGHTER] = np.inf
+    cropped = (apart > MAX_DISTANCE) & (apart < _MAX_DISTANCE_BEFORE_SHIFT)
+    apart[cropped] = np.minimum(
+        apart[cropped], _aligned(difference[cropped], one[cropped] + np.float32(0.5) * difference[cropped])
+    )
+    return apart
+
+
+def _aligned(difference: Pixels, mean: Pixels) -> npt.NDArray[np.float32]:
+    """Return the root mean square of what a shift and stretch leave of the differences, (N,) float32.
+
+    To first order these add multiples of the gradients, and of the gradients times the place, to a picture (Lucas and
+    Kanade 1981); the multiples are those of least squares. Infinite where they would move a pixel too far.
+
+    Args:
+        difference: (N, side, side, 3) of two pictures.
+        mean: (N, side, side, 3) of the same two.
+    """
+    place = np.linspace(-1, 1, mean.shape[1], dtype=np.float32)
+    down, right = np.gradient(mean, axis=(1, 2))
+    moves = np.stack((down, right, down * place[:, None, None], right * place[:, None]), axis=-1)
+    num_values = math.prod(mean.shape[1:])
+    moves = moves.reshape(-1, num_values, 4)
+    flat = difference.reshape(-1, num_values, 1)
+    # A grain of ridge, for pictures without gradients in one direction.
+    normal = moves.transpose(0, 2, 1) @ moves + 0.05 * np.eye(4, dtype=np.float32)
+    shifts = np.linalg.solve(normal, moves.transpose(0, 2, 1) @ flat)
+    left = _root_mean_square(flat - moves @ shifts)
+    left[(np.abs(shifts) > _MAX_SHIFT).any(axis=(1, 2))] = np.inf
+    return left
+
+
+class _Leaders:
+    """Pictures that lead groups, and who follows whom.
+
+    Args:
+        thumbnails: (N, side, side, 3) uint8, no two equal.
+    """
+
+    def __init__(self, thumbnails: Thumbnails) -> None:
+        self.thumbnails = thumbnails
+        self.hashes = hash_thumbnails(thumbnails)
+        self.leader_of = np.arange(len(thumbnails))
+        self.failures = np.zeros(len(thumbnails), dtype=np.int32)
+        self.num_compared = 0
+
+    def merge_neighbours(self, number: int) -> None:
+        """Merge groups whose leaders are alike and neighbours in one of the orders."""
+        leaders = np.flatnonzero(self.leader_of == np.arange(len(self.leader_of)))
+        keys = np.ascontiguousarray(self.hashes[leaders][:, _ORDERS[number]]).view(">u8").ravel().astype(np.uint64)
+        order = np.lexsort((self._project(leaders, number), keys))
+        keys, leaders = keys[order], leaders[order]
+        for offset in range(1, min(WINDOW, len(leaders) - 1) + 1):
+            near = np.flatnonzero(np.bitwise_count(keys[:-offset] ^ keys[offset:]) <= MAX_BITS)
+            one, other = leaders[near], leaders[near + offset]
+            both_open = self._is_open(one) & self._is_open(other)
+            self._merge(np.minimum(one, other)[both_open], np.maximum(one, other)[both_open])
+
+    def _is_open(self, pictures: Ids) -> npt.NDArray[np.bool_]:
+        """Say which pictures lead a group, alone or not, and were not compared too often."""
+        leads: npt.NDArray[np.bool_] = self.leader_of[pictures] == pictures
+        return leads & (self.failures[pictures] < MAX_FAILURES)
+
+    def _project(self, pictures: Ids, number: int) -> npt.NDArray[np.float32]:
+        """Return a random projection of the thumbnails, (N,); in whole numbers, so that it is exact on any machine."""
+        size = math.prod(self.thumbnails.shape[1:])
+        weights = np.random.default_rng(number).integers(-8, 9, size).astype(np.float32)
+        projected = np.empty(len(pictures), dtype=np.float32)
+        for rows in _chunks(len(pictures)):
+            projected[rows] = self.thumbnails[pictures[rows]].reshape(-1, size).astype(np.float32) @ weights
+        return projected
+
+    def _merge(self, targets: Ids, sources: Ids) -> None:
+        """Let the sources' groups follow the targets where all their members are like the target."""
+        alike = self._alike(targets, sources)
+        np.add.at(self.failures, np.concatenate((targets[~alike], sources[~alike])), 1)
+        targets, sources = targets[alike], sources[alike]
+        # Nobody follows a picture that itself begins to follow, and nobody follows two.
+        free = ~np.isin(targets, sources)
+        sources, index = np.unique(sources[free], return_index=True)
+        targets = targets[free][index]
+        if len(sources) == 0:
+            return
+        new_leader = np.full(len(self.leader_of), -1)
+        new_leader[sources] = targets
+        members = np.flatnonzero(new_leader[self.leader_of] >= 0)
+        of_members = new_leader[self.leader_of[members]]
+        unlike = members[~self._alike(of_members, members)]
+        refused = np.unique(self.leader_of[unlike])
+        self.failures[refused] += 1
+        new_leader[refused] = -1
+        followers = members[new_leader[self.leader_of[members]] >= 0]
+        self.leader_of[followers] = new_leader[self.leader_of[followers]]
+
+    def _alike(self, one: Ids, other: Ids) -> npt.NDArray[np.bool_]:
+        """Say which pairs are of one picture."""
+        self.num_compared += len(one)
+        alike = np.empty(len(one), dtype=bool)
+        for rows in _chunks(len(one)):
+            alike[rows] = distances(self.thumbnails[one[rows]], self.thumbnails[other[rows]]) <= MAX_DISTANCE
+        return alike
+
+
+def _first_equal(thumbnails: Thumbnails) -> Ids:
+    """Return for each thumbnail the first one that equals it in every byte, (N,) int64."""
+    flat = np.ascontiguousarray(thumbnails).reshape(-1, math.prod(thumbnails.shape[1:]))
+    # Equal ones share the product with a row of random numbers (modulo 2 ** 64), and so lie side by side.
+    weights = np.random.default_rng(0).integers(0, 2**64, flat.shape[1], dtype=np.uint64)
+    keys = np.concatenate([flat[rows].astype(np.uint64) @ weights for rows in _chunks(len(flat))] or [weights[:0]])
+    order = np.argsort(keys, kind="stable")
+    differs = np.empty(len(flat), dtype=bool)
+    differs[:1] = True
+    for rows in _chunks(len(flat) - 1):
+        differs[1:][rows] = (flat[order[:-1][rows]] != flat[order[1:][rows]]).any(axis=1)
+    first = np.empty(len(flat), dtype=np.int64)
+    first[order] = order[differs][np.cumsum(differs) - 1]
+    return first
+
+
+def _standardized(thumbnails: Thumbnails) -> tuple[Pixels, npt.NDArray[np.float32]]:
+    """Return the pixels with mean 0 and contrast 1, (N, side, side, 3), and the means, (N,)."""
+    pixels = thumbnails.astype(np.float32)
+    mean = pixels.mean(axis=(1, 2, 3))
+    pixels -= mean[:, None, None, None]
+    pixels /= np.maximum(_root_mean_square(pixels), _MIN_CONTRAST)[:, None, None, None]
+    return pixels, mean
+
+
+def _root_mean_square(values: Pixels) -> npt.NDArray[np.float32]:
+    root: npt.NDArray[np.float32] = np.sqrt(np.square(values).mean(axis=tuple(range(1, values.ndim))))
+    return root
+
+
+def _chunks(length: int) -> Iterator[slice]:
+    for start in range(0, length, _ROWS_PER_CHUNK):
+        yield slice(start, start + _ROWS_PER_CHUNK)

@@ -1,0 +1,154 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sd_memguard.core import duplicates
+from sd_memguard.core.duplicates import (
+    MAX_DISTANCE,
+    MAX_FAILURES,
+    THUMBNAIL_SIDE,
+    distances,
+    find_groups,
+    hash_thumbnails,
+)
+from tests.reference.slow_duplicates import slow_distance, slow_groups, slow_hash
+
+SHAPE = (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)
+
+
+def smooth(random, count):
+    """Return different smooth pictures in float, (count, *SHAPE), of mean 127 and contrast 35."""
+    place = (np.arange(THUMBNAIL_SIDE) + 0.5) / THUMBNAIL_SIDE
+    waves = np.cos(np.pi * np.outer(np.arange(5), place))
+    coarse = np.einsum("npqc,py,qx->nyxc", random.normal(size=(count, 5, 5, 3)), waves, waves)
+    centered = coarse - coarse.mean(axis=(1, 2, 3), keepdims=True)
+    return 127 + 35 * centered / centered.std(axis=(1, 2, 3), keepdims=True)
+
+
+def as_bytes(pictures):
+    return np.clip(np.round(pictures), 0, 255).astype(np.uint8)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 99))
+def test_planted_copies_are_found_and_equal_the_slow_comparison_of_all_pairs(labels, seed):
+    # Copies: noise of 1 level, up to 5 % brighter or darker; every fourth is exact.
+    random = np.random.default_rng(seed)
+    pictures = smooth(random, 10)[labels]
+    changed = pictures * random.uniform(0.95, 1.05, (len(labels), 1, 1, 1)) + random.normal(0, 1, pictures.shape)
+    thumbnails = as_bytes(np.where((np.arange(len(labels)) % 4 == 0)[:, None, None, None], pictures, changed))
+    groups = find_groups(thumbnails)
+    assert groups.tolist() == [labels.index(label) for label in labels]
+    assert groups.tolist() == slow_groups(thumbnails.tolist(), MAX_DISTANCE)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 999), st.floats(5, 60))
+def test_every_member_is_like_the_first_one(seed, spread):
+    # Clouds of pictures around a few centres, as wide as the threshold, also much wider.
+    random = np.random.default_rng(seed)
+    thumbnails = as_bytes(smooth(random, 4)[random.integers(0, 4, 120)] + random.normal(0, spread, (120, *SHAPE)))
+    groups = find_groups(thumbnails)
+    assert (groups <= np.arange(120)).all()
+    assert (groups[groups] == groups).all()
+    assert (distances(thumbnails[groups], thumbnails) <= MAX_DISTANCE).all()
+
+
+def test_a_chain_of_look_alikes_is_not_one_group():
+    start, end = smooth(np.random.default_rng(3), 2)
+    chain = as_bytes(start + np.linspace(0, 1, 40)[:, None, None, None] * (end - start))
+    assert distances(chain[:-1], chain[1:]).max() < MAX_DISTANCE
+    groups = find_groups(chain)
+    assert len(set(groups.tolist())) > 3
+    assert (distances(chain[groups], chain) <= MAX_DISTANCE).all()
+
+
+def test_distance_equals_the_slow_one():
+    random = np.random.default_rng(0)
+    thumbnails = as_bytes(smooth(random, 6))
+    thumbnails[5] = 130  # flat
+    found = distances(thumbnails[:-1], thumbnails[1:])
+    slow = [slow_distance(one, other) for one, other in zip(thumbnails[:-1].tolist(), thumbnails[1:].tolist())]
+    assert found.tolist() == pytest.approx(slow, rel=1e-5)
+    assert min(slow) > 0.4  # too far apart for a crop to be thought of
+
+
+def test_brightness_and_contrast_do_not_count_but_a_black_picture_is_no_white_one():
+    picture = smooth(np.random.default_rng(1), 1)
+    versions = as_bytes(np.concatenate([picture, 0.9 * picture, picture - 20, 100 + 0.5 * (picture - 100)]))
+    assert distances(versions[[0, 0, 0]], versions[1:]).max() < 0.04
+    flat = np.stack([np.full(SHAPE, level, dtype=np.uint8) for level in (0, 20, 255)])
+    assert distances(flat[[0, 0]], flat[1:]).tolist() == [0, np.inf]
+    assert find_groups(flat).tolist() == [0, 0, 2]
+
+
+def test_a_small_shift_is_taken_out_and_a_large_one_is_not():
+    # One picture sampled at places that are shifted and stretched by parts of a pixel, as a crop does.
+    def sample(shift, stretch=1.0):
+        place = (np.arange(THUMBNAIL_SIDE) - 5.5) * stretch + shift
+        wave = np.sin(place[:, None] * 0.9 + place[None, :] * 0.4) + np.cos(place[:, None] * 0.3 - place[None, :])
+        return as_bytes(np.repeat(127 + 50 * wave[..., None], 3, axis=2))
+
+    base = sample(0)
+    near, stretched, far = sample(0.3), sample(0.1, 1.04), sample(1.5)
+    for moved in (near, stretched):
+        assert slow_distance(base.tolist(), moved.tolist()) > 1.4 * MAX_DISTANCE
+        assert distances(base[None], moved[None]) < 0.6 * MAX_DISTANCE
+        assert distances(moved[None], base[None]) == pytest.approx(distances(base[None], moved[None]), rel=1e-3)
+    assert distances(base[None], far[None]) > 3 * MAX_DISTANCE
+
+
+def test_a_mirrored_picture_is_another_one():
+    thumbnails = as_bytes(smooth(np.random.default_rng(2), 1))
+    assert find_groups(np.concatenate([thumbnails, thumbnails[:, :, ::-1]])).tolist() == [0, 1]
+
+
+def test_hash_equals_the_slow_transform():
+    thumbnails = as_bytes(smooth(np.random.default_rng(4), 3))
+    thumbnails[2] = 200
+    bits = np.unpackbits(hash_thumbnails(thumbnails), axis=1)
+    places = sorted(((u, v) for u in range(8) for v in range(8)), key=lambda place: (sum(place), place))
+    for row, thumbnail in zip(bits, thumbnails.tolist(), strict=True):
+        assert {place for place, bit in zip(places, row, strict=True) if bit} == slow_hash(thumbnail)
+    assert bits.sum(axis=1).tolist()[2] == 1  # a flat picture has a mean and nothing else
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """Return a list that grows by the number of pairs at each comparison."""
+    counts, compare = [], duplicates.distances
+
+    def counted(first, second):
+        counts.append(len(first))
+        return compare(first, second)
+
+    monkeypatch.setattr(duplicates, "distances", counted)
+    return counts
+
+
+def test_equal_pictures_are_not_compared_at_all(compared):
+    assert set(find_groups(np.full((5000, *SHAPE), 255, dtype=np.uint8)).tolist()) == {0}
+    assert sum(compared) == 0
+
+
+@pytest.mark.parametrize("count", [250, 1000])
+def test_pictures_that_differ_under_one_hash_cost_a_bounded_number_of_comparisons_each(compared, count):
+    # Nothing but weak noise: every hash is that of a flat picture, and no two are alike.
+    random = np.random.default_rng(5)
+    thumbnails = (200 + (random.random((count, *SHAPE)) < 0.3)).astype(np.uint8)
+    assert len(np.unique(hash_thumbnails(thumbnails), axis=0)) == 1
+    assert len(set(find_groups(thumbnails).tolist())) == count
+    assert sum(compared) <= (MAX_FAILURES / 2 + 1) * count
+
+
+def test_many_copies_of_one_picture_are_one_group_at_a_few_comparisons_each(compared):
+    random = np.random.default_rng(6)
+    thumbnails = as_bytes(smooth(random, 1) + random.normal(0, 1, (1000, *SHAPE)))
+    assert set(find_groups(thumbnails).tolist()) == {0}
+    assert sum(compared) <= 8 * 1000
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_few_pictures(count):
+    assert find_groups(as_bytes(smooth(np.random.default_rng(7), count))).tolist() == list(range(count))
