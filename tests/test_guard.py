@@ -203,6 +203,43 @@ def test_groups_stay_together():
         assert len(set(guard.plan.assignment[groups == group].tolist())) == 1
 
 
+GROUPS = torch.tensor([0] * 8 + list(range(8, NUM_SAMPLES)))  # eight copies of one picture and twelve others
+
+
+def test_a_balanced_group_counts_as_one_picture_everywhere():
+    shard, balance = (make_guard(groups=GROUPS, group_duplicates=mode) for mode in ("shard", "balance"))
+    assert shard.num_pictures() == shard.plan.sizes() == [10, 10]
+    assert shard.aggregation_weights() == [10, 10]
+    assert shard.balanced_groups is None
+    assert sorted(balance.num_pictures()) == [6, 7]
+    assert sorted(balance.plan.sizes()) in ([6, 14], [7, 13])
+    assert balance.aggregation_weights() == balance.num_pictures()
+    assert torch.equal(balance.balanced_groups, GROUPS)
+    assert make_guard(groups=torch.zeros(NUM_SAMPLES, dtype=torch.int64), num_shards="auto").num_shards == 1
+
+
+def test_duplicates_that_the_setting_forgets_are_refused_or_named(caplog):
+    with pytest.raises(ValueError, match="`group_duplicates` is 'off'"):
+        make_guard(groups=GROUPS, group_duplicates="off")
+    with pytest.raises(ValueError, match=r"shape \(20,\)"):
+        make_guard(groups=GROUPS[1:])
+    for settings in ({"group_duplicates": "off"}, {"groups": GROUPS}, {"num_shards": 1}):
+        make_guard(**settings)
+        assert not caplog.records
+    for settings in ({}, {"group_duplicates": "balance", "num_shards": 1}):
+        make_guard(**settings)
+        assert "no `groups`" in caplog.text
+        caplog.clear()
+
+
+def test_a_saved_state_brings_its_groups():
+    saved = make_guard(groups=GROUPS, group_duplicates="balance")
+    other = make_guard(groups=torch.arange(NUM_SAMPLES), group_duplicates="balance")
+    other.load_state_dict(saved.state_dict())
+    assert_same_state(other.state_dict(), saved.state_dict())
+    assert other.num_pictures() == saved.num_pictures()
+
+
 def test_a_seed_is_drawn_where_none_is_given():
     one, other = (make_guard(seed=None) for _ in range(2))
     assert one.seed != other.seed

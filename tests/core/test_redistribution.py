@@ -34,22 +34,25 @@ def situations(draw):
 
 
 @settings(deadline=None, max_examples=100)
-@given(situations())
-def test_any_sequence_of_moves_equals_the_slow_rule_and_keeps_the_invariants(situation):
+@given(situations(), st.booleans())
+def test_any_sequence_of_moves_equals_the_slow_rule_and_keeps_the_invariants(situation, balanced):
     plan, groups, fraction, history = situation
     group_tensor = None if groups is None else torch.tensor(groups)
     for skips in history:
         before = plan
-        plan, moves = redistribute(before, torch.tensor(skips), fraction, group_tensor)
-        shards, slow_moves = slow_redistribute(shards_of(before), skips, fraction, groups)
+        plan, moves = redistribute(before, torch.tensor(skips), fraction, group_tensor, balanced=balanced)
+        shards, slow_moves = slow_redistribute(shards_of(before), skips, fraction, groups, balanced)
         assert shards_of(plan) == shards
         assert sorted(zip(*(column.tolist() for column in moves), strict=True)) == sorted(slow_moves)
 
         # Every sample in exactly one shard, and what leaves one arrives in the next.
         assert sorted(i for shard in shards_of(plan) for i in shard) == list(range(len(skips)))
+        counted = group_tensor if balanced else None
         for k in range(plan.num_shards):
+            movers = moves.sample_ids[moves.sources == k]
+            num_moved = len(movers) if counted is None else len(torch.unique(counted[movers]))
+            assert num_moved <= int(fraction * before.sizes(counted)[k])
             left, came = int((moves.sources == k).sum()), int((moves.targets == k).sum())
-            assert left <= int(fraction * before.sizes()[k])
             assert plan.sizes()[k] == before.sizes()[k] - left + came
         assert (moves.targets == (moves.sources + 1) % plan.num_shards).all()
 
@@ -85,6 +88,24 @@ def test_a_group_counts_the_mean_of_its_members_and_moves_whole():
     groups = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 5, 6])
     _, moves = redistribute(plan, torch.tensor([6, 0, 0, 3, 5, 0, 1, 0, 0, 0]), 0.5, groups)
     assert sorted(moves.sample_ids.tolist()) == [3, 4, 5, 6]
+
+
+def test_a_balanced_group_counts_the_skips_of_all_its_members_as_one_picture():
+    # Seven pictures, of which one may move: the group of 0, 1 and 2 was skipped 4 times in all, sample 3 thrice.
+    plan = plan_of(range(9), [9, 10])
+    groups = torch.tensor([0, 0, 0, 3, 4, 5, 6, 7, 8, 9, 10])
+    skips = torch.tensor([2, 0, 2, 3, 0, 0, 0, 0, 0, 0, 0])
+    _, moves = redistribute(plan, skips, 0.25, groups, balanced=True)
+    assert moves.sample_ids.tolist() == [0, 1, 2]
+    _, moves = redistribute(plan, skips, 0.25, groups)  # two samples may move: the group does not fit
+    assert moves.sample_ids.tolist() == [3]
+
+
+def test_a_group_larger_than_the_share_stays_and_makes_room_for_others():
+    plan = plan_of(range(8), [8, 9])
+    groups = torch.tensor([0, 0, 0, 0, 0, 5, 6, 7, 8, 9])
+    _, moves = redistribute(plan, torch.tensor([9] * 5 + [1, 1, 1, 0, 0]), 0.25, groups)
+    assert moves.sample_ids.tolist() == [5, 6]
 
 
 def test_excluded_samples_never_move():

@@ -3,7 +3,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sd_memguard.core.shards import NO_SHARD, auto_num_shards, split_into_shards
+from sd_memguard.core.shards import NO_SHARD, auto_num_shards, count_pictures, split_into_shards
 
 
 @settings(deadline=None, max_examples=60)
@@ -24,12 +24,18 @@ def test_shards_are_disjoint_complete_and_even(data):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=50), st.integers(1, 5), st.integers(0, 99), st.booleans())
-def test_groups_stay_together(groups, num_shards, seed, excludes_the_first):
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=50),
+    st.integers(1, 5),
+    st.integers(0, 99),
+    st.booleans(),
+    st.booleans(),
+)
+def test_groups_stay_together(groups, num_shards, seed, excludes_the_first, balanced):
     exclude = torch.tensor([0]) if excludes_the_first else None
     placed = list(range(excludes_the_first, len(groups)))
     assume(len({groups[i] for i in placed}) >= num_shards)
-    plan = split_into_shards(len(groups), num_shards, seed, torch.tensor(groups), exclude)
+    plan = split_into_shards(len(groups), num_shards, seed, torch.tensor(groups), exclude, balanced=balanced)
     shard_of = plan.assignment.tolist()
     assert all(shard_of[i] in range(num_shards) for i in placed)
     assert excludes_the_first is (shard_of[0] == NO_SHARD)
@@ -37,7 +43,12 @@ def test_groups_stay_together(groups, num_shards, seed, excludes_the_first):
         assert {shard_of[j] for j in placed if groups[j] == groups[i]} == {shard_of[i]}
     sizes = [sum(groups[j] == groups[i] for j in placed) for i in placed]
     assert min(plan.sizes()) > 0
-    assert max(plan.sizes()) - min(plan.sizes()) <= max(sizes)
+    largest_step = 1 if balanced else max(sizes)
+    counted = plan.sizes(torch.tensor(groups)) if balanced else plan.sizes()
+    assert max(counted) - min(counted) <= largest_step
+    num_groups = [len({groups[i] for i in placed if shard_of[i] == k}) for k in range(num_shards)]
+    assert plan.sizes(torch.tensor(groups)) == num_groups
+    assert count_pictures(len(groups), torch.tensor(groups), exclude) == sum(num_groups)
 
 
 def test_single_samples_level_out_the_groups():
@@ -46,7 +57,11 @@ def test_single_samples_level_out_the_groups():
 
 
 def test_groups_of_one_and_no_groups_are_equally_even():
-    assert split_into_shards(11, 3, 0, torch.arange(11)).sizes() == split_into_shards(11, 3, 0).sizes() == [4, 4, 3]
+    plain = split_into_shards(11, 3, 0)
+    assert plain.sizes() == [4, 4, 3]
+    for balanced in (False, True):
+        grouped = split_into_shards(11, 3, 0, torch.arange(11), balanced=balanced)
+        assert torch.equal(grouped.assignment, plain.assignment)
 
 
 def test_the_seed_is_the_split():

@@ -87,7 +87,11 @@ class SlowQueue:
 
 
 def slow_redistribute(
-    shards: Sequence[Sequence[int]], skips: Sequence[int], fraction: float, groups: Sequence[int] | None = None
+    shards: Sequence[Sequence[int]],
+    skips: Sequence[int],
+    fraction: float,
+    groups: Sequence[int] | None = None,
+    balanced: bool = False,
 ) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
     """Return the shards after MSR and the moves as (sample, from, to); every shard is judged as it was before."""
     if len(shards) == 1:
@@ -97,11 +101,12 @@ def slow_redistribute(
         units: dict[int, list[int]] = {}
         for sample in sorted(members):
             units.setdefault(sample if groups is None else groups[sample], []).append(sample)
-        ranked = sorted(units.values(), key=lambda unit: (-sum(skips[i] for i in unit) / len(unit), min(unit)))
-        left = math.floor(fraction * len(members))
+        cost = {min(unit): 1 if balanced else len(unit) for unit in units.values()}
+        ranked = sorted(units.values(), key=lambda unit: (-sum(skips[i] for i in unit) / cost[min(unit)], min(unit)))
+        left = math.floor(fraction * sum(cost.values()))
         for unit in ranked:
-            if sum(skips[i] for i in unit) > 0 and len(unit) <= left:
-                left -= len(unit)
+            if sum(skips[i] for i in unit) > 0 and cost[min(unit)] <= left:
+                left -= cost[min(unit)]
                 moves += [(i, source, (source + 1) % len(shards)) for i in unit]
     after = [set(members) for members in shards]
     for sample, source, target in moves:
