@@ -36,6 +36,12 @@ def _audit(argv: Sequence[str]) -> None:
         main(argv)
 
 
+def _run(argv: Sequence[str]) -> None:
+    from sd_memguard.run import main
+
+    main(argv, prog="sd-memguard run")
+
+
 def _export(argv: Sequence[str]) -> None:
     from sd_memguard.training.export_command import main
 
@@ -51,6 +57,7 @@ def _inspect(argv: Sequence[str]) -> None:
 
 COMMANDS = {
     "train": Command("fine-tune Stable Diffusion under the memorization guard", _train),
+    "run": Command("run one of diffusers' own training scripts under the guard, unmodified", _run),
     "demo": Command("fine-tune the bundled model twice, plain and guarded, and compare what they copy", _demo),
     "audit": Command("measure how much models copy of their training pictures", _audit),
     "export": Command("write a run in another format: a diffusers folder, one file, or a LoRA file", _export),

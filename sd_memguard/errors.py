@@ -13,6 +13,10 @@ class ConfigError(UserError):
     """A setting that is unknown, out of range, or at odds with another one."""
 
 
+class LoopError(UserError):
+    """A training loop that does not do what the guard in it relies on."""
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """End the program with status 2 and the bare message when a `UserError` comes out of the block."""

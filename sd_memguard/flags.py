@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,18 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML, JSON or TOML file of flags; the command line wins")
-    for title in dict.fromkeys(setting.group for setting in SETTINGS.values()):
+    add_flags(parser, SETTINGS.values())
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
+    """Add the flags of settings under their headings."""
+    declared = list(settings)
+    for title in dict.fromkeys(setting.group for setting in declared):
         group = parser.add_argument_group(title)
-        for setting in SETTINGS.values():
+        for setting in declared:
             if setting.group == title:
                 _add_flag(group, setting)
-    return parser
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

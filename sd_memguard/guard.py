@@ -2,9 +2,11 @@
 
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,10 @@ from sd_memguard.core.ledger import SampleLedger
 from sd_memguard.core.memory_bank import LossMemoryBank
 from sd_memguard.core.redistribution import redistribute
 from sd_memguard.core.shards import Moves, ShardPlan, auto_num_shards, count_pictures, split_into_shards
+from sd_memguard.errors import LoopError
+
+if TYPE_CHECKING:
+    from sd_memguard.plugin.attach import Attachment
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +34,9 @@ class Verdict:
 
     Attributes:
         loss: scalar to backward: the sum of the weighted losses of the clean samples over their number (0 with none).
+            In an attached loop that accumulates, the gradient of a step comes out as the mean over all its batches.
         clean_sum: that sum alone, for loops that accumulate several batches and divide by all their clean samples.
+        divisor: what it was divided by.
         loss_ratio: (B,) loss over the bank's value, inf where no decision is due.
         skip_mask: (B,) bool, True where skipped.
         augment_mask: (B,) bool, True where the sample waits to be trained from an augmented copy.
@@ -40,6 +48,7 @@ class Verdict:
 
     loss: Tensor
     clean_sum: Tensor
+    divisor: float
     loss_ratio: Tensor
     skip_mask: Tensor
     augment_mask: Tensor
@@ -68,6 +77,7 @@ class MemorizationGuard:
     5) When a batch's worth waits in the queue, :meth:`take_augment_batch` hands it out for an extra step.
 
     At a round's end the loop either averages the proxies by :meth:`aggregation_weights` or calls :meth:`redistribute`.
+    In a loop of somebody else's :meth:`prepare` (accelerate) or :meth:`attach` sees to all of this but :meth:`weigh`.
 
     Args:
         config: the guard's settings.
@@ -122,6 +132,7 @@ class MemorizationGuard:
         self.queues = [AugmentQueue() for _ in range(num_shards)]
         self.augment_threshold = config.augment_threshold if augments else 0.0
         self.shard_index = 0
+        self.attachment: Attachment | None = None
 
     @property
     def num_shards(self) -> int:
@@ -153,6 +164,16 @@ class MemorizationGuard:
         """Whether rounds alternate between redistribution and averaging."""
         return self.config.redistribute_fraction > 0 and self.num_shards > 1
 
+    @property
+    def augments(self) -> bool:
+        """Whether samples are trained from augmented copies."""
+        return 0 < self.config.skip_threshold < self.augment_threshold
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether all four parts are off, so that training is what it is without a guard."""
+        return self.num_shards == 1 and self.config.skip_threshold == 0
+
     def weigh(self, losses: Tensor, timesteps: Tensor, sample_ids: Tensor, weights: Tensor | None = None) -> Verdict:
         """Judge a batch of the active shard and return what to backward.
 
@@ -183,28 +204,41 @@ class MemorizationGuard:
                 f"`sample_ids` must be between 0 and {num_samples - 1}, got {host_ids.tolist()}; "
                 "give each sample its row number in the data set"
             )
-        bank = self.banks[self.shard_index]
-        loss_ratio = bank.loss_ratio(timesteps, losses)
-        bands = classify(loss_ratio, self.config.skip_threshold, self.augment_threshold)
-        bank.update(timesteps, losses)
+        rounds = None if self.attachment is None else self.attachment.rounds
+        if rounds is not None:
+            rounds.check_batch(host_ids)
+        if rounds is not None and rounds.augmented:  # copies say nothing of how well a sample itself is known
+            loss_ratio = torch.full_like(losses.detach(), torch.inf, dtype=torch.float32)
+            bands = classify(loss_ratio, 0.0, 0.0)
+        else:
+            bank = self.banks[self.shard_index]
+            loss_ratio = bank.loss_ratio(timesteps, losses)
+            bands = classify(loss_ratio, self.config.skip_threshold, self.augment_threshold)
+            bank.update(timesteps, losses)
         weighted = losses if weights is None else losses * weights
         clean_sum = torch.where(bands.clean_mask, weighted, 0.0).sum()
-        loss = clean_sum / bands.clean_mask.sum().clamp(min=1)
         # One transfer to the host for everything that is counted there.
         host = torch.stack((losses.detach().float(), loss_ratio, bands.skip_mask, bands.augment_mask)).cpu()
         host_bands = Bands(host[2].bool(), host[3].bool(), ~(host[2] + host[3]).bool())
-        self._count(host_ids, host[1], host_bands)
-        return Verdict(
-            loss=loss,
+        num_clean = int(host_bands.clean_mask.sum())
+        divisor = float(max(num_clean, 1)) if rounds is None else rounds.divisor(len(losses), num_clean)
+        verdict = Verdict(
+            loss=clean_sum / divisor,
             clean_sum=clean_sum,
+            divisor=divisor,
             loss_ratio=loss_ratio,
             skip_mask=bands.skip_mask,
             augment_mask=bands.augment_mask,
-            num_clean=int(host_bands.clean_mask.sum()),
+            num_clean=num_clean,
             num_skipped=int(host_bands.skip_mask.sum()),
             num_augmented=int(host_bands.augment_mask.sum()),
             losses=host[0],
         )
+        if rounds is None or not rounds.augmented:
+            self._count(host_ids, host[1], host_bands)
+        if rounds is not None:
+            rounds.weighed(verdict)
+        return verdict
 
     def _count(self, sample_ids: Tensor, loss_ratio: Tensor, bands: Bands) -> None:
         self.ledger.record(sample_ids, bands)
@@ -231,6 +265,127 @@ class MemorizationGuard:
         self.plan, moves = redistribute(self.plan, self.ledger.skips, fraction, self.groups, balanced=balanced)
         self.ledger.record_moves(moves.sample_ids)
         return moves
+
+    # In a loop that somebody else has written.
+
+    def prepare(
+        self,
+        accelerator: Any,
+        unet: Any,
+        optimizer: Any,
+        dataloader: Any,
+        lr_scheduler: Any = None,
+        *,
+        total_steps: int | None = None,
+        models: Sequence[Any] = (),
+        ema: Any = None,
+        augment: Callable[[list[int], int], Any] | None = None,
+        store_dir: str | Path | None = None,
+    ) -> tuple[Any, ...]:
+        """Prepare a loop's objects in place of ``accelerator.prepare``, and train them under the guard.
+
+        The dataloader's batches come with ``sample_id`` and go shard by shard; proxies, rounds, averages and
+        checkpoints (``accelerator.save_state``) take care of themselves. See :meth:`attach` for the arguments.
+
+        Returns:
+            The UNet (not wrapped by the guard), optimizer, dataloader and learning-rate schedule; with ``models`` these
+            stand after the UNet. ``lr_scheduler`` is None where none was given.
+
+        Raises:
+            LoopError: something in the loop is not what the guard relies on; nothing was trained.
+        """
+        from sd_memguard.plugin.attach import LoopOptions, prepare
+
+        self._refuse_second_loop()
+        options = LoopOptions(total_steps=total_steps, models=models, ema=ema, augment=augment, store_dir=store_dir)
+        self.attachment, prepared = prepare(self, accelerator, unet, optimizer, dataloader, lr_scheduler, options)
+        self._tell()
+        return tuple(prepared)
+
+    def attach(
+        self,
+        unet: Any,
+        optimizer: Any,
+        dataloader: Any,
+        lr_scheduler: Any = None,
+        *,
+        total_steps: int | None = None,
+        models: Sequence[Any] = (),
+        ema: Any = None,
+        augment: Callable[[list[int], int], Any] | None = None,
+        store_dir: str | Path | None = None,
+    ) -> Any:
+        """Train a plain torch loop under the guard, and return the dataloader to iterate over.
+
+        Args:
+            unet: the model whose weights, or whose peft LoRA adapter, the optimizer trains.
+            optimizer: the loop's optimizer; its steps are watched by hooks, and it stays as it is.
+            dataloader: a ``DataLoader`` over ``num_samples`` samples whose batches are dicts.
+            lr_scheduler: stepped once after each optimizer step. A proxy at its step j gets the learning rate that
+                the plain run has at step ``num_shards * j``. Without one the learning rate is left to the loop.
+            total_steps: optimizer steps of the whole run, over all proxies; needed with several shards, since the last
+                round ends with the run.
+            models: further models that the same optimizer trains, e.g. text encoders.
+            ema: the EMA of the trained weights (diffusers' ``EMAModel``), to be kept per proxy and averaged.
+            augment: returns a batch like the dataloader's, of augmented copies of the samples with these ids, at a
+                magnitude of RandAugment (of 30). Without it RandAugment goes into the data set's own transform; where
+                there is none, nothing is augmented, with a notice.
+            store_dir: folder where resting proxies wait, in place of memory; what it holds is removed.
+
+        Raises:
+            LoopError: something in the loop is not what the guard relies on; nothing was trained.
+        """
+        from sd_memguard.plugin.attach import LoopOptions, attach
+
+        self._refuse_second_loop()
+        options = LoopOptions(total_steps=total_steps, models=models, ema=ema, augment=augment, store_dir=store_dir)
+        self.attachment = attach(self, unet, optimizer, dataloader, lr_scheduler, options)
+        self._tell()
+        return self.attachment.loader
+
+    def averaged(self, unet: Any, *, rank: int | None = None) -> AbstractContextManager[None]:
+        """Return a context in which the UNet holds what should be drawn with or saved: the mean of the proxies.
+
+        With an EMA it is the mean of the EMA. With LoRA the whole change is in the adapter, of a rank that is the
+        adapter's times the number of shards, or ``rank``; the base is as it was before training.
+
+        Args:
+            unet: the UNet in training.
+            rank: rank of the adapter in the context.
+
+        Raises:
+            LoopError: the guard is in no loop, in one of another UNet, or has seen no losses.
+        """
+        if self.attachment is None:
+            raise LoopError(
+                "the guard is in no loop, so that there are no proxies to average; call `prepare` or `attach`"
+            )
+        if getattr(unet, "module", unet) is not self.attachment.unet:
+            raise LoopError("`unet` is not the one that the guard was given; give `averaged` that one")
+        return self.attachment.averaged(rank)
+
+    def validate(self) -> list[str]:
+        """Return what a user should know before training starts; empty when all is as configured.
+
+        Raises:
+            LoopError: the guard cannot work: it has several shards, and nobody makes their proxies take turns.
+        """
+        if self.attachment is None:
+            if self.num_shards > 1:
+                raise LoopError(
+                    f"the guard has {self.num_shards} shards but is in no loop, and nobody trains a proxy for each; "
+                    "call `prepare` or `attach`, or set `num_shards=1`"
+                )
+            return []
+        return list(self.attachment.notices)
+
+    def _refuse_second_loop(self) -> None:
+        if self.attachment is not None:
+            raise LoopError("the guard is in a loop already; make one guard for each loop")
+
+    def _tell(self) -> None:
+        for notice in self.validate():
+            logger.warning("%s", notice)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that changes during a run, as nested dicts and lists of tensors and JSON values."""

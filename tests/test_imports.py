@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sd_memguard"
 
 BASE = {"errors", "settings", "config"}
-ENGINE = {"core", "proxies", "guard"}
+ENGINE = {"core", "proxies", "guard", "plugin"}
 # The other parts that each part of the package may import. What is not listed stands on top and may import all.
 PARTS = {
     "errors": set(),
@@ -22,7 +22,8 @@ PARTS = {
     "assets": {"errors"},
     "core": {"errors"},
     "proxies": {"core", "errors"},
-    "guard": {"core", "proxies", *BASE},
+    "plugin": {"core", "proxies", "errors"},
+    "guard": {"core", "proxies", "plugin", *BASE},
     "training": {"assets", *ENGINE, *BASE},
     "audit": {"assets", *ENGINE, *BASE},
 }
@@ -38,6 +39,8 @@ LIBRARIES = {
     "core": {"torch"},
     "core.duplicates": {"numpy"},
     "proxies": {"torch", "safetensors"},
+    "plugin": {"torch"},
+    "plugin.augment": {"torch", "torchvision"},
     "guard": {"torch"},
     "audit.similarity": {"torch"},
     "audit.report": {"jinja2"},

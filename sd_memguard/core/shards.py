@@ -43,6 +43,14 @@ class Moves(NamedTuple):
     sources: Tensor
     targets: Tensor
 
+    def counts(self) -> list[dict[str, int]]:
+        """Return how many samples went from which shard to which."""
+        pairs, counts = torch.unique(torch.stack((self.sources, self.targets)), dim=1, return_counts=True)
+        return [
+            {"source": source, "target": target, "count": count}
+            for source, target, count in zip(*pairs.tolist(), counts.tolist(), strict=True)
+        ]
+
 
 def auto_num_shards(num_samples: int) -> int:
     """Return the default number of shards: one for each 64 samples, at least 1 and at most 4.

@@ -13,9 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from sd_memguard.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -163,37 +160,6 @@ def refuse_changes(saved: dict[str, Any], present: dict[str, Any], folder: Path)
             f"{folder} was made with other settings: {texts}; give the same ones to go on, or name another "
             "`--output_dir` to begin anew"
         )
-
-
-def save_state(state: dict[str, Any], folder: Path, name: str) -> None:
-    """Write nested dicts and lists: tensors to ``name.safetensors``, the rest to ``name.json``."""
-    tensors: dict[str, torch.Tensor] = {}
-
-    def split(value: Any, path: str) -> Any:
-        if isinstance(value, torch.Tensor):
-            tensors[path] = value.detach().to("cpu", copy=True).contiguous()
-            return {"tensor": path}
-        if isinstance(value, dict):
-            return {key: split(item, f"{path}.{key}") for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [split(item, f"{path}.{index}") for index, item in enumerate(value)]
-        return value
-
-    rest = split(state, name)
-    save_file(tensors, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps(rest))
-
-
-def load_state(folder: Path, name: str) -> dict[str, Any]:
-    """Return what :func:`save_state` wrote."""
-    tensors = load_file(folder / f"{name}.safetensors")
-
-    def join(value: Any) -> Any:
-        if isinstance(value, dict):
-            return tensors[value["tensor"]] if set(value) == {"tensor"} else {k: join(v) for k, v in value.items()}
-        return [join(item) for item in value] if isinstance(value, list) else value
-
-    return join(json.loads((folder / f"{name}.json").read_text()))
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

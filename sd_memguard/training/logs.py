@@ -15,8 +15,8 @@ from PIL.Image import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from sd_memguard.core.progress import Progress
 from sd_memguard.guard import Verdict
-from sd_memguard.training.progress import Progress
 from sd_memguard.training.run_folder import round_mean
 from sd_memguard.training.sample_check import shortened
 from sd_memguard.training.setup import Plan

@@ -14,20 +14,20 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sd_memguard.config import TrainConfig
+from sd_memguard.core.progress import Progress
 from sd_memguard.core.seeding import Address
 from sd_memguard.core.shards import Moves
 from sd_memguard.core.visits import Visit
 from sd_memguard.guard import AugmentBatch, MemorizationGuard, Verdict
 from sd_memguard.proxies.lora import LoraProxies
+from sd_memguard.proxies.state_file import load_state, save_state
 from sd_memguard.training.batches import Batch, BatchSource, Encoders, visit_address
 from sd_memguard.training.checkpoint import (
     find_checkpoint,
-    load_state,
     prune_checkpoints,
     refuse_changes,
     remove_leftovers,
     save_checkpoint,
-    save_state,
 )
 from sd_memguard.training.dry_run import describe_plan
 from sd_memguard.training.export import UNET, write_pipeline
@@ -41,7 +41,6 @@ from sd_memguard.training.logs import RunLog, summary_text
 from sd_memguard.training.lora import merge
 from sd_memguard.training.loss import DenoisingLoss, Noising
 from sd_memguard.training.models import load_unet
-from sd_memguard.training.progress import Progress
 from sd_memguard.training.records import (
     PROXIES_FOLDER,
     RunRecords,

@@ -129,11 +129,7 @@ def memory_prone_samples(samples: Samples, guard: MemorizationGuard) -> list[dic
 
 def count_moves(moves: Moves) -> list[dict[str, int]]:
     """Return how many samples went from which shard to which."""
-    pairs, counts = torch.unique(torch.stack((moves.sources, moves.targets)), dim=1, return_counts=True)
-    return [
-        {"source": source, "target": target, "count": count}
-        for source, target, count in zip(*pairs.tolist(), counts.tolist(), strict=True)
-    ]
+    return moves.counts()
 
 
 def _finite(value: Any) -> Any:

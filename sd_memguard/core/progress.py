@@ -1,10 +1,12 @@
 """What a run has done so far: plain numbers that a checkpoint keeps as JSON."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sd_memguard.core.visits import VisitCursor
-from sd_memguard.guard import Verdict
+
+if TYPE_CHECKING:
+    from sd_memguard.guard import Verdict
 
 
 @dataclass
@@ -18,7 +20,7 @@ class ShardMeter:
     skipped: int = 0
     augmented: int = 0
 
-    def record(self, verdict: Verdict) -> None:
+    def record(self, verdict: "Verdict") -> None:
         """Add one batch."""
         losses = verdict.losses[verdict.losses.isfinite()]
         self.visits += len(verdict.losses)

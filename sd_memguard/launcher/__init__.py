@@ -1,0 +1,1 @@
+"""Runs scripts of others, unmodified, under the guard."""

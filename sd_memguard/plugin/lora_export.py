@@ -1,0 +1,74 @@
+"""The aggregate of LoRA proxies as one adapter on the base as it was, which is all that a loop of others saves.
+
+Averaging leaves part of the change in the base weights (see `sd_memguard.proxies.lora`). Here the whole change of each
+layer is put in the adapter, by its best factors of a given rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from sd_memguard.plugin.parameters import Adapter
+from sd_memguard.proxies.lora import LoraProxies
+from sd_memguard.proxies.swap import copy_tensors
+
+
+class Fit(NamedTuple):
+    """How well an adapter carries the change: its rank, and the share of the change (Frobenius) that it misses."""
+
+    rank: int
+    relative_error: float
+
+
+@contextmanager
+def whole_adapter(
+    proxies: LoraProxies, adapter: Adapter, weights: Sequence[float], rank: int | None = None
+) -> Iterator[Fit]:
+    """Give the model the original base and an adapter that carries the whole change, for as long as the block lasts.
+
+    Args:
+        proxies: the proxies to average.
+        adapter: the adapter's layers in the resident model.
+        weights: weight of each proxy.
+        rank: rank of the factors, at most that of the layer; by default the adapter's rank times the number of proxies.
+    """
+    wanted = rank or adapter.rank * proxies.num_shards
+    own = {}
+    missed, total, largest = 0.0, 0.0, 0
+    try:
+        for layer, merged in proxies.merged(weights).items():
+            modules = adapter.factors(layer)
+            own[layer] = [module.weight for module in modules]
+            change = merged.double() - adapter.original[layer].double()
+            down, up, left_out = best_factors(change.to(own[layer][0].device) / adapter.scaling, wanted)
+            for module, factor, weight in zip(modules, (down, up), own[layer], strict=True):
+                module.weight = Parameter(factor.to(weight).contiguous(), requires_grad=weight.requires_grad)
+            missed += left_out * adapter.scaling**2
+            total += float(change.square().sum())
+            largest = max(largest, len(down))
+        copy_tensors(adapter.original, proxies.base)
+        yield Fit(largest, (missed / total) ** 0.5 if total else 0.0)
+    finally:
+        for layer, weights_of_layer in own.items():
+            for module, weight in zip(adapter.factors(layer), weights_of_layer, strict=True):
+                module.weight = weight
+        copy_tensors(proxies.master, proxies.base)
+
+
+def best_factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Return the factors of a rank whose product is nearest to a change, and the square of what it misses.
+
+    Args:
+        change: (out, in) float64.
+        rank: largest rank.
+
+    Returns:
+        down (rank, in) and up (out, rank), float64; the sum of the squares of the singular values left out.
+    """
+    left, values, right = torch.linalg.svd(change, full_matrices=False)
+    root = values[:rank].sqrt()
+    return root[:, None] * right[:rank], left[:, :rank] * root, float(values[rank:].square().sum())
