@@ -69,7 +69,9 @@ def test_distance_equals_the_slow_one():
     thumbnails = as_bytes(smooth(random, 6))
     thumbnails[5] = 130  # flat
     found = distances(thumbnails[:-1], thumbnails[1:])
-    slow = [slow_distance(one, other) for one, other in zip(thumbnails[:-1].tolist(), thumbnails[1:].tolist())]
+    slow = [
+        slow_distance(one, other) for one, other in zip(thumbnails[:-1].tolist(), thumbnails[1:].tolist(), strict=True)
+    ]
     assert found.tolist() == pytest.approx(slow, rel=1e-5)
     assert min(slow) > 0.4  # too far apart for a crop to be thought of
 
