@@ -62,7 +62,7 @@ def test_copies_share_a_shard_and_balanced_count_as_one(run, repeated, caplog):
         assert {groups[row] for row in repeats} == {columns["sample_id"][repeats[0]]}
         assert [group is None for group in groups] == [not is_repeated(file) for file in columns["file"]]
         seen[mode] = sum(columns["seen"][row] for row in repeats)
-        assert "1 groups of near-identical pictures hold 10 samples of 33" in caplog.text
+        assert "1 group of near-identical pictures holds 10 samples of 33" in caplog.text
     # 24 steps of 4 pictures are about three passes over the samples, or four over the groups.
     assert seen["shard"] > 20
     assert 1 <= seen["balance"] <= 6
@@ -92,7 +92,7 @@ def test_the_plan_counts_pictures_as_the_mode_says(configure, repeated, capsys, 
         make_plan(configure(**{**settings, "num_shards": 25}))
     make_plan(configure(**{**settings, "num_shards": 25}, group_duplicates="off"))
     run(**settings, dry_run=True)
-    assert "1 groups of near-identical pictures hold 10 samples, each in one shard" in capsys.readouterr().out
+    assert "1 group of near-identical pictures holds 10 samples, each in one shard" in capsys.readouterr().out
 
 
 def test_the_guard_is_off_without_looking_for_duplicates(configure, repeated):

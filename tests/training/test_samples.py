@@ -17,8 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sd_memguard.training import sample_dataset
-from sd_memguard.training import sample_check
+from sd_memguard.training import sample_check, sample_dataset
 from sd_memguard.training.duplicates import describe_duplicates
 from sd_memguard.training.samples import SampleError, Samples, load_samples
 
