@@ -64,7 +64,10 @@ class GuardConfig:
     """
 
     num_shards: int | Literal["auto"] = setting(
-        "auto", GUARD, "shards, one proxy each; auto: samples // 64, from 1 to 4; 1: no ensemble", POSITIVE_COUNT
+        "auto",
+        GUARD,
+        "shards, one proxy each; auto: different pictures // 64, from 1 to 4; 1: no ensemble",
+        POSITIVE_COUNT,
     )
     steps_per_round: int | Literal["auto"] = setting(
         "auto", GUARD, "optimizer steps of each proxy per round; auto: a sixth of its steps, 50 to 1000", POSITIVE_COUNT

@@ -20,7 +20,12 @@ class DuplicateCount(NamedTuple):
 
     def __str__(self) -> str:
         """Return both numbers as words."""
-        return f"{self.num_groups:,} groups of near-identical pictures hold {self.num_samples:,} samples"
+        groups = (
+            "1 group of near-identical pictures holds"
+            if self.num_groups == 1
+            else (f"{self.num_groups:,} groups of near-identical pictures hold")
+        )
+        return f"{groups} {self.num_samples:,} samples"
 
 
 def count_duplicates(groups: npt.NDArray[np.int64]) -> DuplicateCount:

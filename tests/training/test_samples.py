@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sd_memguard.training import sample_dataset
+from sd_memguard.training import sample_check, sample_dataset
+from sd_memguard.training.duplicates import describe_duplicates
 from sd_memguard.training.samples import SampleError, Samples, load_samples
 
 TEXTS = ["a red cat", "two blue dogs", "东京的猫"]
@@ -678,3 +679,59 @@ def test_damaged_metadata_never_surprise(tmp_path):
                 continue
             assert all(samples.captions(i) and samples.image(i) for i in samples.sample_ids)
         path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------- duplicates
+
+
+@pytest.fixture
+def repeated(tmp_path) -> Path:
+    """Return a folder of 8 pictures: 1, 4 and 6 are one, also smaller and as JPEG; 2 and 7 are one; 3 is broken."""
+    names = ["0.png", "1.png", "2.png", "3.png", "4.jpg", "5.png", "6.png", "7.png"]
+    for seed, name in enumerate(names):
+        random_picture(seed, (6, 6)).resize((90, 60), PIL.Image.Resampling.BICUBIC).save(tmp_path / name)
+    with PIL.Image.open(tmp_path / "1.png") as original:
+        original.save(tmp_path / "4.jpg", quality=70)
+        original.resize((45, 30)).save(tmp_path / "6.png")
+    (tmp_path / "7.png").write_bytes((tmp_path / "2.png").read_bytes())
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    write_jsonl(tmp_path, [{"file_name": name, "text": f"caption {name[0]}"} for name in names])
+    return tmp_path
+
+
+def test_duplicates_are_grouped_under_their_first_sample(repeated):
+    samples = load(repeated, on_bad_sample="skip", find_duplicates=True)
+    assert samples.groups.tolist() == [0, 1, 2, 3, 1, 5, 1, 2]
+    assert load(repeated, on_bad_sample="skip").groups is None
+    few = load(repeated, on_bad_sample="skip", find_duplicates=True, max_train_samples=6, seed=1)
+    firsts = {picture: min(i for i in few.sample_ids if samples.groups[i] == picture) for picture in (1, 2)}
+    expected = [firsts.get(samples.groups[i], i) if i in few.sample_ids else i for i in range(8)]
+    assert few.groups.tolist() == expected
+    assert expected != list(range(8))
+
+
+def test_looking_for_duplicates_decodes_nothing_twice(repeated, monkeypatch):
+    decoded = []
+    decode = sample_check.decode_picture
+
+    def count(stored):
+        decoded.append(stored["path"])
+        return decode(stored)
+
+    monkeypatch.setattr(sample_check, "decode_picture", count)
+    load(repeated, on_bad_sample="skip", find_duplicates=True)
+    assert len(decoded) == len(set(decoded)) == 8
+
+
+def test_the_largest_groups_are_told_by_name(repeated):
+    text = describe_duplicates(load(repeated, on_bad_sample="skip", find_duplicates=True))
+    assert text.splitlines() == [
+        "2 groups of near-identical pictures hold 5 samples of 7; the largest:",
+        "  3 times: 1.png 'caption 1', 4.jpg 'caption 4', 6.png 'caption 6'",
+        "  2 times: 2.png 'caption 2', 7.png 'caption 7'",
+    ]
+
+
+def test_a_set_without_duplicates_says_so(tmp_path):
+    write_folder(tmp_path)
+    assert describe_duplicates(load(tmp_path, find_duplicates=True)) == "no near-identical pictures were found"
