@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sd_memguard.training import checkpoint
+from sd_memguard.proxies import state_file
 from sd_memguard.training.checkpoint import list_checkpoints, verify_checkpoint
 from sd_memguard.training.faults import DiskFullError, NonFiniteError, OutOfMemoryError, explained_faults, memory_advice
 from sd_memguard.training.loop import Trainer
@@ -65,7 +65,7 @@ def test_a_full_disk_in_a_save_leaves_the_older_checkpoint_and_a_run_that_goes_o
     whole = (run("whole", **SHORT).output_dir / UNET).read_bytes()
     folder = Path(configure("full").output_dir)
     with monkeypatch.context() as patch:
-        fail_at(patch, checkpoint, "save_file", 2, error)
+        fail_at(patch, state_file, "save_file", 2, error)
         with pytest.raises(DiskFullError, match="--resume_from_checkpoint latest"):
             run("full", **SHORT)
     assert [path.name for path in folder.glob("*checkpoint-*")] == ["checkpoint-3"]
