@@ -28,7 +28,7 @@ def main() -> None:
     """Print the table and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=Path, default=CELLS, help="where the cells are")
-    parser.add_argument("--plot", type=Path, help="also draw copies against held-out loss into this PNG")
+    parser.add_argument("--plot", type=Path, help="also draw copies against the loss on unseen pictures into this PNG")
     options = parser.parse_args()
     points = read_cells(options.cells)
     print("\n".join(table(points)))
@@ -84,27 +84,28 @@ def _share_text(copies: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(points: dict[tuple[str, int], list[Cell]], file: Path) -> None:
-    """Draw the share of copies against the loss on unseen pictures, a line along the training for each arm."""
+    """Draw the share of copies of repeated captions against the loss on unseen pictures, a line along each training."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.2), sharex=True, layout="constrained")
-    for axis, kind in zip(axes, KINDS, strict=True):
-        for index, arm in enumerate(dict.fromkeys(arm for arm, _ in points)):
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.2), sharey=True, layout="constrained")
+    arms = list(dict.fromkeys(arm for arm, _ in points))
+    panels = {"all weights": [arm for arm in arms if "lora" not in arm], "LoRA": [arm for arm in arms if "lora" in arm]}
+    for axis, (title, shown) in zip(axes, panels.items(), strict=True):
+        for arm in shown:
             along = [cells for (name, _), cells in points.items() if name == arm]
             losses = [mean_loss(cells, "heldout") for cells in along]
-            shares = [100 * share([cell["copies"][kind] for cell in cells])[0] for cells in along]
-            colour, style = f"C{index % 10}", "--" if arm.startswith("lora") else "-"
-            axis.plot(losses, shares, style, color=colour, marker="o", markersize=4, label=ARMS[arm].title)
-            axis.plot(losses[-1], shares[-1], "o", color=colour, markersize=9)
-        axis.set_title(f"{kind} captions", loc="left")
+            shares = [100 * share([cell["copies"]["repeated"] for cell in cells])[0] for cells in along]
+            (line,) = axis.plot(losses, shares, marker="o", markersize=4, label=ARMS[arm].title.replace("`", ""))
+            axis.plot(losses[-1], shares[-1], "o", color=line.get_color(), markersize=9)
+        axis.set_title(f"{title}: lower and further left is better", loc="left")
         axis.set_xlabel("denoising loss on unseen pictures")
-        axis.set_ylabel("near copies, % of drawings")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].legend(fontsize=8, frameon=False, loc="upper right")
+        axis.legend(fontsize=8, frameon=False, loc="upper right")
+    axes[0].set_ylabel("near copies, % of the drawings of repeated captions")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
 
