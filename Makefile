@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --editable '.[dev]'
 	touch $@
 
-demo: $(INSTALLED) ## fine-tune the bundled model plain and guarded, and draw what they copy: runs/demo/compare.png
+demo: $(INSTALLED) ## fine-tune the bundled model plain and guarded, and show what they copy: runs/demo/
 	$(BIN)/sd-memguard demo
 
 test: $(INSTALLED) ## run the tests

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from sd_memguard.assets import BUNDLED, demo_data_path, demo_heldout_path
 from sd_memguard.audit.captions import ChosenCaptions, choose_captions
+from sd_memguard.audit.command import run_audit
 from sd_memguard.audit.compare import Arm, Block, Drawing, Row, comparison_image
 from sd_memguard.audit.generate import draw, load_pipeline
 from sd_memguard.audit.pictures import Pictures, as_image, as_rows, load_pictures
+from sd_memguard.audit.settings import parse_arguments as parse_audit
 from sd_memguard.audit.similarity import COPY_THRESHOLD, NUM_NEIGHBORS, find_copies
 from sd_memguard.config import make_train_config
 from sd_memguard.core.seeding import derive_seed
@@ -37,6 +39,7 @@ MARKER = "sd-memguard-demo.txt"
 """The file that tells a demonstration's folder from any other."""
 
 COMPARISON = "compare.png"
+AUDIT = "audit"
 RESULTS = "results.json"
 
 
@@ -109,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     compare(pictures, chosen, outcomes, look_alikes, settings).save(settings.output_dir / COMPARISON, optimize=True)
     record = describe(pictures, chosen, outcomes, look_alikes, settings)
     (settings.output_dir / RESULTS).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    page = audit(settings)
     print(report(outcomes, look_alikes, settings))
+    print(f"The audit of both models, with every pair to look at: {page}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> DemoSettings:
@@ -143,7 +148,7 @@ def prepare_folder(folder: Path) -> None:
         raise UserError(f"`--output_dir` must be a folder, {folder} is a file; name another")
     if (folder / MARKER).is_file():
         print(f"Replacing the earlier demonstration in {folder}.")
-        for name in [*ARMS, COMPARISON, RESULTS]:
+        for name in [*ARMS, COMPARISON, RESULTS, AUDIT]:
             _remove(folder / name)
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(
@@ -219,6 +224,24 @@ def unseen_copy_share(pictures: Pictures) -> float:
     """Return the share of held-out pictures that would count as near copies: look-alikes, for nobody copied them."""
     heldout = load_pictures(demo_heldout_path(), SIZE)
     return find_copies(as_rows(heldout.pixels), as_rows(pictures.pixels)).is_copy.float().mean().item()
+
+
+def audit(settings: DemoSettings) -> Path:
+    """Audit both models as `sd-memguard audit` does, into the folder ``audit``, and return its page."""
+    folder = settings.output_dir / AUDIT
+    flags = {
+        "train_data_dir": BUNDLED,
+        "reference_data_dir": BUNDLED,
+        "num_prompts": CAPTIONS_PER_KIND,
+        "images_per_prompt": settings.images_per_caption,
+        "num_inference_steps": NUM_INFERENCE_STEPS,
+        "guidance_scale": GUIDANCE_SCALE,
+        "seed": settings.seed,
+        "output_dir": folder,
+    }
+    models = [text for arm in ARMS for text in ("--model", f"{arm}={settings.output_dir / arm}")]
+    run_audit(parse_audit([*models, *(text for name, value in flags.items() for text in (f"--{name}", str(value)))]))
+    return folder / "report.html"
 
 
 def compare(

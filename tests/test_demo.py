@@ -29,8 +29,12 @@ def test_two_equal_models_come_out_equal_twice_in_one_folder(quick, tmp_path, ca
     for _ in range(2):
         demo.main(["--output_dir", str(folder), "--images_per_caption", "2"])
     assert sorted(file.name for file in folder.iterdir()) == sorted(
-        [*demo.ARMS, "compare.png", "results.json", demo.MARKER]
+        [*demo.ARMS, "audit", "compare.png", "results.json", demo.MARKER]
     )
+    audited = json.loads((folder / "audit" / "report.json").read_text(encoding="utf-8"))
+    plain, guarded = audited["models"]
+    assert (plain["name"], guarded["name"]) == ("plain", "guarded")
+    assert plain["copies"] == guarded["copies"]
     with Image.open(folder / "compare.png") as image:
         assert image.width == 1200
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -44,6 +48,9 @@ def test_two_equal_models_come_out_equal_twice_in_one_folder(quick, tmp_path, ca
     assert printed.count("no clear difference") == 2 * 2
     assert printed.count("Replacing the earlier demonstration") == 1
     assert str(folder / "compare.png") in printed
+    page = folder / "audit" / "report.html"
+    assert str(page) in printed
+    assert "<html" in page.read_text(encoding="utf-8")
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
