@@ -21,7 +21,8 @@ from benchmarks.memorization.arms import ARMS, COMMON
 from benchmarks.memorization.data import training_folder
 from benchmarks.memorization.judge import Exam, judge, prepare_exam
 from sd_memguard.config import TrainConfig, make_train_config
-from sd_memguard.training.checkpoint import list_checkpoints, load_state
+from sd_memguard.proxies.state_file import load_state
+from sd_memguard.training.checkpoint import list_checkpoints
 from sd_memguard.training.logs import configure_logging
 from sd_memguard.training.loop import train
 
