@@ -12,6 +12,7 @@ from sd_memguard.assets import tiny_sd_path
 from sd_memguard.audit import AuditError
 from sd_memguard.audit.generate import draw
 from sd_memguard.audit.models import LORA_FILE, ModelFiles, find_model, load_pipeline, model_sha256, read_run
+from sd_memguard.training.single_file import single_file_weights
 
 CPU = torch.device("cpu")
 
@@ -39,6 +40,23 @@ def test_a_lora_is_put_on_its_base(lora):
     )
     assert (plain.int() - adapted.int()).abs().max() > 10
     assert model_sha256(files) != model_sha256(find_model("bundled"))
+
+
+def test_a_one_file_checkpoint_is_loaded_with_the_configs_of_a_folder(tmp_path):
+    pipeline = load_pipeline(tiny_sd_path(), CPU)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias += 0.1
+    parts = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
+    configs = {name: part.config if name != "text_encoder" else part.config.to_dict() for name, part in parts.items()}
+    weights = single_file_weights(*(part.state_dict() for part in parts.values()), configs)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
+    loaded = load_pipeline(find_model(f"bundled+{file}"), CPU)
+    expected, found = pipeline.unet.state_dict(), loaded.unet.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    drawings = [draw(model, ["red apple"], [1], num_inference_steps=2) for model in (pipeline, loaded)]
+    assert torch.equal(*drawings)
 
 
 def test_the_hash_follows_the_weights_and_not_the_place(tmp_path):
