@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sd_memguard.errors import UserError
+from sd_memguard.training.run_folder import CONFIG, FOLDER, SUMMARY
+from sd_memguard.training.setup import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ FREE_TO_CHANGE = {
     *("dataloader_num_workers", "push_to_hub", "hub_model_id", "cache_dir", "dry_run", "offload_ema", "allow_tf32"),
 }
 """Settings that do not shape what is trained."""
+LENGTH = {"max_train_steps", "num_train_epochs"}
+"""Settings that may grow: the run goes on for longer."""
 
 
 class CheckpointError(UserError):
@@ -153,13 +157,38 @@ def refuse_changes(saved: dict[str, Any], present: dict[str, Any], folder: Path)
     Raises:
         CheckpointError: names the settings that differ.
     """
-    changed = [name for name in present if name not in FREE_TO_CHANGE and saved.get(name) != present[name]]
+    differing = [name for name in present if name not in FREE_TO_CHANGE and saved.get(name) != present[name]]
+    changed = [name for name in differing if not _grows(name, saved, present)]
     if changed:
         texts = ", ".join(f"`--{name}` {saved.get(name)} there, {present[name]} here" for name in changed)
         raise CheckpointError(
             f"{folder} was made with other settings: {texts}; give the same ones to go on, or name another "
             "`--output_dir` to begin anew"
         )
+
+
+def _grows(name: str, saved: dict[str, Any], present: dict[str, Any]) -> bool:
+    """Say whether a setting makes the run longer than it was."""
+    before, now = saved.get(name), present[name]
+    return name in LENGTH and before is not None and now is not None and now > before
+
+
+def finished_summary(plan: Plan) -> dict[str, Any] | None:
+    """Return how the run ended that ``--resume_from_checkpoint latest`` finds finished, None where work is left.
+
+    Raises:
+        CheckpointError: it was another run.
+    """
+    folder = plan.output_dir / FOLDER
+    written = all(file.is_file() for file in (folder / SUMMARY, plan.output_dir / "model_index.json"))
+    if plan.config.resume_from_checkpoint != "latest" or not written:
+        return None
+    summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    if summary["global_step"] < plan.schedule.total_steps:
+        return None
+    record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    refuse_changes(record, {**plan.config.to_dict(), **plan.resolved}, plan.output_dir)
+    return summary
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sd_memguard.training.models import TRAINED_PARTS, weights_file
+from sd_memguard.training.run_folder import replace_file
 
-UNET = "unet"
+UNET, INDEX = "unet", "model_index.json"
 
 
 def write_pipeline(
@@ -35,14 +36,15 @@ def write_pipeline(
         dtype: precision to cast the other parts to, which are then no longer the bytes of the source.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    index = json.loads((source / "model_index.json").read_text())
-    shutil.copyfile(source / "model_index.json", output_dir / "model_index.json")
+    index = json.loads((source / INDEX).read_text())
     for part, classes in index.items():
         if isinstance(classes, list) and classes[0] is not None and part != UNET:
             _copy_part(source / part, output_dir / part, part, variant)
             if dtype is not None:
                 _cast_part(output_dir / part, dtype)
     unet.save_pretrained(output_dir / UNET, max_shard_size="100GB")
+    # Last, since it is by this file that a folder passes for a whole pipeline.
+    replace_file(output_dir / INDEX, lambda temporary: shutil.copyfile(source / INDEX, temporary))
 
 
 def _copy_part(source: Path, target: Path, part: str, variant: str | None) -> None:

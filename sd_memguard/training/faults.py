@@ -1,19 +1,33 @@
 """What goes wrong in the middle of a run, told with the way out; the last checkpoint is untouched by all of it."""
 
 import errno
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from sd_memguard.config import TrainConfig
 from sd_memguard.errors import UserError
+from sd_memguard.guard import Verdict
 from sd_memguard.training.footprint import gigabytes
+from sd_memguard.training.samples import Samples
 
+MAX_NAMED = 8
+"""Samples that a message about a step names."""
 GO_ON = "then go on with `--resume_from_checkpoint latest`"
+
+
+class Seen(NamedTuple):
+    """One batch that a step met: ids and timesteps (B,) int64, and what the guard said of it."""
+
+    sample_ids: Tensor
+    timesteps: Tensor
+    verdict: Verdict
 
 
 class NonFiniteError(RuntimeError):
@@ -86,3 +100,18 @@ def check_finite(unet: nn.Module) -> None:
                 f"the weights {name} are not finite, so nothing was saved; go on from the last checkpoint, which "
                 "is untouched, with a lower `--learning_rate` or with `--mixed_precision bf16` or `no`"
             )
+
+
+def suspects(seen: Sequence[Seen], samples: Samples) -> str:
+    """Return which samples a step met at which timesteps: those with a bad loss, or all where each loss is good."""
+    met = [
+        (sample_id, timestep, loss)
+        for one in seen
+        for sample_id, timestep, loss in zip(
+            one.sample_ids.tolist(), one.timesteps.tolist(), one.verdict.losses.tolist(), strict=True
+        )
+    ]
+    bad = [row for row in met if not math.isfinite(row[2])] or met
+    named = [f"sample {row[0]}, {samples.file(row[0])}, timestep {row[1]}" for row in bad[:MAX_NAMED]]
+    more = [f"and {len(bad) - MAX_NAMED} more"] if len(bad) > MAX_NAMED else []
+    return "; ".join([*named, *more]) or "augmented copies"

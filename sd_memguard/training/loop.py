@@ -16,7 +16,6 @@ from torch import Tensor
 from sd_memguard.config import TrainConfig
 from sd_memguard.core.progress import Progress
 from sd_memguard.core.seeding import Address
-from sd_memguard.core.shards import Moves
 from sd_memguard.core.visits import Visit
 from sd_memguard.guard import AugmentBatch, MemorizationGuard, Verdict
 from sd_memguard.proxies.lora import LoraProxies
@@ -24,6 +23,7 @@ from sd_memguard.proxies.state_file import load_state, save_state
 from sd_memguard.training.batches import Batch, BatchSource, Encoders, visit_address
 from sd_memguard.training.checkpoint import (
     find_checkpoint,
+    finished_summary,
     prune_checkpoints,
     refuse_changes,
     remove_leftovers,
@@ -32,7 +32,7 @@ from sd_memguard.training.checkpoint import (
 from sd_memguard.training.dry_run import describe_plan
 from sd_memguard.training.export import UNET, write_pipeline
 from sd_memguard.training.exporter import export_at_end
-from sd_memguard.training.faults import NonFiniteError, check_finite, explained_faults
+from sd_memguard.training.faults import NonFiniteError, Seen, check_finite, explained_faults, suspects
 from sd_memguard.training.hub import push_to_hub
 from sd_memguard.training.interrupt import Interrupted, StopRequest
 from sd_memguard.training.learning_rate import learning_rate_schedule
@@ -44,9 +44,8 @@ from sd_memguard.training.models import load_unet
 from sd_memguard.training.records import (
     PROXIES_FOLDER,
     RunRecords,
-    bank_summary,
-    count_moves,
     memory_prone_samples,
+    round_row,
 )
 from sd_memguard.training.run_folder import FOLDER
 from sd_memguard.training.setup import (
@@ -65,18 +64,6 @@ logger = logging.getLogger(__name__)
 
 MAX_NONFINITE_STEPS = 5
 """Steps in a row that may be left out for a loss or gradient that is not finite."""
-
-
-MAX_NAMED = 8
-"""Samples that a message about such a step names."""
-
-
-class Seen(NamedTuple):
-    """One batch that a step met: ids and timesteps (B,) int64, and what the guard said of it."""
-
-    sample_ids: Tensor
-    timesteps: Tensor
-    verdict: Verdict
 
 
 class TrainResult(NamedTuple):
@@ -101,6 +88,12 @@ def train(config: TrainConfig) -> TrainResult:
         print(describe_plan(plan, accelerator))
         return TrainResult(plan.output_dir, 0, {})
     with run_lock(plan.output_dir), explained_faults(plan.config):
+        if (summary := finished_summary(plan)) is not None:
+            logger.info(
+                "%s holds this run finished after %d steps: nothing is left to do; a larger --max_train_steps goes on",
+                *(plan.output_dir, summary["global_step"]),
+            )
+            return TrainResult(plan.output_dir, summary["global_step"], summary)
         remove_leftovers(plan.output_dir)
         trainer = Trainer(plan, accelerator)
         trainer.resume()
@@ -190,18 +183,20 @@ class Trainer:
     def fit(self, stop: StopRequest) -> None:
         """Train to the end: every round, in it every shard, in it every step."""
         progress = self.progress
-        resolved = {"num_shards": self.schedule.num_shards, "steps_per_round": self.schedule.steps_per_round}
-        self.records.write_config(self.config, {**resolved, "max_train_steps": self.schedule.total_steps})
+        self.records.begin(self.config, self.plan.resolved)
         while progress.round_index < self.schedule.num_rounds:
             while progress.shard_index < self.schedule.num_shards:
                 self.train_shard(progress.shard_index, stop)
                 progress.shard_index += 1
-                progress.step_in_round = 0
             self.end_round()
 
     def train_shard(self, shard_index: int, stop: StopRequest) -> None:
         """Train one proxy on its shard for what is left of its steps in this round."""
         progress, cursor = self.progress, self.progress.cursors[shard_index]
+        # Reckoned, not remembered: a run that goes on for longer may find its last round unfinished.
+        progress.step_in_round = (
+            progress.shard_steps[shard_index] - progress.round_index * self.schedule.steps_per_round
+        )
         num_steps = self.schedule.steps_in_round(progress.round_index, shard_index) - progress.step_in_round
         if num_steps == 0:
             return
@@ -310,27 +305,13 @@ class Trainer:
         self.progress.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
         step = self.progress.global_step + 1
-        logger.warning("step %d is left out: its %s is not finite (%s)", step, what, self._suspects(seen))
+        logger.warning("step %d is left out: its %s is not finite (%s)", step, what, suspects(seen, self.plan.samples))
         if self.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
             raise NonFiniteError(
                 f"the {what} of {MAX_NONFINITE_STEPS} steps in a row was not finite, the last at step {step}; the "
                 "weights are those before. Lower `--learning_rate`, use `--mixed_precision bf16` or `no`, or look "
                 "at the pictures; the last checkpoint is untouched"
             )
-
-    def _suspects(self, seen: list[Seen]) -> str:
-        """Return which samples a step met at which timesteps: those with a bad loss, or all where each loss is good."""
-        met = [
-            (sample_id, timestep, loss)
-            for one in seen
-            for sample_id, timestep, loss in zip(
-                one.sample_ids.tolist(), one.timesteps.tolist(), one.verdict.losses.tolist(), strict=True
-            )
-        ]
-        bad = [row for row in met if not math.isfinite(row[2])] or met
-        named = [f"sample {row[0]}, {self.plan.samples.file(row[0])}, timestep {row[1]}" for row in bad[:MAX_NAMED]]
-        more = [f"and {len(bad) - MAX_NAMED} more"] if len(bad) > MAX_NAMED else []
-        return "; ".join([*named, *more]) or "augmented copies"
 
     def _set_learning_rate(self) -> None:
         rate = self.learning_rate(self.progress.shard_steps[self.guard.shard_index])
@@ -351,35 +332,12 @@ class Trainer:
             moves = self.guard.redistribute()
             for cursor in progress.cursors:
                 cursor.begin_pass()
-        row = self._round_row(kind, sizes, distances, moves, self._look())
+        row = round_row(kind, progress, self.records.rounds, self.guard.banks, sizes, distances, moves, self._look())
         self.records.add_round(row)
         self.records.write_samples(self.plan.samples, self.guard)
         self.records.write_banks(self.guard.banks)
         self.log.round(row, progress.global_step)
         progress.begin_round()
-
-    def _round_row(
-        self, kind: str, sizes: list[int], distances: list[float], moves: Moves | None, measured: dict[str, MeanLoss]
-    ) -> dict[str, Any]:
-        progress, banks = self.progress, [bank_summary(bank) for bank in self.guard.banks]
-        meters = enumerate(progress.meters)
-        row: dict[str, Any] = {
-            "round": progress.round_index + 1,
-            "kind": kind,
-            "global_step": progress.global_step,
-            "extra_steps": progress.round_extra_steps,
-            "empty_steps": progress.empty_steps - sum(row["empty_steps"] for row in self.records.rounds),
-            "nonfinite_steps": progress.nonfinite_steps - sum(row["nonfinite_steps"] for row in self.records.rounds),
-            "picture_forwards": progress.picture_forwards,
-            "shards": [
-                {"shard": k, "size": sizes[k], **meter.summary(), "distance": distances[k], **banks[k]}
-                for k, meter in meters
-            ],
-            "moves": [] if moves is None else count_moves(moves),
-        }
-        for name, loss in measured.items():
-            row[name], row[f"{name}_error"] = loss
-        return row
 
     def _look(self) -> dict[str, MeanLoss]:
         """Return the probes' losses of the aggregate, and draw with it when that is due."""
@@ -470,10 +428,17 @@ class Trainer:
         self.guard.load_state_dict(state["guard"])
         self.proxies.load(folder / FOLDER / PROXIES_FOLDER, state["proxies"])
         self.progress = Progress.from_dict(state["progress"])
+        self.progress.shard_index = 0  # shards that have taken the steps of this round are passed over
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.records.restore_rounds(state["rounds"])
         logger.info("going on from %s", folder)
+        before, now = state["config"]["max_train_steps"], self.config.max_train_steps
+        if before != now and not self.config.lr_scheduler.startswith("constant"):
+            logger.warning(
+                "--max_train_steps is %d instead of %d: from here on the learning rate follows the longer curve",
+                *(now, before),
+            )
 
     # The end of the run.
 

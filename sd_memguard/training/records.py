@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from sd_memguard.config import TrainConfig
 from sd_memguard.core.memory_bank import LossMemoryBank
+from sd_memguard.core.progress import Progress
 from sd_memguard.core.shards import Moves
 from sd_memguard.guard import MemorizationGuard
 from sd_memguard.training.ranking import memory_prone_order
@@ -21,6 +23,8 @@ from sd_memguard.training.samples import Samples
 
 PROXIES_FOLDER = "proxies"
 NUM_MEMORY_PRONE = 10
+SUMS = ("empty_steps", "nonfinite_steps")
+"""What a run counts from its beginning and a round reports for itself."""
 
 
 class RunRecords:
@@ -35,10 +39,15 @@ class RunRecords:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rounds: list[dict[str, Any]] = []
 
-    def write_config(self, config: TrainConfig, resolved: dict[str, Any]) -> None:
-        """Write every setting as given, with what ``auto`` and a missing seed were resolved to."""
+    def begin(self, config: TrainConfig, resolved: dict[str, Any]) -> None:
+        """Write every setting as given, with what ``auto`` and a missing seed were resolved to.
+
+        The end of a run that now goes on for longer is taken back, so that it does not pass for the end of this one.
+        """
         text = json.dumps({**config.to_dict(), **resolved}, indent=2, ensure_ascii=False)
         replace_text(self.folder / CONFIG, text + "\n")
+        for file in (self.folder / SUMMARY, self.folder.parent / "model_index.json"):
+            file.unlink(missing_ok=True)
 
     def restore_rounds(self, rounds: list[dict[str, Any]]) -> None:
         """Take over the rounds of an interrupted run; later ones are about to be trained again."""
@@ -81,6 +90,47 @@ class RunRecords:
         """Write how the run ended; its speed stays out, so that the same run gives the same file."""
         kept = {name: value for name, value in summary.items() if name != "pictures_per_second"}
         replace_text(self.folder / SUMMARY, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+
+
+def round_row(
+    kind: str,
+    progress: Progress,
+    before: list[dict[str, Any]],
+    banks: list[LossMemoryBank],
+    sizes: list[int],
+    distances: list[float],
+    moves: Moves | None,
+    measured: Mapping[str, tuple[float, float]],
+) -> dict[str, Any]:
+    """Return a line of rounds.jsonl.
+
+    Args:
+        kind: what ends the round.
+        progress: where the run stands, the round's meters in it.
+        before: the lines of the rounds before.
+        banks: of each proxy.
+        sizes: samples of each shard in this round.
+        distances: of each proxy from the mean.
+        moves: of a redistribution.
+        measured: probe losses by name: mean and standard error.
+    """
+    summaries = [bank_summary(bank) for bank in banks]
+    row: dict[str, Any] = {
+        "round": progress.round_index + 1,
+        "kind": kind,
+        "global_step": progress.global_step,
+        "extra_steps": progress.round_extra_steps,
+        **{name: getattr(progress, name) - sum(row[name] for row in before) for name in SUMS},
+        "picture_forwards": progress.picture_forwards,
+        "shards": [
+            {"shard": k, "size": sizes[k], **meter.summary(), "distance": distances[k], **summaries[k]}
+            for k, meter in enumerate(progress.meters)
+        ],
+        "moves": [] if moves is None else moves.counts(),
+    }
+    for name, (mean, error) in measured.items():
+        row[name], row[f"{name}_error"] = mean, error
+    return row
 
 
 def bank_curve(bank: LossMemoryBank) -> torch.Tensor:

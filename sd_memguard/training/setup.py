@@ -66,6 +66,16 @@ class Plan:
         return num_different(self.samples) if balanced else len(self.samples.sample_ids)
 
     @property
+    def resolved(self) -> dict[str, int]:
+        """What ``auto`` and a number of epochs came to."""
+        schedule = self.schedule
+        return {
+            "num_shards": schedule.num_shards,
+            "steps_per_round": schedule.steps_per_round,
+            "max_train_steps": schedule.total_steps,
+        }
+
+    @property
     def visits_per_step(self) -> int:
         """Samples seen per optimizer step."""
         return self.config.train_batch_size * self.config.gradient_accumulation_steps
@@ -77,7 +87,8 @@ def make_plan(config: TrainConfig) -> Plan:
     Raises:
         UserError: see its subclasses; nothing was written and no model loaded.
     """
-    seed = _recorded_seed(config) if config.seed is None else config.seed
+    recorded = _recorded(config)
+    seed = config.seed if config.seed is not None else recorded.get("seed", secrets.randbits(31))
     guard = GuardConfig.off() if config.memguard == "off" else config.guard
     config = replace(config, seed=seed, guard=guard)
     check_output_dir(config)
@@ -93,19 +104,21 @@ def make_plan(config: TrainConfig) -> Plan:
     heldout = _load_pictures(config, heldout_folder, None, None) if heldout_folder else None
     pipeline = find_pipeline(config)
     schedule = plan_rounds(config, samples)
+    if guard.steps_per_round == "auto" and "steps_per_round" in recorded:  # of a run that may now go on for longer
+        schedule = replace(schedule, steps_per_round=recorded["steps_per_round"])
     sizes = footprint(pipeline, config, schedule)
     check_space(sizes, config)
     return Plan(config, seed, pipeline, samples, heldout, schedule, sizes)
 
 
-def _recorded_seed(config: TrainConfig) -> int:
-    """Return the seed that the run to be resumed has drawn, else draw one."""
+def _recorded(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that the run to be resumed has written down, nothing where none is resumed."""
     folders = [Path(config.output_dir), Path(config.resume_from_checkpoint or "").parent]
     record = next((path for path in (folder / FOLDER / "config.json" for folder in folders) if path.exists()), None)
-    if config.resume_from_checkpoint and record is not None:
-        seed: int = json.loads(record.read_text(encoding="utf-8"))["seed"]
-        return seed
-    return secrets.randbits(31)
+    if not config.resume_from_checkpoint or record is None:
+        return {}
+    settings: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    return settings
 
 
 def num_different(samples: Samples) -> int:

@@ -1,6 +1,7 @@
 """Whole runs: resumed ones, repeated ones, neutral ones, and those that go wrong."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -375,6 +376,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, caplog, how):
     folder = run(**settings).output_dir
     expected = results(folder)
     damage(folder / "checkpoint-6", how)
+    (folder / "memguard/summary.json").unlink()  # as if it had been stopped before its end
     assert run(**settings, resume_from_checkpoint="latest").output_dir == folder
     assert "checkpoint-6" in caplog.text
     assert results(folder) == expected
@@ -384,6 +386,7 @@ def test_only_damaged_checkpoints_are_refused(run):
     settings = {"max_train_steps": 6, "checkpointing_steps": 6}
     folder = run(**settings).output_dir
     damage(folder / "checkpoint-6", "truncated")
+    (folder / "memguard/summary.json").unlink()
     with pytest.raises(CheckpointError, match="damaged"):
         run(**settings, resume_from_checkpoint="latest")
 
@@ -392,6 +395,48 @@ def test_old_checkpoints_are_removed(run):
     folder = run(max_train_steps=6, checkpointing_steps=2, checkpoints_total_limit=1).output_dir
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-6"]
     assert not list(folder.glob("writing-*"))
+
+
+# Runs that are over, and runs that go on for longer.
+
+
+def test_a_finished_run_is_left_as_it_is(run, caplog):
+    settings = {"max_train_steps": 6, "checkpointing_steps": 4}
+    first = run(**settings)
+    before = {path: path.stat().st_mtime_ns for path in first.output_dir.rglob("*.safetensors")}
+    with caplog.at_level(logging.INFO, "sd_memguard"):
+        again = run(**settings, resume_from_checkpoint="latest")
+    assert "nothing is left to do" in caplog.text
+    assert (again.output_dir, again.global_step) == (first.output_dir, 6)
+    assert {path: path.stat().st_mtime_ns for path in first.output_dir.rglob("*.safetensors")} == before
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        run(**settings, learning_rate=2e-3, resume_from_checkpoint="latest")
+    with pytest.raises(CheckpointError, match="max_train_steps"):
+        run(**{**settings, "max_train_steps": 5}, resume_from_checkpoint="latest")
+
+
+# The end of the shorter run: of a round, in the middle of one that the longer run makes longer, and uneven shards.
+@pytest.mark.parametrize("short", [18, 15, 16, 17])
+@pytest.mark.parametrize(
+    "settings", [{}, {"proxy": "lora", "rank": 2}, {"memguard": "off"}], ids=["full", "lora", "off"]
+)
+def test_a_run_that_goes_on_for_longer_equals_one_that_was_meant_to(run, short, settings):
+    settings = {**settings, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    whole = run("whole", **settings)
+    run("longer", **settings, max_train_steps=short)
+    longer = run("longer", **settings, resume_from_checkpoint="latest")
+    assert results(longer.output_dir)[:-1] == results(whole.output_dir)[:-1]
+    known = [json.loads((one.output_dir / "memguard/summary.json").read_text()) for one in (longer, whole)]
+    assert known[0] | {"exports": []} == known[1] | {"exports": []}  # these name the folder
+
+
+def test_rounds_keep_their_length_and_another_curve_of_the_rate_is_told(run, caplog):
+    settings = {"steps_per_round": "auto", "checkpointing_steps": 4, "lr_scheduler": "cosine"}
+    run(**settings, max_train_steps=12)
+    longer = run(**settings, max_train_steps=600, num_shards=3, resume_from_checkpoint="checkpoint-8", dry_run=True)
+    assert longer.global_step == 0
+    run(**settings, max_train_steps=16, resume_from_checkpoint="latest")
+    assert "follows the longer curve" in caplog.text
 
 
 # Numbers that are not finite.
