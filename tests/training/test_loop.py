@@ -416,9 +416,10 @@ def test_a_finished_run_is_left_as_it_is(run, caplog):
 
 
 # The end of the shorter run: of a round, in the middle of one that the longer run makes longer, and uneven shards.
-@pytest.mark.parametrize("short", [18, 15, 16, 17])
 @pytest.mark.parametrize(
-    "settings", [{}, {"proxy": "lora", "rank": 2}, {"memguard": "off"}], ids=["full", "lora", "off"]
+    ("short", "settings"),
+    [(18, {}), (15, {}), (16, {}), (17, {"proxy": "lora", "rank": 2}), (17, {"memguard": "off"})],
+    ids=["round-end", "mid-round", "uneven", "lora", "plain"],
 )
 def test_a_run_that_goes_on_for_longer_equals_one_that_was_meant_to(run, short, settings):
     settings = {**settings, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
