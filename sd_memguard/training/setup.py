@@ -1,12 +1,14 @@
 """What a run needs, checked in the order of cost: folders and pictures first, then models, then memory and disk."""
 
+import csv
 import json
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ from sd_memguard.training.footprint import Footprint, check_space, footprint, re
 from sd_memguard.training.lora import add_adapter, base_weights
 from sd_memguard.training.models import Models, find_pipeline, load_models
 from sd_memguard.training.records import PROXIES_FOLDER
-from sd_memguard.training.run_folder import FOLDER
-from sd_memguard.training.samples import Samples, load_samples
+from sd_memguard.training.run_folder import FOLDER, replace_text
+from sd_memguard.training.samples import BadSample, SampleError, Samples, load_samples
 
 logger = logging.getLogger(__name__)
 
@@ -162,19 +164,43 @@ def _unbundle(folder: str | None, bundled: Path) -> str | None:
 def _load_pictures(
     config: TrainConfig, folder: str | None, dataset: str | None, limit: int | None, *, find_duplicates: bool = False
 ) -> Samples:
+    """Return the samples; bad ones are all listed in a file of the run folder, which a message has no room for.
+
+    Raises:
+        SampleError: they cannot be used.
+    """
     assert config.seed is not None
-    return load_samples(
-        train_data_dir=folder,
-        dataset_name=dataset,
-        dataset_config_name=config.dataset_config_name if dataset else None,
-        cache_dir=config.cache_dir,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-        max_train_samples=limit,
-        seed=config.seed,
-        on_bad_sample=config.on_bad_sample,
-        find_duplicates=find_duplicates,
-    )
+    try:
+        samples = load_samples(
+            train_data_dir=folder,
+            dataset_name=dataset,
+            dataset_config_name=config.dataset_config_name if dataset else None,
+            cache_dir=config.cache_dir,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            max_train_samples=limit,
+            seed=config.seed,
+            on_bad_sample=config.on_bad_sample,
+            find_duplicates=find_duplicates,
+        )
+    except SampleError as error:
+        if not error.bad or config.dry_run:
+            raise
+        file = write_bad_samples(Path(config.output_dir), error.bad)
+        raise SampleError(f"{error}\nAll of them are listed in {file}", error.bad) from None
+    if samples.bad and not config.dry_run:
+        logger.warning("the bad samples are listed in %s", write_bad_samples(Path(config.output_dir), samples.bad))
+    return samples
+
+
+def write_bad_samples(output_dir: Path, bad: Sequence[BadSample]) -> Path:
+    """Write the bad samples, with a reason each, to ``memguard/bad_samples.csv`` and return the file."""
+    text = StringIO()
+    csv.writer(text, lineterminator="\n").writerows([BadSample._fields, *bad])
+    file = output_dir / FOLDER / "bad_samples.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, text.getvalue())
+    return file
 
 
 def check_output_dir(config: TrainConfig) -> None:

@@ -1,5 +1,6 @@
 """What goes wrong in the middle of a run: it is named, and what was saved before is whole."""
 
+import csv
 import errno
 import logging
 import shutil
@@ -15,7 +16,7 @@ from sd_memguard.proxies import state_file
 from sd_memguard.training.checkpoint import list_checkpoints, verify_checkpoint
 from sd_memguard.training.faults import DiskFullError, NonFiniteError, OutOfMemoryError, explained_faults, memory_advice
 from sd_memguard.training.loop import Trainer
-from sd_memguard.training.samples import Samples
+from sd_memguard.training.samples import SampleError, Samples
 
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
 SHORT = {"max_train_steps": 6, "checkpointing_steps": 3}
@@ -161,3 +162,25 @@ def test_a_run_whose_pictures_all_go_bad_takes_no_step(run, own_pictures, pipeli
     before = load_file(pipeline / UNET)
     assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(result.output_dir / UNET).items())
     assert result.summary["empty_steps"] == 6
+
+
+# Bad samples.
+
+
+@pytest.mark.parametrize("on_bad_sample", ["error", "skip"])
+def test_all_bad_samples_are_listed_in_a_file(run, configure, own_pictures, caplog, on_bad_sample):
+    spoiled = [f"secret-{number:02}.png" for number in range(0, 24) if number % 8]
+    for name in spoiled:
+        (own_pictures / name).write_bytes(b"no picture, at all")
+    settings = {"train_data_dir": str(own_pictures), "on_bad_sample": on_bad_sample, "max_train_steps": 3}
+    if on_bad_sample == "error":
+        with pytest.raises(SampleError, match=r"bad_samples\.csv"):
+            run(**settings)
+    else:
+        run(**settings)
+        assert "bad_samples.csv" in caplog.text
+    with (Path(configure().output_dir) / "memguard/bad_samples.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == spoiled
+    assert [int(row["sample_id"]) for row in rows] == [number for number in range(24) if number % 8]
+    assert all("picture" in row["reason"] for row in rows)
