@@ -70,14 +70,14 @@ class MemorizationGuard:
 
     A training step goes through it as follows:
 
-    1) The loop computes one loss per sample and calls :meth:`weigh`.
-    2) Each loss is compared with the active proxy's memory bank at its timestep: skip, augment or clean.
-    3) All samples update the bank and the ledger; those to augment join the proxy's queue.
-    4) The loop backwards ``verdict.loss`` and steps, unless ``verdict.num_clean`` is 0.
-    5) When a batch's worth waits in the queue, :meth:`take_augment_batch` hands it out for an extra step.
+    1. The loop computes one loss per sample and calls ``weigh``.
+    2. Each loss is compared with the active proxy's memory bank at its timestep: skip, augment or clean.
+    3. All samples update the bank and the ledger; those to augment join the proxy's queue.
+    4. The loop backwards ``verdict.loss`` and steps, unless ``verdict.num_clean`` is 0.
+    5. When a batch's worth waits in the queue, ``take_augment_batch`` hands it out for an extra step.
 
-    At a round's end the loop either averages the proxies by :meth:`aggregation_weights` or calls :meth:`redistribute`.
-    In a loop of somebody else's :meth:`prepare` (accelerate) or :meth:`attach` sees to all of this but :meth:`weigh`.
+    At a round's end the loop either averages the proxies by ``aggregation_weights`` or calls ``redistribute``.
+    In a loop of somebody else's ``prepare`` (accelerate) or ``attach`` sees to all of this but ``weigh``.
 
     Args:
         config: the guard's settings.
@@ -285,7 +285,7 @@ class MemorizationGuard:
         """Prepare a loop's objects in place of ``accelerator.prepare``, and train them under the guard.
 
         The dataloader's batches come with ``sample_id`` and go shard by shard; proxies, rounds, averages and
-        checkpoints (``accelerator.save_state``) take care of themselves. See :meth:`attach` for the arguments.
+        checkpoints (``accelerator.save_state``) take care of themselves. See ``attach`` for the arguments.
 
         Returns:
             The UNet (not wrapped by the guard), optimizer, dataloader and learning-rate schedule; with ``models`` these

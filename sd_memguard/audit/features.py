@@ -1,6 +1,6 @@
 """Extractors: what turns a picture into the unit vector by which the audit compares it.
 
-A new one is a class with the four attributes and two methods of :class:`Extractor`, and a line in ``EXTRACTORS``.
+A new one is a class with the four attributes and two methods of ``Extractor``, and a line in ``EXTRACTORS``.
 """
 
 import hashlib

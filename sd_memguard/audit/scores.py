@@ -1,6 +1,6 @@
 """What the audit measures, as pure functions of similarities, signals, losses and features; torch only.
 
-Every figure that is an average over captions or pictures comes as an :class:`Estimate` with a bootstrap interval.
+Every figure that is an average over captions or pictures comes as an ``Estimate`` with a bootstrap interval.
 """
 
 from collections.abc import Callable

@@ -29,7 +29,7 @@ def aggregate(states: Sequence[State], weights: Sequence[float]) -> dict[str, Te
 
 
 def iterate_aggregate(states: Sequence[State], weights: Sequence[float]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the aggregate tensor by tensor, see :func:`aggregate`."""
+    """Yield the aggregate tensor by tensor, see ``aggregate``."""
     total = math.fsum(weights)
     if not states or len(states) != len(weights) or min(weights) < 0 or not 0 < total < math.inf:
         raise ValueError(f"{len(states)} states need as many weights, none negative, some positive; got {weights}")

@@ -16,7 +16,7 @@ MIN_VISITS = {"paper": 0, "corrected": 3, "smoothed": 5}
 class LossMemoryBank:
     """Running mean of the loss at each timestep, and the loss ratio against it.
 
-    1) A batch is first compared with the bank as it stands: :meth:`loss_ratio`.
+    1) A batch is first compared with the bank as it stands: ``loss_ratio``.
     2) Then every sample of it, skipped ones too, updates the bank in batch order: ``m[t] <- d m[t] + (1 - d) loss``,
        kept as a decayed sum of losses (``m = (1 - d) sum``) beside the decayed count of visits.
 
@@ -131,7 +131,7 @@ class LossMemoryBank:
             raise ValueError(f"this memory bank is {expected[0]} {expected[1]}, the saved one is {found[0]} {found[1]}")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved bank, after :meth:`check_state`."""
+        """Take over a saved bank, after ``check_state``."""
         self.check_state(state)
         for name in ("sums", "counts", "visits"):
             getattr(self, name).copy_(state[name])

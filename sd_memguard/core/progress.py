@@ -82,7 +82,7 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
-        """Return the progress that :meth:`to_dict` wrote."""
+        """Return the progress that ``to_dict`` wrote."""
         cursors = [VisitCursor(**cursor) for cursor in values["cursors"]]
         meters = [ShardMeter(**meter) for meter in values["meters"]]
         return cls(**{**values, "cursors": cursors, "meters": meters})

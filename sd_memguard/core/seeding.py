@@ -25,7 +25,7 @@ def derive_seed(seed: int, purpose: str, *position: int) -> int:
 
 
 def generator_for(seed: int, purpose: str, *position: int) -> torch.Generator:
-    """Return a CPU generator for the draw at this address, see :func:`derive_seed`."""
+    """Return a CPU generator for the draw at this address, see ``derive_seed``."""
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *position))
 
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """What a loop may tell the guard besides its objects; see :meth:`sd_memguard.MemorizationGuard.attach`."""
+    """What a loop may tell the guard besides its objects; see ``sd_memguard.MemorizationGuard.attach``."""
 
     total_steps: int | None = None
     models: Sequence[nn.Module] = ()
@@ -101,7 +101,7 @@ class Attachment:
 
     @contextmanager
     def averaged(self, rank: int | None) -> Iterator[None]:
-        """Put the aggregate in the model for a while, see :meth:`sd_memguard.MemorizationGuard.averaged`."""
+        """Put the aggregate in the model for a while, see ``sd_memguard.MemorizationGuard.averaged``."""
         if not self.rounds.losses_seen and self.rounds.restore is None and not self.rounds.progress.global_step:
             raise LoopError(
                 "the guard was made but has seen no losses, so that nothing was guarded: call "

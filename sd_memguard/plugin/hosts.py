@@ -79,7 +79,7 @@ class AccelerateHost:
         self.accelerator.gradient_state._add_dataloader(loader)
 
     def end_epoch(self, loader: Any) -> None:
-        """Undo :meth:`begin_epoch`."""
+        """Undo ``begin_epoch``."""
         self.accelerator.gradient_state._remove_dataloader(loader)
 
     def overflowed(self) -> bool:

@@ -135,7 +135,7 @@ class FullProxies:
         return index
 
     def load(self, folder: Path, index: Mapping[str, Any]) -> None:
-        """Take over all proxies from a folder written by :meth:`save`.
+        """Take over all proxies from a folder written by ``save``.
 
         Raises:
             ValueError: it holds another number of proxies, or was written with EMA where there is none, or without.

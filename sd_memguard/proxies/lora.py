@@ -110,7 +110,7 @@ class LoraProxies(FullProxies):
         return super().save(folder)
 
     def load(self, folder: Path, index: Mapping[str, Any]) -> None:
-        """Take over all proxies and the base from a folder written by :meth:`save`."""
+        """Take over all proxies and the base from a folder written by ``save``."""
         super().load(folder, index)
         self.master = load_file(folder / BASE_FILE)
         copy_tensors(self.master, self.base)

@@ -28,7 +28,7 @@ def save_state(state: dict[str, Any], folder: Path, name: str) -> None:
 
 
 def load_state(folder: Path, name: str) -> dict[str, Any]:
-    """Return what :func:`save_state` wrote."""
+    """Return what ``save_state`` wrote."""
     tensors = load_file(folder / f"{name}.safetensors")
 
     def join(value: Any) -> Any:

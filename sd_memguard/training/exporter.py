@@ -30,7 +30,7 @@ LORA_FORMATS = ("lora-diffusers", "lora-kohya")
 FULL_RANK = 64
 """Rank of the LoRA file of a run that trained all weights, where none is given."""
 TOLERANCES = {None: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
-"""Largest difference of drawings by the precision of the weights, see :func:`export_check.difference`."""
+"""Largest difference of drawings by the precision of the weights, see ``export_check.difference``."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Export:
         format: of it.
         path: where it is.
         dtype: precision as given, or None: the UNet in float32, the other parts as they came.
-        difference: of its drawing from the trained model's, see :func:`export_check.difference`.
+        difference: of its drawing from the trained model's, see ``export_check.difference``.
         usage: how to load it.
         adapter: with a LoRA format, the factors, their rank and error.
         base_difference: with a LoRA format, how far the drawing of the untrained model is off.
@@ -105,7 +105,7 @@ class Exporter:
 
         Raises:
             ExportError: `output` cannot be used, or what was written is not what was meant; nothing is left of it.
-            LoraError: no LoRA file can be made, see :func:`lora.low_rank`.
+            LoraError: no LoRA file can be made, see ``lora.low_rank``.
             SingleFileError: the pipeline does not fit into one file.
             ModelError: the pipeline that was fine-tuned is not to be had any more.
         """

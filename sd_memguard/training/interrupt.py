@@ -12,7 +12,7 @@ class Interrupted(SystemExit):
 
 
 class StopRequest:
-    """Within its block, a signal sets :attr:`received` instead of ending the program; a second one ends it."""
+    """Within its block, a signal sets ``received`` instead of ending the program; a second one ends it."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

@@ -68,7 +68,7 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
     """Read the configs of a pipeline folder and refuse what cannot be fine-tuned, by name.
 
     Raises:
-        ModelError: see :func:`find_pipeline`; also where the VAE cannot take ``--resolution``.
+        ModelError: see ``find_pipeline``; also where the VAE cannot take ``--resolution``.
     """
     index_file = folder / "model_index.json"
     if not index_file.is_file():

@@ -37,7 +37,7 @@ def expected_by_chance(seen: Counts, unclean: Counts, score: float) -> float:
     Args:
         seen: (N,) visits of each sample.
         unclean: (N,) visits that were skipped or augmented.
-        score: of the sample in question, see :func:`memory_prone_score`.
+        score: of the sample in question, see ``memory_prone_score``.
     """
     rate = float(np.sum(unclean)) / max(int(np.sum(seen)), 1)
     expected = 0.0

@@ -48,7 +48,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a text file as :func:`replace_file` does."""
+    """Replace a text file as ``replace_file`` does."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -81,7 +81,7 @@ def single_file_weights(
         configs: the ``config.json`` of each of the three, by part.
 
     Raises:
-        SingleFileError: see :func:`ldm_unet_names`, :func:`ldm_vae_names` and :func:`text_encoder_weights`.
+        SingleFileError: see ``ldm_unet_names``, ``ldm_vae_names`` and ``text_encoder_weights``.
     """
     unet_names = ldm_unet_names(unet, configs["unet"]["layers_per_block"])
     vae_names = ldm_vae_names(vae, len(configs["vae"]["block_out_channels"]))
