@@ -11,11 +11,13 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sd_memguard.errors import UserError
 from sd_memguard.training.run_folder import CONFIG, FOLDER, SUMMARY
-from sd_memguard.training.setup import Plan
+
+if TYPE_CHECKING:
+    from sd_memguard.training.setup import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +175,7 @@ def _grows(name: str, saved: dict[str, Any], present: dict[str, Any]) -> bool:
     return name in LENGTH and before is not None and now is not None and now > before
 
 
-def finished_summary(plan: Plan) -> dict[str, Any] | None:
+def finished_summary(plan: "Plan") -> dict[str, Any] | None:
     """Return how the run ended that ``--resume_from_checkpoint latest`` finds finished, None where work is left.
 
     Raises:
