@@ -137,7 +137,7 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         self.records = RunRecords(plan.output_dir)
         self.state = RunState(plan, accelerator, self.unet, self.proxies, self.guard, self.records)
-        self.log = RunLog(accelerator, plan)
+        self.log = RunLog(accelerator, plan, self.state)
 
     @property
     def progress(self) -> Progress:

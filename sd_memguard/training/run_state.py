@@ -1,6 +1,7 @@
 """What a run saves and restores: proxies, guard, progress and rounds, in checkpoints that hold the aggregate too."""
 
 import logging
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ class RunState:
         self.plan, self.config, self.accelerator, self.unet = plan, plan.config, accelerator, unet
         self.proxies, self.guard, self.records = proxies, guard, records
         self.progress = Progress(plan.schedule.num_shards)
+        self.run_id = uuid.uuid4().hex  # under which trackers know the run
 
     @contextmanager
     def aggregate(self) -> Iterator[UNet2DConditionModel]:
@@ -75,6 +77,7 @@ class RunState:
         scaler = self.accelerator.scaler
         state = {
             "config": self.config.to_dict(),
+            "run_id": self.run_id,
             "progress": self.progress.to_dict(),
             "guard": self.guard.state_dict(),
             "proxies": self.proxies.save(private / PROXIES_FOLDER),
@@ -104,6 +107,7 @@ class RunState:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.records.restore_rounds(state["rounds"])
+        self.run_id = state["run_id"]
         logger.info("going on from %s", folder)
         before, now = state["config"]["max_train_steps"], self.config.max_train_steps
         if before != now and not self.config.lr_scheduler.startswith("constant"):
