@@ -7,8 +7,8 @@ from torch import Tensor
 class HostCopy:
     """A tensor on its way to the host.
 
-    On CUDA the copy goes to pinned memory behind what is queued so far, and ``wait`` waits for it alone: the device goes
-    on with work that was queued later. On the CPU the tensor is there at once; other devices copy and wait here.
+    On CUDA the copy goes to pinned memory behind what is queued so far, and ``wait`` waits for it alone; the device
+    goes on with what was queued later. On the CPU the tensor is there at once; other devices copy and wait here.
 
     Args:
         tensor: (any shape), not to be changed any more.

@@ -250,6 +250,7 @@ class Trainer:
             self.progress.meters[self.guard.shard_index].record(verdict)
         self._look_back()
         if not all(bool(torch.isfinite(verdict.losses).all()) for verdict in verdicts):
+            self.optimizer.zero_grad()
             self._leave_out("loss", seen, self.progress.global_step + 1)
             return verdicts
         num_clean = sum(verdict.num_clean for verdict in verdicts)
@@ -311,8 +312,7 @@ class Trainer:
             self.ema.to("cpu", non_blocking=True)
 
     def _leave_out(self, what: str, seen: list[Seen], step: int) -> None:
-        """Leave the step out, name its samples, and stop the run when that happens again and again."""
-        self.optimizer.zero_grad()
+        """Count a step that is left out, name its samples, and stop the run when that happens again and again."""
         self.progress.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
         logger.warning("step %d is left out: its %s is not finite (%s)", step, what, suspects(seen, self.plan.samples))

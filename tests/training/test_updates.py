@@ -84,14 +84,15 @@ def test_a_step_waits_for_the_device_once(make_trainer, monkeypatch, settings):
 
     def record_wait(copy):
         waited.append((copy._copy.shape, len(backwards)))
-        return wait(copy).numpy().copy() if False else torch.tensor(wait(copy).tolist())
+        return torch.from_numpy(wait(copy).numpy().copy())  # on the host: not marked
 
     monkeypatch.setattr(Noising, "draw", draw_on_device)
     monkeypatch.setattr(host_copy.HostCopy, "wait", record_wait)
     monkeypatch.setattr(trainer.accelerator, "backward", lambda loss: (backward(loss), backwards.append(1)))
     run = steps(trainer, 3)
     next(run)  # makes the optimizer's state
-    waited.clear(), backwards.clear()
+    waited.clear()
+    backwards.clear()
     with device:
         next(run)
     accumulation = settings.get("gradient_accumulation_steps", 1)
@@ -99,3 +100,69 @@ def test_a_step_waits_for_the_device_once(make_trainer, monkeypatch, settings):
     batch, norm = torch.Size([4, 4]), torch.Size([])
     # All behind the last backward; the norm is that of the step before and has long arrived.
     assert sorted(waited) == sorted([(batch, accumulation)] * accumulation + [(norm, accumulation)])
+
+
+def test_the_played_device_notices_what_waits():
+    with Device([tensor := torch.ones(3)]) as device:
+        doubled = 2 * tensor
+        _ = torch.ones(3).sum().item()
+        assert device.waits == []
+        _ = bool(doubled.sum() > 1), doubled[doubled > 1], doubled.nonzero()
+    assert len(device.waits) == 3
+
+
+class Parts:
+    """A model of two parameters with its optimizer, for steps by hand."""
+
+    def __init__(self, trainer, fused):
+        generator = torch.Generator().manual_seed(0)
+        self.parameters = [torch.nn.Parameter(torch.randn(3, 2, generator=generator)) for _ in range(2)]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.1, fused=fused)
+        self.updates = Updates(trainer.accelerator, self.optimizer, self.parameters, 1.0)
+
+    def step(self, *, scale=1.0, bad=False):
+        for number, parameter in enumerate(self.parameters):
+            parameter.grad = torch.full_like(parameter, 0.5 + number)
+        if bad:
+            self.parameters[1].grad[0, 0] = torch.nan
+        return self.updates.take(scale).wait()
+
+    def state(self):
+        moments = [self.optimizer.state[p] for p in self.parameters]
+        return copy.deepcopy(([p.detach() for p in self.parameters], moments))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing(make_trainer, fused):
+    parts, other = (Parts(make_trainer(output=str(i)), fused) for i in range(2))
+    for each in (parts, other):
+        assert each.step().isfinite()
+    before = parts.state()
+    assert not parts.step(bad=True).isfinite()
+    torch.testing.assert_close(parts.state(), before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in parts.parameters)
+    for each in (parts, other):
+        each.step(scale=2.0)
+    torch.testing.assert_close(parts.state(), other.state(), rtol=0, atol=0)
+
+
+def test_bad_gradients_are_named_counted_and_end_the_run(make_trainer, monkeypatch, caplog):
+    trainer = make_trainer(memguard="off")
+    run = steps(trainer, 12)
+    next(run)
+    weights = {name: tensor.clone() for name, tensor in trainer.unet.state_dict().items()}
+    backward = trainer.accelerator.backward
+
+    def poisoned(loss):
+        backward(loss)
+        trainer.parameters[0].grad.view(-1)[0] = torch.inf
+
+    monkeypatch.setattr(trainer.accelerator, "backward", poisoned)
+    next(run)
+    trainer._look_back()
+    assert trainer.progress.nonfinite_steps == 1
+    assert "step 2 is left out: its gradient is not finite" in caplog.text
+    assert caplog.text.count("secret-") == 4
+    with pytest.raises(NonFiniteError, match="gradient of 5 steps in a row"):
+        list(run)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.unet.state_dict().items())
