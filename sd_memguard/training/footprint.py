@@ -12,6 +12,7 @@ from safetensors import safe_open
 from sd_memguard.config import ConfigError, TrainConfig
 from sd_memguard.core.rounds import RoundSchedule
 from sd_memguard.errors import UserError
+from sd_memguard.training.checkpoint import list_checkpoints
 from sd_memguard.training.lora import TARGETS
 from sd_memguard.training.models import TRAINED_PARTS, weights_file
 
@@ -96,15 +97,17 @@ def rests_in_ram(resting: int, config: TrainConfig) -> bool:
 def check_space(sizes: Footprint, config: TrainConfig) -> None:
     """Refuse a disk without room for the model, the proxy store and the checkpoints that must exist at one time.
 
-    Those are two, since an old one is removed only when the next is whole. Where more are kept than will fit, a
-    warning says so.
+    Those are two, since an old one is removed only when the next is whole; a run that goes on has one already. Where
+    more are kept than will fit, a warning says so.
 
     Raises:
         SpaceError: says how much is needed and how much is free.
     """
     free = shutil.disk_usage(_nearest_folder(Path(config.output_dir))).free
     store = 0 if rests_in_ram(sizes.resting, config) else sizes.resting
-    needed = sizes.model + store + min(sizes.num_checkpoints, 2) * sizes.checkpoint
+    present = len(list_checkpoints(Path(config.output_dir))) if config.resume_from_checkpoint else 0
+    num_new = max(min(sizes.num_checkpoints, 2) - min(present, 1), 0)
+    needed = sizes.model + store + num_new * sizes.checkpoint
     if needed > free:
         raise SpaceError(
             f"the disk of `--output_dir` {config.output_dir} has {gigabytes(free)} free and {gigabytes(needed)} are "
@@ -112,10 +115,11 @@ def check_space(sizes: Footprint, config: TrainConfig) -> None:
             f"{gigabytes(sizes.checkpoint)}; free some, name a folder on another disk, use fewer `--num_shards`, or a "
             "larger `--checkpointing_steps`"
         )
-    if sizes.model + store + sizes.num_checkpoints * sizes.checkpoint > free:
+    num_kept = max(sizes.num_checkpoints - present, 0)
+    if sizes.model + store + num_kept * sizes.checkpoint > free:
         logger.warning(
             "%d checkpoints of up to %s will not fit in the %s that are free: set --checkpoints_total_limit",
-            *(sizes.num_checkpoints, gigabytes(sizes.checkpoint), gigabytes(free)),
+            *(num_kept, gigabytes(sizes.checkpoint), gigabytes(free)),
         )
 
 

@@ -4,7 +4,6 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,19 +18,10 @@ from sd_memguard.core.progress import Progress
 from sd_memguard.core.seeding import Address
 from sd_memguard.core.visits import Visit
 from sd_memguard.guard import AugmentBatch, MemorizationGuard, Verdict
-from sd_memguard.proxies.lora import LoraProxies
-from sd_memguard.proxies.state_file import load_state, save_state
 from sd_memguard.training.batches import Batch, BatchSource, Encoders, visit_address
-from sd_memguard.training.checkpoint import (
-    find_checkpoint,
-    finished_summary,
-    prune_checkpoints,
-    refuse_changes,
-    remove_leftovers,
-    save_checkpoint,
-)
+from sd_memguard.training.checkpoint import finished_summary, remove_leftovers
 from sd_memguard.training.dry_run import describe_plan
-from sd_memguard.training.export import UNET, write_pipeline
+from sd_memguard.training.export import write_pipeline
 from sd_memguard.training.exporter import export_at_end
 from sd_memguard.training.faults import NonFiniteError, Seen, check_finite, explained_faults, suspects
 from sd_memguard.training.hub import push_to_hub
@@ -39,16 +29,9 @@ from sd_memguard.training.interrupt import Interrupted, StopRequest
 from sd_memguard.training.learning_rate import learning_rate_schedule
 from sd_memguard.training.lock import run_lock
 from sd_memguard.training.logs import RunLog, summary_text
-from sd_memguard.training.lora import merge
 from sd_memguard.training.loss import DenoisingLoss, Noising
-from sd_memguard.training.models import load_unet
-from sd_memguard.training.records import (
-    PROXIES_FOLDER,
-    RunRecords,
-    memory_prone_samples,
-    round_row,
-)
-from sd_memguard.training.run_folder import FOLDER
+from sd_memguard.training.records import PROXIES_FOLDER, RunRecords, memory_prone_samples, round_row
+from sd_memguard.training.run_state import RunState
 from sd_memguard.training.setup import (
     Plan,
     base_learning_rate,
@@ -153,12 +136,17 @@ class Trainer:
         if self.source.caches_everything and not self._augments:
             encoders.release()
 
-        self.progress = Progress(self.schedule.num_shards)
         self.updates = Updates(accelerator, self.optimizer, self.parameters, config.max_grad_norm)
         self.taken: list[tuple[int, list[Seen], HostCopy | None]] = []
         self.nonfinite_in_a_row = 0
         self.records = RunRecords(plan.output_dir)
-        self.log = RunLog(accelerator, plan)
+        self.state = RunState(plan, accelerator, self.unet, self.proxies, self.guard, self.records)
+        self.log = RunLog(accelerator, plan, self.state)
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        return self.state.progress
 
     @property
     def _prompts(self) -> list[str]:
@@ -374,24 +362,13 @@ class Trainer:
         images = draw_prompts(folder, self.unet, self._prompts, self.accelerator, self.plan.seed, variant)
         self.log.drawings(images, self.progress.global_step)
 
-    @contextmanager
-    def _aggregate(self) -> Iterator[UNet2DConditionModel]:
-        """Give the aggregate as a plain UNet in float32, for as long as the block lasts."""
-        weights = self.guard.aggregation_weights()
-        if isinstance(self.proxies, LoraProxies):
-            yield merge(load_unet(self.plan.pipeline, self.config), self.proxies.merged(weights))
-            return
-        with self.proxies.averaged(weights):
-            yield self.unet
-
     # Checkpoints.
 
     def _checkpoint_if_due(self, stop: StopRequest) -> None:
         due = self.progress.global_step % self.config.checkpointing_steps == 0
         if due or stop.received is not None:
             self._look_back()
-        if due or stop.received is not None:
-            self.save_checkpoint()
+            self.state.save_checkpoint()
         if stop.received is not None:
             logger.warning(
                 "%s: saved step %d; go on with the same command and --resume_from_checkpoint latest",
@@ -400,64 +377,20 @@ class Trainer:
             )
             raise Interrupted(128 + stop.received)
 
-    def save_checkpoint(self) -> Path:
-        """Write a checkpoint, then remove those beyond the limit."""
-        folder = save_checkpoint(self.plan.output_dir, self.progress.global_step, self._write_checkpoint)
-        prune_checkpoints(self.plan.output_dir, self.config.checkpoints_total_limit)
-        return folder
-
-    def _write_checkpoint(self, folder: Path) -> None:
-        with self._aggregate() as unet:
-            check_finite(unet)
-            unet.save_pretrained(folder / UNET, max_shard_size="100GB")
-        private = folder / FOLDER
-        (private / PROXIES_FOLDER).mkdir(parents=True)
-        scaler = self.accelerator.scaler
-        state = {
-            "config": self.config.to_dict(),
-            "progress": self.progress.to_dict(),
-            "guard": self.guard.state_dict(),
-            "proxies": self.proxies.save(private / PROXIES_FOLDER),
-            "rounds": self.records.rounds,
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-        save_state(state, private, "state")
-
     def resume(self) -> None:
         """Go on from the checkpoint that was asked for; without one, begin.
 
         Raises:
             CheckpointError: it is missing or damaged, or settings that shape the run have changed.
         """
-        wanted = self.config.resume_from_checkpoint
-        folder = find_checkpoint(self.plan.output_dir, wanted) if wanted else None
-        if folder is None:
-            if wanted:
-                logger.warning("no checkpoint in %s yet: starting a new run", self.plan.output_dir)
-            return
-        state = load_state(folder / FOLDER, "state")
-        refuse_changes(state["config"], self.config.to_dict(), folder)
-        self.guard.load_state_dict(state["guard"])
-        self.proxies.load(folder / FOLDER / PROXIES_FOLDER, state["proxies"])
-        self.progress = Progress.from_dict(state["progress"])
-        self.progress.shard_index = 0  # shards that have taken the steps of this round are passed over
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.records.restore_rounds(state["rounds"])
-        logger.info("going on from %s", folder)
-        before, now = state["config"]["max_train_steps"], self.config.max_train_steps
-        if before != now and not self.config.lr_scheduler.startswith("constant"):
-            logger.warning(
-                "--max_train_steps is %d instead of %d: from here on the learning rate follows the longer curve",
-                *(now, before),
-            )
+        self.state.resume()
 
     # The end of the run.
 
     def finish(self) -> TrainResult:
         """Write the pipeline, draw, upload, and say how it went."""
         config, output_dir, progress = self.config, self.plan.output_dir, self.progress
-        with self._aggregate() as unet:
+        with self.state.aggregate() as unet:
             check_finite(unet)
             write_pipeline(self.plan.pipeline, unet, output_dir, config.variant)
         self.records.write_samples(self.plan.samples, self.guard)

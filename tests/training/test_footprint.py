@@ -46,6 +46,19 @@ def test_two_checkpoints_must_fit_and_more_are_warned_of(configure, monkeypatch,
         make_plan(configure(checkpointing_steps=4))
 
 
+def test_a_run_that_goes_on_has_one_of_its_two_checkpoints(run, configure, monkeypatch):
+    run("before", max_train_steps=4, checkpointing_steps=4)
+    longer = {"max_train_steps": 8, "checkpointing_steps": 4, "resume_from_checkpoint": "latest"}
+    sizes = make_plan(configure("before", **longer)).sizes
+    free_disk(monkeypatch, sizes.model + sizes.checkpoint)
+    make_plan(configure("before", **longer))
+    with pytest.raises(SpaceError):
+        make_plan(configure("new", **longer))
+    free_disk(monkeypatch, sizes.model + sizes.checkpoint - 1)
+    with pytest.raises(SpaceError):
+        make_plan(configure("before", **longer))
+
+
 def test_memory_too_small_for_the_store_is_refused(configure, monkeypatch):
     monkeypatch.setattr(footprint.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
     with pytest.raises(ConfigError, match="proxy_store disk"):

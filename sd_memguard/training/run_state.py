@@ -1,0 +1,117 @@
+"""What a run saves and restores: proxies, guard, progress and rounds, in checkpoints that hold the aggregate too."""
+
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+
+from sd_memguard.core.progress import Progress
+from sd_memguard.guard import MemorizationGuard
+from sd_memguard.proxies.full import FullProxies
+from sd_memguard.proxies.lora import LoraProxies
+from sd_memguard.proxies.state_file import load_state, save_state
+from sd_memguard.training.checkpoint import find_checkpoint, prune_checkpoints, refuse_changes, save_checkpoint
+from sd_memguard.training.export import UNET
+from sd_memguard.training.faults import check_finite
+from sd_memguard.training.lora import merge
+from sd_memguard.training.models import load_unet
+from sd_memguard.training.records import PROXIES_FOLDER, RunRecords
+from sd_memguard.training.run_folder import FOLDER
+from sd_memguard.training.setup import Plan
+
+logger = logging.getLogger(__name__)
+
+
+class RunState:
+    """All that changes during a run, and how it is written and read.
+
+    Args:
+        plan: what the run does.
+        accelerator: holds the GradScaler, where there is one.
+        unet: the resident UNet.
+        proxies: of the run.
+        guard: of the run.
+        records: the rounds so far.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        accelerator: Accelerator,
+        unet: UNet2DConditionModel,
+        proxies: FullProxies,
+        guard: MemorizationGuard,
+        records: RunRecords,
+    ) -> None:
+        self.plan, self.config, self.accelerator, self.unet = plan, plan.config, accelerator, unet
+        self.proxies, self.guard, self.records = proxies, guard, records
+        self.progress = Progress(plan.schedule.num_shards)
+        self.run_id = uuid.uuid4().hex  # under which trackers know the run
+
+    @contextmanager
+    def aggregate(self) -> Iterator[UNet2DConditionModel]:
+        """Give the aggregate as a plain UNet in float32, for as long as the block lasts."""
+        weights = self.guard.aggregation_weights()
+        if isinstance(self.proxies, LoraProxies):
+            yield merge(load_unet(self.plan.pipeline, self.config), self.proxies.merged(weights))
+            return
+        with self.proxies.averaged(weights):
+            yield self.unet
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint, then remove those beyond the limit."""
+        folder = save_checkpoint(self.plan.output_dir, self.progress.global_step, self._write)
+        prune_checkpoints(self.plan.output_dir, self.config.checkpoints_total_limit)
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        with self.aggregate() as unet:
+            check_finite(unet)
+            unet.save_pretrained(folder / UNET, max_shard_size="100GB")
+        private = folder / FOLDER
+        (private / PROXIES_FOLDER).mkdir(parents=True)
+        scaler = self.accelerator.scaler
+        state = {
+            "config": self.config.to_dict(),
+            "run_id": self.run_id,
+            "progress": self.progress.to_dict(),
+            "guard": self.guard.state_dict(),
+            "proxies": self.proxies.save(private / PROXIES_FOLDER),
+            "rounds": self.records.rounds,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        save_state(state, private, "state")
+
+    def resume(self) -> None:
+        """Go on from the checkpoint that was asked for; without one, begin.
+
+        Raises:
+            CheckpointError: it is missing or damaged, or settings that shape the run have changed.
+        """
+        wanted = self.config.resume_from_checkpoint
+        folder = find_checkpoint(self.plan.output_dir, wanted) if wanted else None
+        if folder is None:
+            if wanted:
+                logger.warning("no checkpoint in %s yet: starting a new run", self.plan.output_dir)
+            return
+        state = load_state(folder / FOLDER, "state")
+        refuse_changes(state["config"], self.config.to_dict(), folder)
+        self.guard.load_state_dict(state["guard"])
+        self.proxies.load(folder / FOLDER / PROXIES_FOLDER, state["proxies"])
+        self.progress = Progress.from_dict(state["progress"])
+        self.progress.shard_index = 0  # shards that have taken the steps of this round are passed over
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.records.restore_rounds(state["rounds"])
+        self.run_id = state["run_id"]
+        logger.info("going on from %s", folder)
+        before, now = state["config"]["max_train_steps"], self.config.max_train_steps
+        if before != now and not self.config.lr_scheduler.startswith("constant"):
+            logger.warning(
+                "--max_train_steps is %d instead of %d: from here on the learning rate follows the longer curve",
+                *(now, before),
+            )
