@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sd_memguard.config import TrainConfig
+from sd_memguard.core.host_copy import HostCopy
 from sd_memguard.core.progress import Progress
 from sd_memguard.core.seeding import Address
 from sd_memguard.core.visits import Visit
@@ -41,6 +42,7 @@ from sd_memguard.training.setup import (
     prepare_models,
 )
 from sd_memguard.training.trained_run import TrainedRun
+from sd_memguard.training.updates import Updates
 from sd_memguard.training.validation import LossProbe, MeanLoss, draw_prompts
 
 logger = logging.getLogger(__name__)
@@ -134,6 +136,8 @@ class Trainer:
         if self.source.caches_everything and not self._augments:
             encoders.release()
 
+        self.updates = Updates(accelerator, self.optimizer, self.parameters, config.max_grad_norm)
+        self.taken: list[tuple[int, list[Seen], HostCopy | None]] = []
         self.nonfinite_in_a_row = 0
         self.records = RunRecords(plan.output_dir)
         self.state = RunState(plan, accelerator, self.unet, self.proxies, self.guard, self.records)
@@ -208,6 +212,7 @@ class Trainer:
             progress.meters[shard_index].steps += 1
             self.log.step(progress, verdicts, self.optimizer.param_groups[0]["lr"])
             self._checkpoint_if_due(stop)
+        self._look_back()
 
     def step(self, batches: Iterator[tuple[list[Visit], Batch]], accumulation: int) -> list[Verdict]:
         """Take one optimizer step over as many batches, and return the guard's verdicts.
@@ -224,13 +229,17 @@ class Trainer:
                 continue
             losses, timesteps = self._losses(batch, [visit_address(visit) for visit in visits])
             sample_ids = torch.tensor([visit.sample_id for visit in visits])
-            verdict = self.guard.weigh(losses, timesteps, sample_ids, self.loss.weights(timesteps))
+            verdict = self.guard.weigh(losses, timesteps, sample_ids, self.loss.weights(timesteps), wait=False)
             self.accelerator.backward(verdict.clean_sum / self.plan.visits_per_step)
-            self.progress.meters[self.guard.shard_index].record(verdict)
             seen.append(Seen(sample_ids, timesteps, verdict))
+        # The only wait for the device in a step: for the forwards, while it works on the backwards.
         verdicts = [one.verdict for one in seen]
+        for verdict in verdicts:
+            self.progress.meters[self.guard.shard_index].record(verdict)
+        self._look_back()
         if not all(bool(torch.isfinite(verdict.losses).all()) for verdict in verdicts):
-            self._leave_out("loss", seen)
+            self.optimizer.zero_grad()
+            self._leave_out("loss", seen, self.progress.global_step + 1)
             return verdicts
         num_clean = sum(verdict.num_clean for verdict in verdicts)
         if num_clean == 0:
@@ -266,18 +275,21 @@ class Trainer:
         return losses, timesteps
 
     def _update(self, scale: float, seen: list[Seen]) -> None:
-        """Clip the gradients and step, unless they are not finite (a GradScaler takes care of that by itself)."""
-        if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], scale)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
-            self._leave_out("gradient", seen)
-            return
-        self.nonfinite_in_a_row = 0
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        """Clip the gradients and step, unless they are not finite, which the host learns in ``_look_back``."""
+        self.taken.append((self.progress.global_step + 1, seen, self.updates.take(scale)))
         if self.ema is not None:
-            self._step_ema()
+            self._look_back()  # the average does not take in what was left out
+            if self.nonfinite_in_a_row == 0:
+                self._step_ema()
+
+    def _look_back(self) -> None:
+        """Learn which of the steps taken since the last call were left out for a gradient that is not finite."""
+        while self.taken:
+            step, seen, norm = self.taken.pop(0)
+            if norm is not None and not math.isfinite(float(norm.wait())):
+                self._leave_out("gradient", seen, step)
+            else:
+                self.nonfinite_in_a_row = 0
 
     def _step_ema(self) -> None:
         assert self.ema is not None
@@ -287,12 +299,10 @@ class Trainer:
         if self.config.offload_ema:
             self.ema.to("cpu", non_blocking=True)
 
-    def _leave_out(self, what: str, seen: list[Seen]) -> None:
-        """Leave the step out, name its samples, and stop the run when that happens again and again."""
-        self.optimizer.zero_grad()
+    def _leave_out(self, what: str, seen: list[Seen], step: int) -> None:
+        """Count a step that is left out, name its samples, and stop the run when that happens again and again."""
         self.progress.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
-        step = self.progress.global_step + 1
         logger.warning("step %d is left out: its %s is not finite (%s)", step, what, suspects(seen, self.plan.samples))
         if self.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
             raise NonFiniteError(
@@ -357,6 +367,7 @@ class Trainer:
     def _checkpoint_if_due(self, stop: StopRequest) -> None:
         due = self.progress.global_step % self.config.checkpointing_steps == 0
         if due or stop.received is not None:
+            self._look_back()
             self.state.save_checkpoint()
         if stop.received is not None:
             logger.warning(
