@@ -289,6 +289,12 @@ def test_a_resolution_the_vae_cannot_take_is_refused(run, broken):
         run(pretrained_model_name_or_path=str(folder), resolution=24)
 
 
+@pytest.mark.parametrize(("resolution", "told"), [(32, False), (64, False), (128, True)])
+def test_a_resolution_far_from_the_models_own_is_told(configure, caplog, resolution, told):
+    make_plan(configure(resolution=resolution))
+    assert ("--resolution 32 is its own" in caplog.text) == told
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_pickled_weights_are_refused(run, broken, part):
     folder = broken("model_index.json")
