@@ -59,7 +59,7 @@ def save_checkpoint(output_dir: Path, global_step: int, write: Callable[[Path], 
         write: fills an empty folder.
     """
     final = output_dir / f"{PREFIX}{global_step}"
-    temporary = output_dir / f"{TEMPORARY_PREFIX}{final.name}"
+    temporary = temporary_folder(output_dir, global_step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -78,6 +78,11 @@ def save_checkpoint(output_dir: Path, global_step: int, write: Callable[[Path], 
     if os.name == "posix":
         _flush(output_dir)
     return final
+
+
+def temporary_folder(output_dir: Path, global_step: int) -> Path:
+    """Return where a checkpoint is while it is written."""
+    return output_dir / f"{TEMPORARY_PREFIX}{PREFIX}{global_step}"
 
 
 def remove_leftovers(output_dir: Path) -> None:

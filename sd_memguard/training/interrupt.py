@@ -17,6 +17,11 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
+    @property
+    def number(self) -> int:
+        """Number of the signal, 0 for none."""
+        return 0 if self.received is None else int(self.received)
+
     def __enter__(self) -> "StopRequest":
         """Listen to the signals (Python lets the main thread alone do so)."""
         listens = threading.current_thread() is threading.main_thread()

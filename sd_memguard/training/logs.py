@@ -84,7 +84,8 @@ class RunLog:
     def step(self, progress: Progress, verdicts: list[Verdict], learning_rate: float) -> None:
         """Show one step and send its numbers to the trackers."""
         if self._bar is None:
-            self._bar = tqdm(total=self.plan.schedule.total_steps, initial=progress.global_step - 1, unit="step")
+            steps, hidden = self.plan.schedule.total_steps, not self.accelerator.is_main_process
+            self._bar = tqdm(total=steps, initial=progress.global_step - 1, unit="step", disable=hidden)
             self._first_forward = progress.picture_forwards
         visits = max(sum(len(verdict.losses) for verdict in verdicts), 1)
         loss = sum(float(verdict.losses.sum()) for verdict in verdicts) / visits
