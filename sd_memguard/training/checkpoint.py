@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd_memguard.errors import UserError
-from sd_memguard.training.run_folder import CONFIG, FOLDER, SUMMARY
+from sd_memguard.training.run_folder import CONFIG, FOLDER, PROXIES_FOLDER, SUMMARY
 
 if TYPE_CHECKING:
     from sd_memguard.training.setup import Plan
@@ -86,7 +86,8 @@ def temporary_folder(output_dir: Path, global_step: int) -> Path:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a run that was killed while it saved has left half written."""
+    """Remove what a run that was killed has left: a checkpoint half written, and resting proxies on disk."""
+    shutil.rmtree(output_dir / FOLDER / PROXIES_FOLDER, ignore_errors=True)
     for folder in output_dir.glob(f"{TEMPORARY_PREFIX}{PREFIX}*"):
         shutil.rmtree(folder)
 

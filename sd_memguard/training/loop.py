@@ -34,7 +34,8 @@ from sd_memguard.training.look import Look
 from sd_memguard.training.loss import DenoisingLoss, Noising
 from sd_memguard.training.meetings import Meetings, Reason
 from sd_memguard.training.ranks import Ranks, launched_processes
-from sd_memguard.training.records import PROXIES_FOLDER, RunRecords, memory_prone_samples, round_row
+from sd_memguard.training.records import RunRecords, memory_prone_samples, round_row
+from sd_memguard.training.run_folder import PROXIES_FOLDER
 from sd_memguard.training.run_state import RunState
 from sd_memguard.training.setup import (
     Plan,
@@ -90,6 +91,7 @@ def train(config: TrainConfig) -> TrainResult:
             return TrainResult(plan.output_dir, summary["global_step"], summary)
         if exchange.is_main:
             remove_leftovers(plan.output_dir)
+        exchange.wait("plan")
         trainer = Trainer(plan, accelerator, exchange)
         trainer.resume()
         with StopRequest() as stop, trainer.log:
@@ -171,6 +173,7 @@ class Trainer:
         """Train to the end: every round, in it every shard, in it every step."""
         progress = self.progress
         self.records.begin(self.config, self.plan.resolved)
+        quiet(self.ranks.exchange, logging.WARNING)
         self.meetings = Meetings(self.ranks, self.guard, progress, self.config.checkpointing_steps)
         while progress.round_index < self.schedule.num_rounds:
             for shard_index in self.ranks.shards:
@@ -317,7 +320,9 @@ class Trainer:
         self.progress.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
         step = self.progress.global_step + 1
-        logger.warning("step %d is left out: its %s is not finite (%s)", step, what, suspects(seen, self.plan.samples))
+        if self.ranks.is_main or self.ranks.by_shard:  # those that share a batch all know
+            named = suspects(seen, self.plan.samples)
+            logger.warning("step %d is left out: its %s is not finite (%s)", step, what, named)
         if self.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
             raise NonFiniteError(
                 f"the {what} of {MAX_NONFINITE_STEPS} steps in a row was not finite, the last at step {step}; the "
@@ -378,10 +383,11 @@ class Trainer:
         return outcome.reason
 
     def _stop(self, number: int) -> NoReturn:
-        logger.warning(
-            "%s: saved step %d; go on with the same command and --resume_from_checkpoint latest",
-            *(Signals(number).name, self.progress.global_step),
-        )
+        if self.ranks.is_main:
+            logger.warning(
+                "%s: saved step %d; go on with the same command and --resume_from_checkpoint latest",
+                *(Signals(number).name, self.progress.global_step),
+            )
         raise Interrupted(128 + number)
 
     def resume(self) -> None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,9 +34,9 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def process_group() -> InitProcessGroupKwargs:
-    """Return how accelerate is to join the processes."""
-    return InitProcessGroupKwargs(timeout=TIMEOUT)
+def process_handlers() -> list[KwargsHandler]:
+    """Return how accelerate is to join the processes, and to exchange gradients: without a second copy of them."""
+    return [InitProcessGroupKwargs(timeout=TIMEOUT), DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
 
 
 def check_launch() -> None:

@@ -21,7 +21,6 @@ from sd_memguard.training.ranking import memory_prone_order
 from sd_memguard.training.run_folder import BANKS, CONFIG, FOLDER, ROUNDS, SAMPLES, SUMMARY, replace_file, replace_text
 from sd_memguard.training.samples import Samples
 
-PROXIES_FOLDER = "proxies"
 NUM_MEMORY_PRONE = 10
 SUMS = ("empty_steps", "nonfinite_steps")
 """What a run counts from its beginning and a round reports for itself."""

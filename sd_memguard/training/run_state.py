@@ -25,8 +25,8 @@ from sd_memguard.training.faults import check_finite
 from sd_memguard.training.lora import merge
 from sd_memguard.training.models import load_unet
 from sd_memguard.training.ranks import Ranks
-from sd_memguard.training.records import PROXIES_FOLDER, RunRecords
-from sd_memguard.training.run_folder import FOLDER
+from sd_memguard.training.records import RunRecords
+from sd_memguard.training.run_folder import FOLDER, PROXIES_FOLDER
 from sd_memguard.training.setup import Plan
 
 logger = logging.getLogger(__name__)

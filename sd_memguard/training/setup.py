@@ -32,9 +32,8 @@ from sd_memguard.training.duplicates import describe_duplicates
 from sd_memguard.training.footprint import Footprint, check_space, footprint, rests_in_ram
 from sd_memguard.training.lora import add_adapter, base_weights
 from sd_memguard.training.models import Models, find_pipeline, load_models
-from sd_memguard.training.ranks import Ranks, batch_slices, check_joined, check_launch, process_group
-from sd_memguard.training.records import PROXIES_FOLDER
-from sd_memguard.training.run_folder import FOLDER, replace_text
+from sd_memguard.training.ranks import Ranks, batch_slices, check_joined, check_launch, divides, process_handlers
+from sd_memguard.training.run_folder import FOLDER, PROXIES_FOLDER, replace_text
 from sd_memguard.training.samples import BadSample, Checked, SampleError, Samples, load_samples
 
 logger = logging.getLogger(__name__)
@@ -94,6 +93,20 @@ class Plan:
     def batch_size(self) -> int:
         """Samples of a batch: of all processes, where they share each batch."""
         return self.config.train_batch_size * batch_slices(self.num_processes, self.schedule.num_shards)
+
+    @property
+    def division(self) -> str:
+        """How the processes divide the work, in words."""
+        processes, shards = self.num_processes, self.schedule.num_shards
+        if processes == 1:
+            return "one process trains all shards"
+        if divides(processes, shards):
+            return f"{processes} processes, each trains {shards // processes} of {shards} shards by itself"
+        way = f"a number of shards that {processes} divides would need no exchange of gradients" if shards > 1 else ""
+        share = (
+            f"{processes} processes, each takes {self.config.train_batch_size} of the {self.batch_size} samples of a "
+        )
+        return f"{share}batch" + (f"; {way}" if way else "")
 
     @property
     def shaping(self) -> dict[str, Any]:
@@ -292,7 +305,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
         ),
-        kwargs_handlers=[process_group()],
+        kwargs_handlers=process_handlers(),
     )
     check_joined(accelerator)
     return accelerator
