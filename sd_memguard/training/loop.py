@@ -26,7 +26,7 @@ from sd_memguard.training.export import write_pipeline
 from sd_memguard.training.exporter import export_at_end
 from sd_memguard.training.faults import NonFiniteError, Seen, check_finite, explained_faults, suspects
 from sd_memguard.training.hub import push_to_hub
-from sd_memguard.training.interrupt import Interrupted, StopRequest
+from sd_memguard.training.interrupt import ECHO, Interrupted, StopRequest
 from sd_memguard.training.learning_rate import learning_rate_schedule
 from sd_memguard.training.lock import run_lock
 from sd_memguard.training.logs import RunLog, summary_text
@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> TrainResult:
         exchange.wait("plan")
         trainer = Trainer(plan, accelerator, exchange)
         trainer.resume()
-        with StopRequest() as stop, trainer.log:
+        with StopRequest(echo=ECHO if exchange.size > 1 else 0.0) as stop, trainer.log:
             trainer.fit(stop)
             return trainer.finish()
 
