@@ -39,7 +39,16 @@ FREE_TO_CHANGE = {
         "local_rank",
         "export_formats",
     ),
-    *("dataloader_num_workers", "push_to_hub", "hub_model_id", "cache_dir", "dry_run", "offload_ema", "allow_tf32"),
+    *(
+        "dataloader_num_workers",
+        "push_to_hub",
+        "hub_model_id",
+        "cache_dir",
+        "encoding_cache_dir",
+        "dry_run",
+        "offload_ema",
+        "allow_tf32",
+    ),
 }
 """Settings that do not shape what is trained."""
 LENGTH = {"max_train_steps", "num_train_epochs"}

@@ -103,7 +103,7 @@ def check_space(sizes: Footprint, config: TrainConfig) -> None:
     Raises:
         SpaceError: says how much is needed and how much is free.
     """
-    free = shutil.disk_usage(_nearest_folder(Path(config.output_dir))).free
+    free = shutil.disk_usage(nearest_folder(Path(config.output_dir))).free
     store = 0 if rests_in_ram(sizes.resting, config) else sizes.resting
     present = len(list_checkpoints(Path(config.output_dir))) if config.resume_from_checkpoint else 0
     num_new = max(min(sizes.num_checkpoints, 2) - min(present, 1), 0)
@@ -123,9 +123,10 @@ def check_space(sizes: Footprint, config: TrainConfig) -> None:
         )
 
 
-def _nearest_folder(folder: Path) -> Path:
+def nearest_folder(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
     folder = folder.absolute()
-    return folder if folder.exists() else _nearest_folder(folder.parent)
+    return folder if folder.exists() else nearest_folder(folder.parent)
 
 
 def gigabytes(size: float) -> str:

@@ -1,8 +1,10 @@
 """What makes a sample usable: a caption with words in it and a picture that decodes."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import datasets
@@ -102,6 +104,15 @@ def shortened(value: object) -> str:
     """Return a value as it would be written in code, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def content_key(stored: Mapping[str, object]) -> bytes:
+    """Return the hash of a stored picture's bytes, 16 bytes."""
+    content = stored["bytes"]
+    if content is None:
+        content = Path(str(stored["path"])).read_bytes()
+    assert isinstance(content, bytes)
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def decode_picture(stored: Mapping[str, object]) -> PIL.Image.Image:

@@ -30,6 +30,7 @@ from sd_memguard.proxies.full import FullProxies
 from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore
 from sd_memguard.training.duplicates import describe_duplicates
+from sd_memguard.training.encoding_cache import refuse_inexact_cache
 from sd_memguard.training.footprint import Footprint, check_space, footprint, rests_in_ram
 from sd_memguard.training.lora import add_adapter, base_weights
 from sd_memguard.training.models import Models, find_pipeline, load_models
@@ -100,6 +101,7 @@ def make_plan(config: TrainConfig) -> Plan:
     samples = _load_pictures(
         config, train_folder, config.dataset_name, config.max_train_samples, find_duplicates=groups_duplicates
     )
+    refuse_inexact_cache(samples, config)
     if groups_duplicates:
         logger.info("%s", describe_duplicates(samples))
     heldout_folder = _unbundle(config.validation_data_dir, assets.demo_heldout_path())
