@@ -197,6 +197,9 @@ class TrainConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
         None, "Training", "precision of the forward pass; as accelerate is configured if not given"
     )
+    compile: bool = setting(
+        False, "Training", "compile the UNet with torch.compile; takes minutes at the start and makes each step faster"
+    )
     allow_tf32: bool = setting(False, "Training", "allow TF32 matrix products on Ampere and newer GPUs")
     enable_xformers_memory_efficient_attention: bool = setting(False, "Training", "use the attention of xformers")
     snr_gamma: float | None = setting(None, "Training", "gamma of the min-SNR loss weights, e.g. 5", GREATER_THAN_ZERO)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sd_memguard.config import SETTINGS
 from sd_memguard.errors import UserError
 from sd_memguard.training.run_folder import CONFIG, FOLDER, SUMMARY
 
@@ -168,6 +169,8 @@ def refuse_changes(saved: dict[str, Any], present: dict[str, Any], folder: Path)
     Raises:
         CheckpointError: names the settings that differ.
     """
+    # A setting that the version of the checkpoint did not have yet was at its default.
+    saved = {name: setting.default for name, setting in SETTINGS.items()} | saved
     differing = [name for name in present if name not in FREE_TO_CHANGE and saved.get(name) != present[name]]
     changed = [name for name in differing if not _grows(name, saved, present)]
     if changed:

@@ -343,7 +343,9 @@ class Trainer:
         draws = self._drawing_is_due()
         if not self.probes and not draws:
             return {}
-        with self.proxies.averaged(self.guard.aggregation_weights()):
+        # Not compiled: these few forwards are not worth another compilation.
+        averaged = self.proxies.averaged(self.guard.aggregation_weights())
+        with averaged, torch.compiler.set_stance("force_eager"):
             if draws:
                 self._draw()
             return {name: probe.measure(self.unet, self.loss) for name, probe in self.probes.items()}

@@ -276,6 +276,8 @@ def prepare_models(plan: Plan, accelerator: Accelerator) -> Models:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     models.unet.to(accelerator.device)
+    if config.compile:
+        models.unet.compile()  # in place and at the first forward: names, parameters and references stay as they are
     return models
 
 

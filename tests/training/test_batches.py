@@ -33,7 +33,8 @@ def test_caches_change_nothing(make_source, wide_pictures, shape):
     computed = make_source(cache_latents="off", cache_text_embeddings="off", **data)
     assert cached.caches_latents
     assert cached.caches_embeddings
-    assert not (computed.caches_latents or computed.caches_embeddings)
+    assert not computed.caches_latents
+    assert not computed.caches_embeddings
     for (_, ours), (_, theirs) in zip(cached.batches(VISITS), computed.batches(VISITS), strict=True):
         torch.testing.assert_close(ours.latents, theirs.latents, rtol=0, atol=1e-5)
         torch.testing.assert_close(ours.embeddings, theirs.embeddings, rtol=0, atol=1e-5)
