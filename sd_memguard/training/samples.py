@@ -100,6 +100,10 @@ class Samples:
         bad = BadSample(sample_id, self.file(sample_id), str(error))
         return SampleError(f"{self.name}: sample {sample_id}, {bad.file}, was changed after the check: {error}", [bad])
 
+    def files(self) -> pa.Array:
+        """Return the file of each usable sample, see ``file``."""
+        return self._files.take(pa.array(self.sample_ids))
+
     def caption_lists(self) -> pa.LargeListArray:
         """Return the captions of the usable samples, (num_good,) lists of one or more."""
         return self._captions.take(pa.array(self.sample_ids))
@@ -214,10 +218,10 @@ def _check(
     sizes = np.zeros((len(files), 2), dtype=np.int32)
     sizes[readable] = checked
     bad = []
-    for row in rows.tolist():
-        if found := [faults[row] for faults in (row_faults, caption_faults, picture_faults) if row in faults]:
-            bad.append(BadSample(row, files[row].as_py(), "; ".join(found)))
-            sizes[row] = 0
+    kinds = (row_faults, caption_faults, picture_faults)
+    for row in np.intersect1d(rows, [*row_faults, *caption_faults, *picture_faults]).astype(int).tolist():
+        bad.append(BadSample(row, files[row].as_py(), "; ".join(faults[row] for faults in kinds if row in faults)))
+        sizes[row] = 0
     if thumbnails is None:
         return sizes, bad, None
     groups = np.arange(len(files))
