@@ -395,7 +395,7 @@ class Trainer:
         config, output_dir, progress = self.config, self.plan.output_dir, self.progress
         with self.state.aggregate() as unet:
             check_finite(unet)
-            write_pipeline(self.plan.pipeline, unet, output_dir, config.variant)
+            write_pipeline(self.plan.pipeline, unet, output_dir, config.variant, prediction_type=config.prediction_type)
         self.records.write_samples(self.plan.samples, self.guard)
         exports = export_at_end(TrainedRun(output_dir, config, self.schedule.num_shards))
         summary = {**self.summary(), **exports.summary()}
