@@ -45,7 +45,7 @@ from sd_memguard.training.setup import (
     make_proxies,
     prepare_models,
 )
-from sd_memguard.training.start import check_shared, main_alone, plan_together, quiet
+from sd_memguard.training.start import check_shared, main_alone, plan_together, quiet, told_when_lost
 from sd_memguard.training.trained_run import TrainedRun
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> TrainResult:
         exchange.wait("plan")
         trainer = Trainer(plan, accelerator, exchange)
         trainer.resume()
-        with StopRequest(echo=ECHO if exchange.size > 1 else 0.0) as stop, trainer.log:
+        with StopRequest(echo=ECHO if exchange.size > 1 else 0.0) as stop, trainer.log, told_when_lost():
             trainer.fit(stop)
             return trainer.finish()
 
@@ -174,6 +174,7 @@ class Trainer:
         progress = self.progress
         self.records.begin(self.config, self.plan.resolved)
         quiet(self.ranks.exchange, logging.WARNING)
+        self.ranks.stop = stop
         self.meetings = Meetings(self.ranks, self.guard, progress, self.config.checkpointing_steps)
         while progress.round_index < self.schedule.num_rounds:
             for shard_index in self.ranks.shards:
@@ -203,7 +204,6 @@ class Trainer:
         chunks = [visits[start : start + size] for start in range(0, len(visits), size)]
         batches = self.source.batches([self.ranks.slice_of(chunk) for chunk in chunks])
         for _ in range(num_steps):
-            self.ranks.signal = stop.number
             verdicts = self.step(batches, accumulation)
             while (waiting := self.guard.take_augment_batch(size)) is not None:
                 self.augmented_step(waiting)
