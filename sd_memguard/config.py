@@ -298,6 +298,10 @@ SETTINGS = {**TRAIN_SETTINGS, **GUARD_SETTINGS}
 ALIASES = {"pretrained": "pretrained_model_name_or_path"}
 
 
+POLYNOMIAL_END = 1e-7
+"""Learning rate at the end of diffusers' polynomial schedule."""
+
+
 def make_train_config(**settings: Any) -> TrainConfig:
     """Build a `TrainConfig` from settings under their flag names, the guard's among them.
 
@@ -336,6 +340,11 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             "`--use_ema` must not be given together with `--proxy lora`: the mean of adapters goes partly into the "
             "base weights, which an average of the adapters alone would miss; leave one of them out"
+        )
+    if config.lr_scheduler == "polynomial" and config.learning_rate <= POLYNOMIAL_END:
+        raise ConfigError(
+            f"`--lr_scheduler polynomial` falls to {POLYNOMIAL_END:g}, so `--learning_rate` must be above it, got "
+            f"{config.learning_rate:g}; raise it or choose another schedule"
         )
     if config.dream_training and config.prediction_type == "v_prediction":
         raise ConfigError(

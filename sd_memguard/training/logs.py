@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sd_memguard.core.progress import Progress
 from sd_memguard.guard import Verdict
 from sd_memguard.training.run_folder import round_mean
+from sd_memguard.training.run_state import RunState
 from sd_memguard.training.sample_check import shortened
 from sd_memguard.training.setup import Plan
 
@@ -43,10 +44,11 @@ class RunLog:
     Args:
         accelerator: holds the trackers.
         plan: what the run will do.
+        state: where the run stands when the block begins.
     """
 
-    def __init__(self, accelerator: Accelerator, plan: Plan) -> None:
-        self.accelerator, self.plan = accelerator, plan
+    def __init__(self, accelerator: Accelerator, plan: Plan, state: RunState) -> None:
+        self.accelerator, self.plan, self.state = accelerator, plan, state
         self._redirect = logging_redirect_tqdm()
         self._bar: tqdm | None = None
         self._loss = math.nan
@@ -58,7 +60,7 @@ class RunLog:
         """Start the trackers and say what is about to happen."""
         plan, schedule = self.plan, self.plan.schedule
         settings = {k: v for k, v in plan.config.to_dict().items() if isinstance(v, bool | int | float | str)}
-        self.accelerator.init_trackers(plan.config.tracker_project_name, settings)
+        self.accelerator.init_trackers(plan.config.tracker_project_name, settings, init_kwargs=self._tracker_options())
         self._redirect.__enter__()
         sizes = f"{len(plan.samples.sample_ids):,} samples in {schedule.num_shards} shard(s)"
         logger.info(
@@ -76,6 +78,16 @@ class RunLog:
             )
         self._started = time.monotonic()
         return self
+
+    def _tracker_options(self) -> dict[str, dict[str, Any]]:
+        """Return what makes each tracker go on with the same run; what it was sent after the checkpoint comes anew."""
+        run_id, steps = self.state.run_id, self.state.progress.global_step
+        return {
+            "tensorboard": {"purge_step": steps + 1} if steps else {},
+            "wandb": {"id": run_id, "resume": "allow"},
+            "trackio": {"name": run_id, "resume": "allow"},
+            "comet_ml": {"experiment_key": run_id},
+        }
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

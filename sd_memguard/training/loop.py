@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sd_memguard.config import TrainConfig
+from sd_memguard.core.host_copy import HostCopy
 from sd_memguard.core.progress import Progress
 from sd_memguard.core.seeding import Address
 from sd_memguard.core.visits import Visit
@@ -34,7 +35,7 @@ from sd_memguard.training.look import Look
 from sd_memguard.training.loss import DenoisingLoss, Noising
 from sd_memguard.training.meetings import Meetings, Reason
 from sd_memguard.training.ranks import Ranks, launched_processes
-from sd_memguard.training.records import RunRecords, memory_prone_samples, round_row
+from sd_memguard.training.records import RunRecords, round_row, run_summary
 from sd_memguard.training.run_folder import PROXIES_FOLDER
 from sd_memguard.training.run_state import RunState
 from sd_memguard.training.setup import (
@@ -47,6 +48,7 @@ from sd_memguard.training.setup import (
 )
 from sd_memguard.training.start import check_shared, main_alone, plan_together, quiet, told_when_lost
 from sd_memguard.training.trained_run import TrainedRun
+from sd_memguard.training.updates import Updates
 
 logger = logging.getLogger(__name__)
 
@@ -152,10 +154,12 @@ class Trainer:
         if self.source.caches_everything and not self._augments:
             encoders.release()
 
+        self.updates = Updates(accelerator, self.optimizer, self.parameters, config.max_grad_norm)
+        self.taken: list[tuple[int, list[Seen], HostCopy | None]] = []
         self.nonfinite_in_a_row = 0
         self.records = RunRecords(plan.output_dir, writes=self.ranks.is_main)
         self.state = RunState(plan, accelerator, self.unet, self.proxies, self.guard, self.records, self.ranks)
-        self.log = RunLog(accelerator, plan)
+        self.log = RunLog(accelerator, plan, self.state)
 
     @property
     def progress(self) -> Progress:
@@ -214,6 +218,7 @@ class Trainer:
             progress.meters[shard_index].steps += 1
             self.log.step(progress, verdicts, self.optimizer.param_groups[0]["lr"])
             self._checkpoint_if_due(stop)
+        self._look_back()
 
     def step(self, batches: Iterator[tuple[list[Visit], Batch]], accumulation: int) -> list[Verdict]:
         """Take one optimizer step over as many batches, and return the guard's verdicts.
@@ -234,14 +239,18 @@ class Trainer:
                 losses, timesteps, sample_ids = self.ranks.gather_batch(losses, timesteps, sample_ids)
                 self._count_forwards(len(sample_ids), dream=True)
                 self.progress.lost_visits += self.plan.batch_size - len(sample_ids)
-                verdict = self.guard.weigh(losses, timesteps, sample_ids, self.loss.weights(timesteps))
+                verdict = self.guard.weigh(losses, timesteps, sample_ids, self.loss.weights(timesteps), wait=False)
                 # Where processes share a batch, the mean of their gradients is taken: each counts as many times.
                 self.accelerator.backward(verdict.clean_sum / (self.plan.visits_per_step / self.ranks.slices))
-            self.progress.meters[self.guard.shard_index].record(verdict)
             seen.append(Seen(sample_ids, timesteps, verdict))
+        # The only wait for the device in a step: for the forwards, while it works on the backwards.
         verdicts = [one.verdict for one in seen]
+        for verdict in verdicts:
+            self.progress.meters[self.guard.shard_index].record(verdict)
+        self._look_back()
         if not all(bool(torch.isfinite(verdict.losses).all()) for verdict in verdicts):
-            self._leave_out("loss", seen)
+            self.optimizer.zero_grad()
+            self._leave_out("loss", seen, self.progress.global_step + 1)
             return verdicts
         num_clean = sum(verdict.num_clean for verdict in verdicts)
         if num_clean == 0:
@@ -293,18 +302,21 @@ class Trainer:
         self.progress.picture_forwards += number * (2 if dream and self.config.dream_training else 1)
 
     def _update(self, scale: float, seen: list[Seen]) -> None:
-        """Clip the gradients and step, unless they are not finite (a GradScaler takes care of that by itself)."""
-        if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], scale)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
-            self._leave_out("gradient", seen)
-            return
-        self.nonfinite_in_a_row = 0
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        """Clip the gradients and step, unless they are not finite, which the host learns in ``_look_back``."""
+        self.taken.append((self.progress.global_step + 1, seen, self.updates.take(scale)))
         if self.ema is not None:
-            self._step_ema()
+            self._look_back()  # the average does not take in what was left out
+            if self.nonfinite_in_a_row == 0:
+                self._step_ema()
+
+    def _look_back(self) -> None:
+        """Learn which of the steps taken since the last call were left out for a gradient that is not finite."""
+        while self.taken:
+            step, seen, norm = self.taken.pop(0)
+            if norm is not None and not math.isfinite(float(norm.wait())):
+                self._leave_out("gradient", seen, step)
+            else:
+                self.nonfinite_in_a_row = 0
 
     def _step_ema(self) -> None:
         assert self.ema is not None
@@ -314,12 +326,10 @@ class Trainer:
         if self.config.offload_ema:
             self.ema.to("cpu", non_blocking=True)
 
-    def _leave_out(self, what: str, seen: list[Seen]) -> None:
-        """Leave the step out, name its samples, and stop the run when that happens again and again."""
-        self.optimizer.zero_grad()
+    def _leave_out(self, what: str, seen: list[Seen], step: int) -> None:
+        """Count a step that is left out, name its samples, and stop the run when that happens again and again."""
         self.progress.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
-        step = self.progress.global_step + 1
         if self.ranks.is_main or self.ranks.by_shard:  # those that share a batch all know
             named = suspects(seen, self.plan.samples)
             logger.warning("step %d is left out: its %s is not finite (%s)", step, what, named)
@@ -369,12 +379,14 @@ class Trainer:
         due = self.progress.global_step % self.config.checkpointing_steps == 0
         signal = self.ranks.signal if self.ranks.by_batch else stop.number
         if due or signal:
+            self._look_back()
             self.state.save_checkpoint()
         if signal:
             self._stop(signal)
 
     def _meet(self, reason: Reason, stop: StopRequest) -> Reason:
         """Meet the processes that train other shards, and do what is decided there."""
+        self._look_back()
         outcome = self.meetings.meet(reason, stop.number)
         if outcome.reason is not Reason.ROUND_END:
             self.state.save_checkpoint()
@@ -406,12 +418,14 @@ class Trainer:
         with self.state.aggregate() as unet:
             if unet is not None:
                 check_finite(unet)
-                write_pipeline(self.plan.pipeline, unet, output_dir, config.variant)
+                write_pipeline(
+                    self.plan.pipeline, unet, output_dir, config.variant, prediction_type=config.prediction_type
+                )
         if not self.ranks.is_main:
-            return TrainResult(output_dir, progress.global_step, self.summary())
+            return TrainResult(output_dir, progress.global_step, self._summary())
         self.records.write_samples(self.plan.samples, self.guard)
         exports = export_at_end(TrainedRun(output_dir, config, self.schedule.num_shards))
-        summary = {**self.summary(), **exports.summary()}
+        summary = {**self._summary(), **exports.summary()}
         self.records.write_summary(summary)
         shutil.rmtree(self.records.folder / PROXIES_FOLDER, ignore_errors=True)  # the resting ones, if on disk
         self.log.end(summary_text(summary, output_dir))
@@ -420,26 +434,6 @@ class Trainer:
         exports.raise_failures()
         return TrainResult(output_dir, progress.global_step, summary)
 
-    def summary(self) -> dict[str, Any]:
-        """Return what the closing lines, the model card and callers report."""
-        progress, ledger = self.progress, self.guard.ledger
-        visits = max(int(ledger.seen.sum()), 1)
-        last = self.records.rounds[-1] if self.records.rounds else {}
-        return {
-            "global_step": progress.global_step,
-            "num_shards": self.schedule.num_shards,
-            "num_rounds": self.schedule.num_rounds,
-            "extra_steps": sum(progress.extra_steps),
-            "empty_steps": progress.empty_steps,
-            "nonfinite_steps": progress.nonfinite_steps,
-            "lost_visits": progress.lost_visits,
-            "picture_forwards": progress.picture_forwards,
-            "pictures_per_second": self.log.pictures_per_second(progress),
-            "skipped_fraction": int(ledger.skipped.sum()) / visits,
-            "augmented_fraction": int(ledger.augmented.sum()) / visits,
-            "moved_samples": int(ledger.moves.sum()),
-            "augment_queue_left": sum(len(queue) for queue in self.guard.queues),
-            "train_loss": last.get("train_loss"),
-            "heldout_loss": last.get("heldout_loss"),
-            "memory_prone": memory_prone_samples(self.plan.samples, self.guard),
-        }
+    def _summary(self) -> dict[str, Any]:
+        speed = self.log.pictures_per_second(self.progress)
+        return run_summary(self.progress, self.schedule, self.guard, self.plan.samples, self.records.rounds, speed)

@@ -1,6 +1,7 @@
 """What a run saves and restores: proxies, guard, progress and rounds, in checkpoints that hold the aggregate too."""
 
 import logging
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,7 @@ class RunState:
         self.plan, self.config, self.accelerator, self.unet = plan, plan.config, accelerator, unet
         self.proxies, self.guard, self.records, self.ranks = proxies, guard, records, ranks
         self.progress = Progress(plan.schedule.num_shards)
+        self.run_id = uuid.uuid4().hex  # under which trackers know the run
 
     @contextmanager
     def aggregate(self) -> Iterator[UNet2DConditionModel | None]:
@@ -96,6 +98,7 @@ class RunState:
             scaler = self.accelerator.scaler
             state = {
                 "config": self.plan.shaping,
+                "run_id": self.run_id,
                 "progress": self.progress.to_dict(),
                 "guard": self.guard.state_dict(),
                 "proxies": proxies,
@@ -132,6 +135,7 @@ class RunState:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.records.restore_rounds(state["rounds"])
+        self.run_id = state["run_id"]
         logger.info("going on from %s", folder)
         before, now = state["config"]["max_train_steps"], self.config.max_train_steps
         if before != now and not self.config.lr_scheduler.startswith("constant"):
