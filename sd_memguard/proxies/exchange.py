@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ class Exchange:
         return shared
 
     def copy_from(self, source: int, tensor: Tensor, purpose: str) -> Tensor:
-        """Return the tensor of one process; the others give one of the same shape and kind, which may be overwritten."""
+        """Return the tensor of one process; the others give any of its shape and kind to write to."""
         if self.size == 1:
             return tensor
         placed = tensor.to(self.device).contiguous()
@@ -126,10 +126,9 @@ class Exchange:
         if error is not None:
             raise error
         if any(failed):
-            try:  # do not end before it has spoken: a launcher stops the others as soon as one process ends
+            # Not before it has spoken: a launcher stops the others as soon as one process ends.
+            with suppress(ProcessLostError):
                 self.wait("agreement")
-            except ProcessLostError:
-                pass
             raise RefusedElsewhere(2)
 
     @contextmanager

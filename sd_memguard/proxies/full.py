@@ -92,22 +92,35 @@ class FullProxies:
         """
         if self.num_shards == 1:
             return [0.0]
-        distances = self.distances(weights)
-        for part in self.averaged_parts:
-            resident = self._resident_part(part)
-            self._load_aggregate(part, weights, resident)
-            self._share(part, resident)
-        return distances
+        squares: list[list[float]] = [[] for _ in range(self.num_shards)]
+        resident = self._resident_part(WEIGHTS)
+        for name, mean in self._compared_means(weights, squares):
+            resident[name].copy_(mean)
+        self._share(WEIGHTS, resident)
+        if self.ema is not None:
+            resident = self._resident_part(EMA)
+            self._load_aggregate(EMA, weights, resident)
+            self._share(EMA, resident)
+        return self._roots(squares)
 
     def distances(self, weights: Sequence[float]) -> list[float]:
         """Return the Euclidean distance of each proxy's weights from their mean, changing nothing."""
         if self.num_shards == 1:
             return [0.0]
-        states = self._states(WEIGHTS)
         squares: list[list[float]] = [[] for _ in range(self.num_shards)]
+        for _ in self._compared_means(weights, squares):
+            pass
+        return self._roots(squares)
+
+    def _compared_means(self, weights: Sequence[float], squares: list[list[float]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the mean of the weights tensor by tensor, and note each proxy's squared distance from it before."""
+        states = self._states(WEIGHTS)
         for name, mean in self._means(WEIGHTS, weights):
             for k, state in zip(self.own, states, strict=True):
                 squares[k].append(distance({name: state[name]}, {name: mean}) ** 2)
+            yield name, mean
+
+    def _roots(self, squares: list[list[float]]) -> list[float]:
         # An exact sum: a resumed run reads the tensors in another order.
         distances = [math.sqrt(math.fsum(parts)) for parts in squares]
         return self.exchange.sum(torch.tensor(distances, dtype=torch.float64), "distances").tolist()

@@ -91,7 +91,7 @@ class LoraProxies(FullProxies):
 
     @contextmanager
     def averaged(self, weights: Sequence[float]) -> Iterator[None]:
-        """Put the mean of the merged proxies in the resident model for a while; with several processes, the main one's."""
+        """Put the mean of the merged proxies in the resident model for a while (of the main process)."""
         if self.num_shards == 1:
             yield
             return
@@ -140,7 +140,8 @@ class LoraProxies(FullProxies):
         """Return the factors of each proxy, also of those of other processes."""
         if self.exchange.size == 1 or self.num_shards == 1:
             return self._states(WEIGHTS)
-        own, factors = dict(zip(self.own, self._states(WEIGHTS), strict=True)), []
+        own = dict(zip(self.own, self._states(WEIGHTS), strict=True))
+        factors: list[Mapping[str, Tensor]] = []
         for shard_index in range(self.num_shards):
             flat = torch.zeros(sum(parameter.numel() for parameter in self.parameters.values()))
             if shard_index in own:

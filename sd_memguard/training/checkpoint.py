@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_memguard.config import SETTINGS
 from sd_memguard.errors import UserError
-from sd_memguard.training.run_folder import CONFIG, FOLDER, SUMMARY
+from sd_memguard.training.run_folder import CONFIG, FOLDER, PROXIES_FOLDER, SUMMARY
 
 if TYPE_CHECKING:
     from sd_memguard.training.setup import Plan
@@ -69,7 +69,7 @@ def save_checkpoint(output_dir: Path, global_step: int, write: Callable[[Path], 
         write: fills an empty folder.
     """
     final = output_dir / f"{PREFIX}{global_step}"
-    temporary = output_dir / f"{TEMPORARY_PREFIX}{final.name}"
+    temporary = temporary_folder(output_dir, global_step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -90,8 +90,14 @@ def save_checkpoint(output_dir: Path, global_step: int, write: Callable[[Path], 
     return final
 
 
+def temporary_folder(output_dir: Path, global_step: int) -> Path:
+    """Return where a checkpoint is while it is written."""
+    return output_dir / f"{TEMPORARY_PREFIX}{PREFIX}{global_step}"
+
+
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a run that was killed while it saved has left half written."""
+    """Remove what a run that was killed has left: a checkpoint half written, and resting proxies on disk."""
+    shutil.rmtree(output_dir / FOLDER / PROXIES_FOLDER, ignore_errors=True)
     for folder in output_dir.glob(f"{TEMPORARY_PREFIX}{PREFIX}*"):
         shutil.rmtree(folder)
 

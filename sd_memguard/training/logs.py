@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -28,8 +29,10 @@ SMOOTHING = 0.95
 
 
 def configure_logging() -> None:
-    """Show our own log lines on the terminal, and of the libraries' only warnings."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    """Show our own log lines on the terminal, and of the libraries' only warnings; of several processes say which."""
+    rank = int(os.environ.get("RANK", "0"))
+    who = f"[process {rank}] " if rank else ""
+    logging.basicConfig(format=f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S")
     logging.getLogger("sd_memguard").setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
@@ -64,6 +67,8 @@ class RunLog:
             "training: %s, %d steps of %d pictures in %d rounds of %d steps per proxy",
             *(sizes, schedule.total_steps, plan.visits_per_step, schedule.num_rounds, schedule.steps_per_round),
         )
+        if plan.num_processes > 1:
+            logger.info("%s", plan.division)
         passes = passes_per_round(plan)
         if schedule.num_shards > 1 and passes > MANY_PASSES:
             logger.warning(
@@ -96,7 +101,8 @@ class RunLog:
     def step(self, progress: Progress, verdicts: list[Verdict], learning_rate: float) -> None:
         """Show one step and send its numbers to the trackers."""
         if self._bar is None:
-            self._bar = tqdm(total=self.plan.schedule.total_steps, initial=progress.global_step - 1, unit="step")
+            steps, hidden = self.plan.schedule.total_steps, not self.accelerator.is_main_process
+            self._bar = tqdm(total=steps, initial=progress.global_step - 1, unit="step", disable=hidden)
             self._first_forward = progress.picture_forwards
         visits = max(sum(len(verdict.losses) for verdict in verdicts), 1)
         loss = sum(float(verdict.losses.sum()) for verdict in verdicts) / visits

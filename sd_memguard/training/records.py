@@ -22,7 +22,6 @@ from sd_memguard.training.ranking import memory_prone_order
 from sd_memguard.training.run_folder import BANKS, CONFIG, FOLDER, ROUNDS, SAMPLES, SUMMARY, replace_file, replace_text
 from sd_memguard.training.samples import Samples
 
-PROXIES_FOLDER = "proxies"
 NUM_MEMORY_PRONE = 10
 SUMS = ("empty_steps", "nonfinite_steps")
 """What a run counts from its beginning and a round reports for itself."""
@@ -33,10 +32,11 @@ class RunRecords:
 
     Args:
         output_dir: the run folder.
+        writes: whether this process is the one that writes; the others keep the rounds in mind only.
     """
 
-    def __init__(self, output_dir: Path) -> None:
-        self.folder = output_dir / FOLDER
+    def __init__(self, output_dir: Path, *, writes: bool = True) -> None:
+        self.folder, self.writes = output_dir / FOLDER, writes
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rounds: list[dict[str, Any]] = []
 
@@ -45,6 +45,8 @@ class RunRecords:
 
         The end of a run that now goes on for longer is taken back, so that it does not pass for the end of this one.
         """
+        if not self.writes:
+            return
         text = json.dumps({**config.to_dict(), **resolved}, indent=2, ensure_ascii=False)
         replace_text(self.folder / CONFIG, text + "\n")
         for file in (self.folder / SUMMARY, self.folder.parent / "model_index.json"):
@@ -61,11 +63,15 @@ class RunRecords:
         self._write_rounds()
 
     def _write_rounds(self) -> None:
+        if not self.writes:
+            return
         text = "".join(json.dumps(row) + "\n" for row in self.rounds)
         replace_text(self.folder / ROUNDS, text)
 
     def write_samples(self, samples: Samples, guard: MemorizationGuard) -> None:
         """Write a row per usable sample: file, caption, shard and counts."""
+        if not self.writes:
+            return
         ids = samples.sample_ids
         ledger = guard.ledger
         columns = {
@@ -81,6 +87,8 @@ class RunRecords:
 
     def write_banks(self, banks: list[LossMemoryBank]) -> None:
         """Write each proxy's memory bank: ``shard_<k>.mean`` and ``shard_<k>.visits``, both (T,)."""
+        if not self.writes:
+            return
         tensors = {}
         for shard_index, bank in enumerate(banks):
             tensors[f"shard_{shard_index}.mean"] = bank_curve(bank).cpu()

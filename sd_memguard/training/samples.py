@@ -3,7 +3,7 @@
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,19 @@ from sd_memguard.training.sample_dataset import read_dataset
 from sd_memguard.training.sample_folder import read_folder
 from sd_memguard.training.sample_rows import Source
 
-__all__ = ["BadSample", "SampleError", "Samples", "load_samples"]
+__all__ = ["BadSample", "Checked", "SampleError", "Samples", "load_samples"]
 
 logger = logging.getLogger(__name__)
 
 _KEYS_PER_TASK = 1024
+
+
+class Checked(NamedTuple):
+    """What the check of the pictures has found; see ``Samples`` for the fields."""
+
+    sizes: npt.NDArray[np.int32]
+    bad: list[BadSample]
+    groups: npt.NDArray[np.int64] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +141,7 @@ def load_samples(
     find_duplicates: bool = False,
     num_workers: int | None = None,
     progress: bool = True,
+    checked: Checked | None = None,
 ) -> Samples:
     """Return the captioned pictures of a folder or data set, with every row in use read and every picture decoded.
 
@@ -152,6 +161,7 @@ def load_samples(
         find_duplicates: group the near-identical pictures.
         num_workers: threads that decode; one per CPU core by default.
         progress: show a progress bar.
+        checked: what a check of the same rows has found; no picture is opened then.
 
     Raises:
         SampleError: the data cannot be found or understood, or samples are bad; names all that is wrong with them.
@@ -171,7 +181,7 @@ def load_samples(
         raise SampleError("there are no data to train on: give `--train_data_dir FOLDER` or `--dataset_name NAME`")
     num_rows = len(source.rows.files)
     chosen = _choose_rows(num_rows, max_train_samples, seed)
-    sizes, bad, groups = _check(source, chosen, num_workers, progress, find_duplicates)
+    sizes, bad, groups = checked or _check(source, chosen, num_workers, progress, find_duplicates)
     if bad:
         _report_bad(source.name, bad, len(chosen), on_bad_sample)
     sample_ids = np.setdiff1d(chosen, [one.sample_id for one in bad], assume_unique=True).astype(np.int64)
@@ -206,7 +216,7 @@ def _choose_rows(num_rows: int, max_train_samples: int | None, seed: int) -> npt
 
 def _check(
     source: Source, rows: npt.NDArray[np.int64], num_workers: int | None, progress: bool, find_duplicates: bool
-) -> tuple[npt.NDArray[np.int32], list[BadSample], npt.NDArray[np.int64] | None]:
+) -> Checked:
     """Return the sizes of all pictures, the bad samples among the rows with all that is wrong, and the groups."""
     files, _, row_faults, caption_faults = source.rows
     readable = rows[~np.isin(rows, list(row_faults))]
@@ -223,8 +233,8 @@ def _check(
         bad.append(BadSample(row, files[row].as_py(), "; ".join(faults[row] for faults in kinds if row in faults)))
         sizes[row] = 0
     if thumbnails is None:
-        return sizes, bad, None
+        return Checked(sizes, bad, None)
     groups = np.arange(len(files))
     good = np.flatnonzero(sizes[readable].all(axis=1))
     groups[readable[good]] = readable[good[find_groups(thumbnails[good])]]
-    return sizes, bad, groups
+    return Checked(sizes, bad, groups)

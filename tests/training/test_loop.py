@@ -243,12 +243,6 @@ def test_a_cache_that_would_not_be_exact_is_refused(run, wide_pictures):
         run(train_data_dir=str(wide_pictures), cache_latents="memory")
 
 
-def test_several_processes_are_refused(run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="2 processes"):
-        run()
-
-
 def test_the_folder_of_another_run_is_refused(run):
     run(max_train_steps=3)
     with pytest.raises(RunFolderError, match="another run"):
