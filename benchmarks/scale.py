@@ -1,8 +1,8 @@
 """What millions of samples cost: start-up, shards, a round's end and the records, in seconds and memory.
 
 Synthetic rows without pictures: names and captions in Arrow arrays as the readers make them, one sample in a hundred in
-a group of duplicates, a tenth of the samples skipped. Everything runs in one thread in this process; memory is
-anonymous memory: its growth over a stage, and its peak within it.
+a group of duplicates, a tenth of the samples skipped. Everything runs in this process; seconds are its processor's, and
+memory is anonymous memory: its growth over a stage, and its peak within it.
 
     python -m benchmarks.scale --output_dir runs/scale
 
@@ -46,9 +46,9 @@ class Stages:
         """Return what a stage returns."""
         before = self.memory.now()
         self.memory.peak = before
-        start = time.perf_counter()
+        start = time.process_time()
         result = work()
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         self.memory.peak = max(self.memory.peak, self.memory.now())
         kept, peak = (1e-6 * (size - before) for size in (self.memory.now(), self.memory.peak))
         self.rows[name] = {"seconds": round(seconds, 3), "kept_mb": round(kept), "peak_mb": round(peak)}

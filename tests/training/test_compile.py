@@ -49,7 +49,7 @@ def test_a_compiled_run_equals_one_that_is_not(run, graphs, pictures, monkeypatc
         with pytest.raises(Interrupted):
             run("parts", **settings, compile=True)
     parts = run("parts", **settings, compile=True, resume_from_checkpoint="latest")
-    assert results(parts.output_dir) == results(whole.output_dir)
+    assert results(parts.output_dir)[:-1] == results(whole.output_dir)[:-1]  # the last names the folder
 
 
 def test_every_forward_of_a_step_is_compiled(run, graphs, monkeypatch):
