@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from benchmarks.memorization.arms import ARMS, COMMON
 from benchmarks.memorization.data import training_folder
 from benchmarks.memorization.judge import Exam, judge, prepare_exam
+from sd_memguard.assets import tiny_sd_path
 from sd_memguard.config import TrainConfig, make_train_config
 from sd_memguard.proxies.state_file import load_state
 from sd_memguard.training.checkpoint import list_checkpoints
@@ -49,25 +51,62 @@ def main() -> None:
 
 def run_arm(arm: str, seed: int, options: argparse.Namespace, exam: Exam) -> None:
     """Train one arm with one seed and judge its checkpoints, as far as that has not been done."""
-    every = options.max_train_steps // options.points
-    steps = [every * (point + 1) for point in range(options.points)]
-    missing = [step for step in steps if not cell_file(options.cells, arm, step, seed).exists()]
-    if not missing:
+    if arm == "base":
+        judge_base(options.cells, exam)
         return
+    every = options.max_train_steps // options.points
+    files = {
+        step: cell_file(options.cells, arm, step, seed) for step in range(every, every * options.points + 1, every)
+    }
     config = configuration(arm, seed, every, options)
     folder = Path(config.output_dir)
-    if not (folder / "model_index.json").exists():
-        train(config)
+    seconds = None
+    if not all(file.exists() for file in files.values()) and not (folder / "model_index.json").exists():
+        seconds = train_timed(config)
     for checkpoint in list_checkpoints(folder):
         step = int(checkpoint.name.rpartition("-")[2])
-        if step in missing:
-            cell = describe(arm, seed, step, checkpoint, options) | judge(exam, checkpoint / "unet", f"{arm} {step}")
-            text = json.dumps(cell, indent=1) + "\n"
-            cell_file(options.cells, arm, step, seed).write_text(text, encoding="utf-8")
-            print(arm, step, cell["copies"], cell["losses"], flush=True)
+        if step in files and not is_complete(files[step]):
+            judged = judge(exam, checkpoint / "unet", f"{arm} {step}")
+            if files[step].exists():  # made before all that is judged now was
+                cell = json.loads(files[step].read_text(encoding="utf-8")) | judged
+            else:
+                cell = describe(arm, seed, step, checkpoint, options) | {"cpu_seconds_of_run": seconds} | judged
+            write_cell(files[step], cell)
     for checkpoint in list_checkpoints(folder):
         for part in (path for path in checkpoint.iterdir() if path.name != "unet"):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def train_timed(config: TrainConfig) -> int | None:
+    """Train, and return the processor seconds of the whole run; None where it went on from a checkpoint."""
+    fresh, start = not list_checkpoints(Path(config.output_dir)), time.process_time()
+    train(config)
+    return round(time.process_time() - start) if fresh else None
+
+
+def judge_base(cells: Path, exam: Exam) -> None:
+    """Judge the model as it is before any fine-tune, which is step 0 of every arm."""
+    file = cell_file(cells, "base", 0, 0)
+    if is_complete(file):
+        return
+    about = {"arm": "base", "title": ARMS["base"].title, "seed": 0, "step": 0, "settings": {}, "data": "demo"}
+    costs = {"extra_steps": 0, "empty_steps": 0, "picture_forwards": 0, "cpu_seconds_of_run": 0}
+    command = "python -m benchmarks.memorization --arms base --work_dir runs/memorization"
+    write_cell(
+        file, about | {"command": command, "commit": commit(), **costs} | judge(exam, tiny_sd_path() / "unet", "base")
+    )
+
+
+def is_complete(file: Path) -> bool:
+    """Return whether a cell is there with all that is judged now."""
+    return file.exists() and "kid" in json.loads(file.read_text(encoding="utf-8"))
+
+
+def write_cell(file: Path, cell: dict[str, Any]) -> None:
+    """Write a cell and say what is in it."""
+    file.write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
+    shares = {kind: one["copies"] for kind, one in cell["copies"].items()}
+    print(file.stem, shares, cell["losses"]["heldout"], cell["kid"], flush=True)
 
 
 def cell_file(cells: Path, arm: str, step: int, seed: int) -> Path:
@@ -93,7 +132,6 @@ def describe(arm: str, seed: int, step: int, checkpoint: Path, options: argparse
     """Return what made a point and what it cost."""
     progress = load_state(checkpoint / "memguard", "state")["progress"]
     weights = (checkpoint / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     return {
         "arm": arm,
         "title": ARMS[arm].title,
@@ -103,13 +141,18 @@ def describe(arm: str, seed: int, step: int, checkpoint: Path, options: argparse
         "data": ARMS[arm].data,
         "command": f"python -m benchmarks.memorization --arms {arm} --seeds {seed} "
         f"--max_train_steps {options.max_train_steps} --points {options.points} --work_dir runs/memorization",
-        "commit": commit,
+        "commit": commit(),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "unet_sha256": hashlib.sha256(weights).hexdigest(),
         "extra_steps": sum(progress["extra_steps"]),
         "empty_steps": progress["empty_steps"],
         "picture_forwards": progress["picture_forwards"],
     }
+
+
+def commit() -> str:
+    """Return the commit of the working tree."""
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

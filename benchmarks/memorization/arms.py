@@ -39,7 +39,8 @@ class Arm(NamedTuple):
 
 
 ARMS = {
-    "plain": Arm("plain", FULL | {"memguard": "off"}),
+    "base": Arm("the model before any fine-tune", {}),
+    "plain": Arm("plain with EMA", FULL | {"memguard": "off"}),
     "iet": Arm("IET", FULL | IET),
     "iet_agc": Arm("IET, AGC", FULL | IET | AGC),
     "iet_agc_taa": Arm("IET, AGC, TAA", FULL | IET | AGC | TAA),

@@ -8,13 +8,16 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks.denoising import Encoded, denoising_losses, encode
+from benchmarks.denoising import BATCH_SIZE, Encoded, denoising_losses, encode
 from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
 from sd_memguard.audit.captions import choose_captions
+from sd_memguard.audit.features import Extractor, make_extractor
 from sd_memguard.audit.generate import draw, load_pipeline
 from sd_memguard.audit.pictures import Pictures, as_rows, load_pictures
+from sd_memguard.audit.quality import quality_features
+from sd_memguard.audit.scores import kernel_distance
 from sd_memguard.audit.similarity import find_copies
-from sd_memguard.core.seeding import derive_seed
+from sd_memguard.core.seeding import derive_seed, generator_for
 
 SIZE = 64
 NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 20, 2.5
@@ -24,12 +27,17 @@ DRAWINGS = {"repeated": 4, "single": 1}
 
 
 class Exam(NamedTuple):
-    """What every model is asked: training pictures, chosen rows by kind, and the pictures whose loss is measured."""
+    """What every model is asked: training pictures, chosen rows by kind, and the pictures whose loss is measured.
+
+    Quality is the distance (KID) of the drawings of single captions to ``unseen``, features of the held-out pictures.
+    """
 
     pipeline: StableDiffusionPipeline
     pictures: Pictures
     rows: dict[str, list[int]]
     encoded: dict[str, Encoded]
+    extractor: Extractor
+    unseen: Tensor
 
 
 def prepare_exam() -> Exam:
@@ -38,6 +46,7 @@ def prepare_exam() -> Exam:
     chosen = choose_captions(pictures, max(NUM_CAPTIONS.values()))._asdict()
     rows = {kind: chosen[kind][:count] for kind, count in NUM_CAPTIONS.items()}
     pipeline = load_pipeline(tiny_sd_path())
+    extractor = make_extractor("bundled", None, torch.device("cpu"))
 
     def encoded(source: Pictures, ids: Sequence[int]) -> Encoded:
         return encode(source.pixels[list(ids)], [source.captions[row] for row in ids], pipeline)
@@ -50,22 +59,33 @@ def prepare_exam() -> Exam:
             "heldout": encoded(heldout, range(len(heldout.files))),
             **{kind: encoded(pictures, ids) for kind, ids in rows.items()},
         },
+        extractor,
+        _features(heldout.pixels, extractor),
     )
 
 
 def judge(exam: Exam, unet_folder: Path, description: str) -> dict[str, Any]:
-    """Return copies by kind and mean losses by set of the UNet in a folder."""
+    """Return copies by kind, mean losses by set, and the KID of the drawings, of the UNet in a folder."""
     unet = UNet2DConditionModel.from_pretrained(unet_folder, torch_dtype=torch.float32, use_safetensors=True)
     exam.pipeline.unet = unet.eval()
+    drawn = {kind: _draw(exam, kind, f"{description}, {kind}") for kind in exam.rows}
+    kid = kernel_distance(_features(drawn["single"], exam.extractor), exam.unseen, generator_for(0, "kid"))
     return {
-        "copies": {kind: _copies(exam, kind, f"{description}, {kind}") for kind in exam.rows},
+        "copies": {kind: _copies(exam, kind, pixels) for kind, pixels in drawn.items()},
         "losses": {name: _mean(denoising_losses(unet, encoded)) for name, encoded in exam.encoded.items()},
+        "kid": {"mean": round(kid.value, 5), "low": round(kid.low, 5), "high": round(kid.high, 5)},
     }
 
 
-def _copies(exam: Exam, kind: str, description: str) -> dict[str, Any]:
+@torch.no_grad()
+def _features(pixels: Tensor, extractor: Extractor) -> Tensor:
+    return quality_features([extractor.embed(part) for part in pixels.split(BATCH_SIZE)], extractor)
+
+
+def _draw(exam: Exam, kind: str, description: str) -> Tensor:
+    """Return the drawings of the captions of a kind, (captions * drawings, H, W, 3) uint8."""
     rows, drawings = exam.rows[kind], DRAWINGS[kind]
-    pixels = draw(
+    return draw(
         exam.pipeline,
         [exam.pictures.captions[row] for row in rows for _ in range(drawings)],
         [derive_seed(0, "memorization benchmark", row, number) for row in rows for number in range(drawings)],
@@ -73,6 +93,10 @@ def _copies(exam: Exam, kind: str, description: str) -> dict[str, Any]:
         guidance_scale=GUIDANCE_SCALE,
         description=description,
     )
+
+
+def _copies(exam: Exam, kind: str, pixels: Tensor) -> dict[str, Any]:
+    rows, drawings = exam.rows[kind], DRAWINGS[kind]
     found = find_copies(as_rows(pixels), as_rows(exam.pictures.pixels))
     is_copy = found.is_copy.view(len(rows), drawings)
     return {
