@@ -27,6 +27,7 @@ OFF = {
 IET = OFF | {"num_shards": 4}
 AGC = {"skip_threshold": 0.8}
 TAA = {"augment_threshold": 1.2}
+BALANCE = {"group_duplicates": "balance"}
 MSR = {"redistribute_fraction": 0.25}
 
 
@@ -49,6 +50,7 @@ ARMS = {
     "balance": Arm("the same, and counted as one", FULL | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}),
     "paper": Arm("`--preset paper`, 4 shards", FULL | {"preset": "paper", "num_shards": 4}),
     "agc": Arm("AGC, one model", FULL | OFF | AGC),
+    "agc_balance": Arm("AGC, one model, duplicates counted as one", FULL | OFF | AGC | BALANCE),
     "plain_distinct": Arm("plain, duplicates removed", FULL | {"memguard": "off"}, data="distinct"),
     "plain_augmented": Arm("plain, RandAugment on everything", FULL | {"memguard": "off"}, data="augmented"),
     "lora_plain": Arm("LoRA, plain", LORA | {"memguard": "off"}),
