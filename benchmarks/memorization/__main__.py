@@ -29,6 +29,8 @@ from sd_memguard.training.logs import configure_logging
 from sd_memguard.training.loop import train
 
 CELLS = Path(__file__).parent / "cells"
+SECONDS = "cpu_seconds.json"
+"""A file in a run's folder."""
 
 
 def main() -> None:
@@ -40,19 +42,21 @@ def main() -> None:
     parser.add_argument("--max_train_steps", type=int, default=900, help="optimizer steps of each fine-tune")
     parser.add_argument("--points", type=int, default=3, help="points along the training that are judged")
     parser.add_argument("--cells", type=Path, default=CELLS, help="where the results are")
+    parser.add_argument("--train_only", action="store_true", help="leave the judging to a later run of the command")
     options = parser.parse_args()
     configure_logging()
     options.cells.mkdir(parents=True, exist_ok=True)
-    exam = prepare_exam()
+    exam = None if options.train_only else prepare_exam()
     for seed in options.seeds:
         for arm in options.arms:
             run_arm(arm, seed, options, exam)
 
 
-def run_arm(arm: str, seed: int, options: argparse.Namespace, exam: Exam) -> None:
+def run_arm(arm: str, seed: int, options: argparse.Namespace, exam: Exam | None) -> None:
     """Train one arm with one seed and judge its checkpoints, as far as that has not been done."""
     if arm == "base":
-        judge_base(options.cells, exam)
+        if exam is not None:
+            judge_base(options.cells, exam)
         return
     every = options.max_train_steps // options.points
     files = {
@@ -60,9 +64,10 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, exam: Exam) -> Non
     }
     config = configuration(arm, seed, every, options)
     folder = Path(config.output_dir)
-    seconds = None
     if not all(file.exists() for file in files.values()) and not (folder / "model_index.json").exists():
-        seconds = train_timed(config)
+        train_timed(config)
+    if exam is None:
+        return
     for checkpoint in list_checkpoints(folder):
         step = int(checkpoint.name.rpartition("-")[2])
         if step in files and not is_complete(files[step]):
@@ -70,18 +75,19 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, exam: Exam) -> Non
             if files[step].exists():  # made before all that is judged now was
                 cell = json.loads(files[step].read_text(encoding="utf-8")) | judged
             else:
-                cell = describe(arm, seed, step, checkpoint, options) | {"cpu_seconds_of_run": seconds} | judged
+                cell = describe(arm, seed, step, checkpoint, options) | judged
             write_cell(files[step], cell)
     for checkpoint in list_checkpoints(folder):
         for part in (path for path in checkpoint.iterdir() if path.name != "unet"):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
-def train_timed(config: TrainConfig) -> int | None:
-    """Train, and return the processor seconds of the whole run; None where it went on from a checkpoint."""
-    fresh, start = not list_checkpoints(Path(config.output_dir)), time.process_time()
+def train_timed(config: TrainConfig) -> None:
+    """Train, and write down the processor seconds of the whole run; null where it went on from a checkpoint."""
+    folder, start = Path(config.output_dir), time.process_time()
+    fresh = not list_checkpoints(folder)
     train(config)
-    return round(time.process_time() - start) if fresh else None
+    (folder / SECONDS).write_text(json.dumps(round(time.process_time() - start) if fresh else None), encoding="utf-8")
 
 
 def judge_base(cells: Path, exam: Exam) -> None:
@@ -132,6 +138,7 @@ def describe(arm: str, seed: int, step: int, checkpoint: Path, options: argparse
     """Return what made a point and what it cost."""
     progress = load_state(checkpoint / "memguard", "state")["progress"]
     weights = (checkpoint / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    seconds = checkpoint.parent / SECONDS
     return {
         "arm": arm,
         "title": ARMS[arm].title,
@@ -147,6 +154,7 @@ def describe(arm: str, seed: int, step: int, checkpoint: Path, options: argparse
         "extra_steps": sum(progress["extra_steps"]),
         "empty_steps": progress["empty_steps"],
         "picture_forwards": progress["picture_forwards"],
+        "cpu_seconds_of_run": json.loads(seconds.read_text(encoding="utf-8")) if seconds.exists() else None,
     }
 
 
