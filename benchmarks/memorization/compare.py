@@ -62,8 +62,8 @@ def find_place(values: Sequence[float], wanted: float) -> Place:
 
 
 def quality(cell: Cell, measure: str) -> float:
-    """Return the loss on unseen pictures ("loss") or the KID ("kid") of a cell; the lower, the better."""
-    return float(cell["losses"]["heldout"]["mean"] if measure == "loss" else cell["kid"]["mean"])
+    """Return a cell's loss on unseen pictures ("loss") or a KID by its name; the lower, the better."""
+    return float((cell["losses"]["heldout"] if measure == "loss" else cell[measure])["mean"])
 
 
 def shares_by_caption(cell: Cell, kind: str) -> Tensor:
@@ -88,7 +88,7 @@ def fall(arm: Sequence[Cell], plain: Sequence[Sequence[Cell]], measure: str, kin
     Args:
         arm: a cell for each seed.
         plain: for each of those seeds the cells along plain training, in order, the untouched model first.
-        measure: "loss" or "kid".
+        measure: "loss", "kid" or "kid_latents".
         kind: of captions.
 
     Returns:

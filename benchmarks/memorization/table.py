@@ -21,7 +21,8 @@ from benchmarks.memorization.compare import NUM_RESAMPLES, Cell, Fall, fall, qua
 
 CELLS = Path(__file__).parent / "cells"
 KINDS = ("repeated", "single")
-MEASURES = {"loss": "loss unseen", "kid": "KID"}
+MEASURES = {"loss": "loss unseen", "kid": "KID", "kid_latents": "KID of latents"}
+"""What is held equal."""
 
 Points = dict[tuple[str, int], list[Cell]]
 
@@ -68,16 +69,27 @@ def along(points: Points, arm: str, seed: int) -> list[Cell]:
 
 def table(points: Points) -> Iterable[str]:
     """Yield the lines of a table with a row for each arm and step."""
-    columns = ["arm", "steps", "seeds", *(f"copies, {kind}" for kind in KINDS), "loss unseen", "loss single", "KID"]
-    yield _line([*columns, "extra steps", "picture-forwards", "CPU seconds"])
-    yield "|---" * (len(columns) + 3) + "|"
+    columns = [
+        "arm",
+        "steps",
+        "seeds",
+        *(f"copies, {kind}" for kind in KINDS),
+        "loss unseen",
+        "loss single",
+        "KID",
+        "KID of latents",
+    ]
+    columns += ["extra steps", "picture-forwards", "CPU seconds"]
+    yield _line(columns)
+    yield "|---" * len(columns) + "|"
     for (arm, step), cells in points.items():
         shares = [share_text([cell["copies"][kind] for cell in cells]) for kind in KINDS]
         losses = [f"{mean_loss(cells, name):.4f}" for name in ("heldout", "single")]
+        kids = [kid_text(cells, name) for name in ("kid", "kid_latents")]
         costs = [
             f"{sum(cell[name] for cell in cells) / len(cells):,.0f}" for name in ("extra_steps", "picture_forwards")
         ]
-        yield _line([title(arm), step, len(cells), *shares, *losses, kid_text(cells), *costs, seconds_text(cells)])
+        yield _line([title(arm), step, len(cells), *shares, *losses, *kids, *costs, seconds_text(cells)])
 
 
 def equal_quality_table(points: Points) -> Iterable[str]:
@@ -93,7 +105,7 @@ def equal_quality_table(points: Points) -> Iterable[str]:
             ),
         ]
     )
-    yield "|---" * 6 + "|"
+    yield "|---" * (2 + 2 * len(MEASURES)) + "|"
     for (arm, _), cells in last_points(points).items():
         reference = "lora_plain" if arm.startswith("lora") else "plain"
         curves = {cell["seed"]: along(points, reference, cell["seed"]) for cell in cells}
@@ -110,7 +122,7 @@ def equal_quality_table(points: Points) -> Iterable[str]:
 
 def is_judged(cell: Cell, measure: str) -> bool:
     """Return whether a cell has a measure; the oldest ones have no KID."""
-    return measure == "loss" or "kid" in cell
+    return measure == "loss" or measure in cell
 
 
 def fall_texts(found: Fall | None) -> list[str]:
@@ -137,9 +149,9 @@ def mean_loss(cells: Sequence[Cell], name: str) -> float:
     return sum(cell["losses"][name]["mean"] for cell in cells) / len(cells)
 
 
-def kid_text(cells: Sequence[Cell]) -> str:
-    """Return the mean over the seeds of the KID."""
-    found = [quality(cell, "kid") for cell in cells if is_judged(cell, "kid")]
+def kid_text(cells: Sequence[Cell], name: str) -> str:
+    """Return the mean over the seeds of a KID."""
+    found = [quality(cell, name) for cell in cells if is_judged(cell, name)]
     return f"{sum(found) / len(found):.3f}" if found else "-"
 
 
