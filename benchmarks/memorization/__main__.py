@@ -5,8 +5,8 @@
     python -m benchmarks.memorization --quick --work_dir runs/quick
 
 A point that is there already (``cells/ARM-STEPS-SEED.json``) is not made again, and an interrupted fine-tune goes on
-from its newest checkpoint, so the command can be stopped and started at will. `table.py` makes the tables of the cells. `--quick` makes the ends of six arms again, into
-a folder of its own, and says whether they come out as published.
+from its newest checkpoint, so the command can be stopped and started at will. `table.py` makes the tables of the cells.
+`--quick` makes the ends of six arms again, into a folder of its own, and says whether they come out as published.
 """
 
 import argparse

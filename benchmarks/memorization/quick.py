@@ -13,7 +13,7 @@ SMALLEST_MARGIN = 0.0005
 
 
 def report(made: Points, published: Points) -> Iterable[str]:
-    """Yield a line for each arm made: its copies of repeated captions and its loss, inside or outside what is published.
+    """Yield a line for each arm made: whether its copies of repeated captions and its loss are as published.
 
     A share is inside where it lies within the 95 % interval over captions, widened to the shares of each seed; a loss
     where it is within two standard deviations over the published seeds, or 0.0005, of their mean.
