@@ -9,7 +9,7 @@ SHOWN = ("plain", "plain_distinct", "iet", "iet_agc", "paper", "shard", "agc", "
 """Arms of full weights; more would hide each other."""
 PANELS = {
     "loss": "denoising loss on unseen pictures",
-    "kid_latents": "distance of the drawings to unseen pictures (KID of VAE latents)",
+    "kid": "distance of the drawings of single captions to unseen pictures (KID)",
 }
 
 
