@@ -46,9 +46,11 @@ def main() -> None:
 def read_cells(folder: Path) -> Points:
     """Return the cells of each arm and step, a cell per seed, in the order of the arms."""
     points: Points = defaultdict(list)
-    order = list(ARMS)
+    order = {arm: number for number, arm in enumerate(ARMS)}
     cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    for cell in sorted(cells, key=lambda cell: (order.index(cell["arm"]), cell["step"], cell["seed"])):
+    for cell in sorted(
+        cells, key=lambda cell: (order.get(cell["arm"], len(order)), cell["arm"], cell["step"], cell["seed"])
+    ):
         points[cell["arm"], cell["step"]].append(cell)
     return dict(points)
 
@@ -140,8 +142,8 @@ def _line(values: Sequence[object]) -> str:
 
 
 def title(arm: str) -> str:
-    """Return the words for an arm."""
-    return ARMS[arm].title
+    """Return the words for an arm; its name where it was tried and taken out again (`cells/removed`)."""
+    return ARMS[arm].title if arm in ARMS else arm
 
 
 def mean_loss(cells: Sequence[Cell], name: str) -> float:
