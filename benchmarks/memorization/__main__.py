@@ -56,7 +56,7 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, exam: Exam | None)
     """Train one arm with one seed and judge its checkpoints, as far as that has not been done."""
     if arm == "base":
         if exam is not None:
-            judge_base(options.cells, exam)
+            judge_base(options, exam)
         return
     every = options.max_train_steps // options.points
     files = {
@@ -71,7 +71,7 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, exam: Exam | None)
     for checkpoint in list_checkpoints(folder):
         step = int(checkpoint.name.rpartition("-")[2])
         if step in files and not is_complete(files[step]):
-            judged = judge(exam, checkpoint / "unet", f"{arm} {step}")
+            judged = judge(exam, checkpoint / "unet", folder / f"drawings-{step}.safetensors", f"{arm} {step}")
             if files[step].exists():  # made before all that is judged now was
                 cell = json.loads(files[step].read_text(encoding="utf-8")) | judged
             else:
@@ -90,16 +90,19 @@ def train_timed(config: TrainConfig) -> None:
     (folder / SECONDS).write_text(json.dumps(round(time.process_time() - start) if fresh else None), encoding="utf-8")
 
 
-def judge_base(cells: Path, exam: Exam) -> None:
+def judge_base(options: argparse.Namespace, exam: Exam) -> None:
     """Judge the model as it is before any fine-tune, which is step 0 of every arm."""
-    file = cell_file(cells, "base", 0, 0)
+    file = cell_file(options.cells, "base", 0, 0)
     if is_complete(file):
         return
     about = {"arm": "base", "title": ARMS["base"].title, "seed": 0, "step": 0, "settings": {}, "data": "demo"}
     costs = {"extra_steps": 0, "empty_steps": 0, "picture_forwards": 0, "cpu_seconds_of_run": 0}
     command = "python -m benchmarks.memorization --arms base --work_dir runs/memorization"
     write_cell(
-        file, about | {"command": command, "commit": commit(), **costs} | judge(exam, tiny_sd_path() / "unet", "base")
+        file,
+        about
+        | {"command": command, "commit": commit(), **costs}
+        | judge(exam, tiny_sd_path() / "unet", options.work_dir / "drawings-base.safetensors", "base"),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.denoising import BATCH_SIZE, Encoded, denoising_losses, encode
@@ -64,11 +65,18 @@ def prepare_exam() -> Exam:
     )
 
 
-def judge(exam: Exam, unet_folder: Path, description: str) -> dict[str, Any]:
-    """Return copies by kind, mean losses by set, and the KID of the drawings, of the UNet in a folder."""
+def judge(exam: Exam, unet_folder: Path, drawings: Path, description: str) -> dict[str, Any]:
+    """Return copies by kind, mean losses by set, and the KID of the drawings, of the UNet in a folder.
+
+    Args:
+        exam: what it is asked.
+        unet_folder: the UNet.
+        drawings: a safetensors file where its drawings are kept.
+        description: text of the progress bars.
+    """
     unet = UNet2DConditionModel.from_pretrained(unet_folder, torch_dtype=torch.float32, use_safetensors=True)
     exam.pipeline.unet = unet.eval()
-    drawn = {kind: _draw(exam, kind, f"{description}, {kind}") for kind in exam.rows}
+    drawn = _drawings(exam, drawings, description)
     kid = kernel_distance(_features(drawn["single"], exam.extractor), exam.unseen, generator_for(0, "kid"))
     return {
         "copies": {kind: _copies(exam, kind, pixels) for kind, pixels in drawn.items()},
@@ -80,6 +88,15 @@ def judge(exam: Exam, unet_folder: Path, description: str) -> dict[str, Any]:
 @torch.no_grad()
 def _features(pixels: Tensor, extractor: Extractor) -> Tensor:
     return quality_features([extractor.embed(part) for part in pixels.split(BATCH_SIZE)], extractor)
+
+
+def _drawings(exam: Exam, file: Path, description: str) -> dict[str, Tensor]:
+    """Return the drawings by kind: those of an earlier judging where they are kept, so that a new measure is cheap."""
+    if file.exists():
+        return load_file(file)
+    drawn = {kind: _draw(exam, kind, f"{description}, {kind}") for kind in exam.rows}
+    save_file(drawn, file)
+    return drawn
 
 
 def _draw(exam: Exam, kind: str, description: str) -> Tensor:
