@@ -108,14 +108,21 @@ def judge_base(options: argparse.Namespace, exam: Exam) -> None:
 
 def is_complete(file: Path) -> bool:
     """Return whether a cell is there with all that is judged now."""
-    return file.exists() and "kid" in json.loads(file.read_text(encoding="utf-8"))
+    return file.exists() and "kid_latents" in json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_cell(file: Path, cell: dict[str, Any]) -> None:
     """Write a cell and say what is in it."""
     file.write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
     shares = {kind: one["copies"] for kind, one in cell["copies"].items()}
-    print(file.stem, shares, cell["losses"]["heldout"], cell["kid"], flush=True)
+    print(
+        file.stem,
+        shares,
+        cell["losses"]["heldout"]["mean"],
+        cell["kid"]["mean"],
+        cell["kid_latents"]["mean"],
+        flush=True,
+    )
 
 
 def cell_file(cells: Path, arm: str, step: int, seed: int) -> Path:

@@ -30,7 +30,9 @@ DRAWINGS = {"repeated": 4, "single": 1}
 class Exam(NamedTuple):
     """What every model is asked: training pictures, chosen rows by kind, and the pictures whose loss is measured.
 
-    Quality is the distance (KID) of the drawings of single captions to ``unseen``, features of the held-out pictures.
+    Quality is the distance (KID) of the drawings of single captions to the held-out pictures, of which ``unseen``
+    holds the features by measure: ``kid`` of the bundled copy descriptor, which looks at what is drawn, and
+    ``kid_latents`` of the VAE's latents, which look at where the colors are.
     """
 
     pipeline: StableDiffusionPipeline
@@ -38,7 +40,7 @@ class Exam(NamedTuple):
     rows: dict[str, list[int]]
     encoded: dict[str, Encoded]
     extractor: Extractor
-    unseen: Tensor
+    unseen: dict[str, Tensor]
 
 
 def prepare_exam() -> Exam:
@@ -61,7 +63,7 @@ def prepare_exam() -> Exam:
             **{kind: encoded(pictures, ids) for kind, ids in rows.items()},
         },
         extractor,
-        _features(heldout.pixels, extractor),
+        _features(heldout.pixels, extractor, pipeline),
     )
 
 
@@ -77,17 +79,27 @@ def judge(exam: Exam, unet_folder: Path, drawings: Path, description: str) -> di
     unet = UNet2DConditionModel.from_pretrained(unet_folder, torch_dtype=torch.float32, use_safetensors=True)
     exam.pipeline.unet = unet.eval()
     drawn = _drawings(exam, drawings, description)
-    kid = kernel_distance(_features(drawn["single"], exam.extractor), exam.unseen, generator_for(0, "kid"))
+    features = _features(drawn["single"], exam.extractor, exam.pipeline)
+    distances = {name: kernel_distance(features[name], exam.unseen[name], generator_for(0, "kid")) for name in features}
     return {
         "copies": {kind: _copies(exam, kind, pixels) for kind, pixels in drawn.items()},
         "losses": {name: _mean(denoising_losses(unet, encoded)) for name, encoded in exam.encoded.items()},
-        "kid": {"mean": round(kid.value, 5), "low": round(kid.low, 5), "high": round(kid.high, 5)},
+        **{
+            name: {"mean": round(kid.value, 5), "low": round(kid.low, 5), "high": round(kid.high, 5)}
+            for name, kid in distances.items()
+        },
     }
 
 
 @torch.no_grad()
-def _features(pixels: Tensor, extractor: Extractor) -> Tensor:
-    return quality_features([extractor.embed(part) for part in pixels.split(BATCH_SIZE)], extractor)
+def _features(pixels: Tensor, extractor: Extractor, pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
+    """Return the features of pictures by measure, (N, D) each."""
+    images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    latents = [pipeline.vae.encode(part).latent_dist.mean.flatten(1) for part in images.split(BATCH_SIZE)]
+    return {
+        "kid": quality_features([extractor.embed(part) for part in pixels.split(BATCH_SIZE)], extractor),
+        "kid_latents": torch.cat(latents) * pipeline.vae.config.scaling_factor,
+    }
 
 
 def _drawings(exam: Exam, file: Path, description: str) -> dict[str, Tensor]:
