@@ -2,8 +2,11 @@
 
     python -m benchmarks.memorization --work_dir runs/memorization
 
+    python -m benchmarks.memorization --quick --work_dir runs/quick
+
 A point that is there already (``cells/ARM-STEPS-SEED.json``) is not made again, and an interrupted fine-tune goes on
-from its newest checkpoint, so the command can be stopped and started at will. `table.py` makes the table of the cells.
+from its newest checkpoint, so the command can be stopped and started at will. `table.py` makes the tables of the cells.
+`--quick` makes the ends of six arms again, into a folder of its own, and says whether they come out as published.
 """
 
 import argparse
@@ -21,6 +24,8 @@ import torch
 from benchmarks.memorization.arms import ARMS, COMMON
 from benchmarks.memorization.data import training_folder
 from benchmarks.memorization.judge import Exam, judge, prepare_exam
+from benchmarks.memorization.quick import QUICK_ARMS, report
+from benchmarks.memorization.table import read_cells
 from sd_memguard.assets import tiny_sd_path
 from sd_memguard.config import TrainConfig, make_train_config
 from sd_memguard.proxies.state_file import load_state
@@ -37,19 +42,25 @@ def main() -> None:
     """Train and judge what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="where the runs go; may be removed afterwards")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    parser.add_argument("--quick", action="store_true", help="one seed of six arms, compared with the published cells")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all, or those of --quick")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one fine-tune of each arm per seed")
     parser.add_argument("--max_train_steps", type=int, default=900, help="optimizer steps of each fine-tune")
-    parser.add_argument("--points", type=int, default=3, help="points along the training that are judged")
-    parser.add_argument("--cells", type=Path, default=CELLS, help="where the results are")
+    parser.add_argument("--points", type=int, help="points along the training that are judged; default: 3, --quick: 1")
+    parser.add_argument("--cells", type=Path, help="where the results are; default: beside the code, --quick: work_dir")
     parser.add_argument("--train_only", action="store_true", help="leave the judging to a later run of the command")
     options = parser.parse_args()
+    options.arms = options.arms or list(QUICK_ARMS if options.quick else ARMS)
+    options.points = options.points or (1 if options.quick else 3)
+    options.cells = options.cells or (options.work_dir / "cells" if options.quick else CELLS)
     configure_logging()
     options.cells.mkdir(parents=True, exist_ok=True)
     exam = None if options.train_only else prepare_exam()
     for seed in options.seeds:
         for arm in options.arms:
             run_arm(arm, seed, options, exam)
+    if options.quick and not options.train_only:
+        print("\n".join(report(read_cells(options.cells), read_cells(CELLS))))
 
 
 def run_arm(arm: str, seed: int, options: argparse.Namespace, exam: Exam | None) -> None:
