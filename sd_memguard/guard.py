@@ -217,6 +217,7 @@ class MemorizationGuard:
             bank.update(timesteps, judged)
             if self.config.history_decay > 0:
                 loss_ratio = self._by_history(host_ids, loss_ratio)
+            loss_ratio = torch.where(timesteps < self.config.skip_timesteps, loss_ratio, torch.inf)
             bands = classify(loss_ratio, self.config.skip_threshold, self.augment_threshold)
         weighted = losses if weights is None else losses * weights
         clean_sum = torch.where(bands.clean_mask, weighted, 0.0).sum()
