@@ -94,11 +94,6 @@ class GuardConfig:
     group_duplicates: Literal["off", "shard", "balance"] = setting(
         "shard", GUARD, "near-identical pictures share a shard and move together; balance: and count as one picture"
     )
-    loss_reference: Literal["none", "base"] = setting(
-        "none", GUARD, "judge a sample by its loss, or by its quotient to the untouched model's"
-    )
-    skip_timesteps: int = setting(1000, GUARD, "skip only below this timestep", POSITIVE_COUNT)
-    history_decay: float = setting(0.0, GUARD, "decide by the running mean of a picture's ratios; 0: off", BELOW_ONE)
     seed: int | None = setting(None, *SEED)
 
     def __post_init__(self) -> None:

@@ -174,7 +174,7 @@ class MemorizationGuard:
         """Whether all four parts are off, so that training is what it is without a guard."""
         return self.num_shards == 1 and self.config.skip_threshold == 0
 
-    def weigh(self, losses: Tensor, timesteps: Tensor, sample_ids: Tensor, weights: Tensor | None = None, reference_losses: Tensor | None = None) -> Verdict:
+    def weigh(self, losses: Tensor, timesteps: Tensor, sample_ids: Tensor, weights: Tensor | None = None) -> Verdict:
         """Judge a batch of the active shard and return what to backward.
 
         Args:
@@ -212,13 +212,9 @@ class MemorizationGuard:
             bands = classify(loss_ratio, 0.0, 0.0)
         else:
             bank = self.banks[self.shard_index]
-            judged = losses.detach() if reference_losses is None else losses.detach() / reference_losses
-            loss_ratio = bank.loss_ratio(timesteps, judged)
-            bank.update(timesteps, judged)
-            if self.config.history_decay > 0:
-                loss_ratio = self._by_history(host_ids, loss_ratio)
-            loss_ratio = torch.where(timesteps < self.config.skip_timesteps, loss_ratio, torch.inf)
+            loss_ratio = bank.loss_ratio(timesteps, losses)
             bands = classify(loss_ratio, self.config.skip_threshold, self.augment_threshold)
+            bank.update(timesteps, losses)
         weighted = losses if weights is None else losses * weights
         clean_sum = torch.where(bands.clean_mask, weighted, 0.0).sum()
         # One transfer to the host for everything that is counted there.
@@ -243,19 +239,6 @@ class MemorizationGuard:
         if rounds is not None:
             rounds.weighed(verdict)
         return verdict
-
-    def _by_history(self, ids: Tensor, ratio: Tensor) -> Tensor:
-        d = self.config.history_decay
-        if not hasattr(self, "history"):
-            n = len(self.plan.assignment)
-            self.history = [[0.0, 0.0] for _ in range(n)]
-        keys = (ids if self.groups is None else self.groups[ids]).tolist()
-        h = self.history
-        out = [h[k][0] / h[k][1] if h[k][1] >= 2.0 else float("inf") for k in keys]
-        for k, r in zip(keys, ratio.tolist(), strict=True):
-            if r < 1e9:
-                h[k] = [d * h[k][0] + r, d * h[k][1] + 1]
-        return torch.tensor(out)
 
     def _count(self, sample_ids: Tensor, loss_ratio: Tensor, bands: Bands) -> None:
         self.ledger.record(sample_ids, bands)

@@ -27,7 +27,6 @@ OFF = {
 IET = OFF | {"num_shards": 4}
 AGC = {"skip_threshold": 0.8}
 TAA = {"augment_threshold": 1.2}
-BASE = {"loss_reference": "base"}
 BALANCE = {"group_duplicates": "balance"}
 MSR = {"redistribute_fraction": 0.25}
 
@@ -52,17 +51,6 @@ ARMS = {
     "paper": Arm("`--preset paper`, 4 shards", FULL | {"preset": "paper", "num_shards": 4}),
     "agc": Arm("AGC, one model", FULL | OFF | AGC),
     "agc_balance": Arm("AGC, one model, duplicates counted as one", FULL | OFF | AGC | BALANCE),
-    "cal8": Arm("AGC on l / l_base, one model, 0.8", FULL | OFF | AGC | BASE),
-    "cal6": Arm("AGC on l / l_base, one model, 0.6", FULL | OFF | BASE | {"skip_threshold": 0.6}),
-    "cal8_balance": Arm("AGC on l / l_base, one model, duplicates counted as one", FULL | OFF | AGC | BASE | BALANCE),
-    "cal_shard": Arm("default with AGC on l / l_base", FULL | IET | AGC | TAA | MSR | BASE | {"group_duplicates": "shard"}),
-    "hist": Arm("AGC on l / l_base by picture", FULL | OFF | AGC | BASE | {"history_decay": 0.8}),
-    "hist_groups": Arm("AGC on l / l_base by picture, groups known", FULL | OFF | AGC | BASE | {"history_decay": 0.8, "group_duplicates": "shard"}),
-    "hist_balance": Arm("AGC on l / l_base by picture, balanced", FULL | OFF | AGC | BASE | BALANCE | {"history_decay": 0.8}),
-    "hist9": Arm("AGC on l / l_base by picture, .9", FULL | OFF | BASE | {"history_decay": 0.8, "skip_threshold": 0.9}),
-    "low_balance": Arm("AGC below t = 600 alone, one model, balanced", FULL | OFF | AGC | BALANCE | {"skip_timesteps": 600}),
-    "agc6_balance": Arm("AGC at .6, one model, balanced", FULL | OFF | BALANCE | {"skip_threshold": 0.6}),
-    "agc_taa_balance": Arm("AGC, TAA, one model, balanced", FULL | OFF | AGC | TAA | BALANCE),
     "plain_distinct": Arm("plain, duplicates removed", FULL | {"memguard": "off"}, data="distinct"),
     "plain_augmented": Arm("plain, RandAugment on everything", FULL | {"memguard": "off"}, data="augmented"),
     "lora_plain": Arm("LoRA, plain", LORA | {"memguard": "off"}),

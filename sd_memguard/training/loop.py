@@ -127,9 +127,6 @@ class Trainer:
         self.noising = Noising(plan.seed, num_timesteps, config.noise_offset, config.input_perturbation)
         dream = config.dream_detail_preservation if config.dream_training else None
         self.loss = DenoisingLoss(models.noise_scheduler, config.snr_gamma, dream)
-        self.reference = None
-        if config.guard.loss_reference == "base":
-            self.reference = load_unet(plan.pipeline, config).to(accelerator.device).requires_grad_(False).eval()
         self.probes = self._make_probes(encoders, num_timesteps)
 
         # The guard and the step.
@@ -237,16 +234,9 @@ class Trainer:
             self.progress.lost_visits += self.config.train_batch_size - len(visits)
             if not visits:
                 continue
-            addresses = [visit_address(visit) for visit in visits]
-            losses, timesteps = self._losses(batch, addresses)
-            references = None
-            if self.reference is not None:
-                _, noise, input_noise = self.noising.draw(addresses, batch[0].shape[1:], batch[0].device)
-                with torch.no_grad():
-                    references = self.loss(self.reference, *batch, timesteps, noise, input_noise)
-                self.progress.picture_forwards += len(addresses)
+            losses, timesteps = self._losses(batch, [visit_address(visit) for visit in visits])
             sample_ids = torch.tensor([visit.sample_id for visit in visits])
-            verdict = self.guard.weigh(losses, timesteps, sample_ids, self.loss.weights(timesteps), references)
+            verdict = self.guard.weigh(losses, timesteps, sample_ids, self.loss.weights(timesteps))
             self.accelerator.backward(verdict.clean_sum / self.plan.visits_per_step)
             self.progress.meters[self.guard.shard_index].record(verdict)
             seen.append(Seen(sample_ids, timesteps, verdict))
