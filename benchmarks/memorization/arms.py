@@ -46,8 +46,13 @@ ARMS = {
     "iet_agc": Arm("IET, AGC", FULL | IET | AGC),
     "iet_agc_taa": Arm("IET, AGC, TAA", FULL | IET | AGC | TAA),
     "iet_agc_taa_msr": Arm("IET, AGC, TAA, MSR", FULL | IET | AGC | TAA | MSR),
-    "shard": Arm("the same, duplicates in one shard", FULL | IET | AGC | TAA | MSR | {"group_duplicates": "shard"}),
-    "balance": Arm("the same, and counted as one", FULL | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}),
+    "shard": Arm(
+        "the default: IET, AGC, TAA, MSR, duplicates in one shard",
+        FULL | IET | AGC | TAA | MSR | {"group_duplicates": "shard"},
+    ),
+    "balance": Arm(
+        "the default, but duplicates counted as one", FULL | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}
+    ),
     "paper": Arm("`--preset paper`, 4 shards", FULL | {"preset": "paper", "num_shards": 4}),
     "agc": Arm("AGC, one model", FULL | OFF | AGC),
     "agc_balance": Arm("AGC, one model, duplicates counted as one", FULL | OFF | AGC | BALANCE),

@@ -20,7 +20,7 @@ def plot(points: Points, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.2), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.8), sharey=True, layout="constrained")
     for axis, (measure, words) in zip(axes, PANELS.items(), strict=True):
         for number, arm in enumerate(SHOWN):
             # Only points that every seed of the arm's last point has: a line must not jump between sets of seeds.
@@ -51,6 +51,7 @@ def plot(points: Points, file: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_title("lower and further left is better; the large dot is the end of the training", loc="left")
     axes[0].set_ylabel("near copies, % of the drawings of repeated captions")
-    axes[1].legend(fontsize=8, frameon=False, loc="upper right")
+    handles, labels = axes[0].get_legend_handles_labels()  # the right panel lacks arms that were judged before KID was
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
