@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from PIL import Image
 
 from benchmarks.memorization.compare import fall, find_place, shares_at
+from benchmarks.memorization.plot import plot
 from benchmarks.memorization.quick import loss_interval, report
 from benchmarks.memorization.table import along, equal_quality_table, read_cells, share, table
 
@@ -134,3 +136,11 @@ def test_quick_says_what_is_as_published(copies, loss, verdicts):
 def test_the_interval_of_a_loss_grows_with_the_spread_of_the_seeds():
     spread = [make_cell("agc", 300, seed, "0000", loss) for seed, loss in enumerate((4.9, 5.0, 5.1))]
     assert loss_interval(spread) == pytest.approx((4.8, 5.2))
+
+
+def test_the_plot_is_drawn_where_arms_and_measures_are_missing(cells):
+    points = read_cells(cells)
+    del points["agc", 300][0]["kid"]
+    plot(points, cells / "plots" / "memorization.png")
+    with Image.open(cells / "plots" / "memorization.png") as image:
+        assert image.width > 1000
