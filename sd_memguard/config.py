@@ -42,7 +42,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "default": {},
         # The method as published (arXiv 2502.09434), pinned so that it stays put when the defaults move.
         "paper": {
-            "num_shards": "auto",
+            "num_shards": 4,
             "skip_threshold": 0.8,
             "augment_threshold": 1.2,
             "bank_decay": 0.8,
@@ -65,9 +65,9 @@ class GuardConfig:
     """
 
     num_shards: int | Literal["auto"] = setting(
-        1,
+        "auto",
         GUARD,
-        "shards, one proxy each; 1: no ensemble; auto: different pictures // 64, from 1 to 4",
+        "shards, one proxy each; auto: one per 30 passes over the pictures, at most 4, of 64 or more",
         POSITIVE_COUNT,
     )
     steps_per_round: int | Literal["auto"] = setting(

@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from signal import Signals
 from typing import Any, NamedTuple, NoReturn
@@ -134,7 +135,7 @@ class Trainer:
         unusable = torch.ones(plan.samples.num_rows, dtype=torch.bool)
         unusable[plan.samples.sample_ids] = False
         self.guard = MemorizationGuard(
-            config.guard,
+            replace(config.guard, num_shards=self.schedule.num_shards),
             plan.samples.num_rows,
             num_timesteps=num_timesteps,
             groups=None if plan.samples.groups is None else torch.from_numpy(plan.samples.groups),
