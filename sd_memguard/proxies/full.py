@@ -24,7 +24,8 @@ class FullProxies:
     """K proxies of one model, of which one is resident and the others rest in a store.
 
     A proxy is three parts: ``weights``, ``ema`` (where there is one) and ``optimizer``. Each resting part is an entry
-    of the store; after an aggregation all proxies share one entry of weights.
+    of the store; after an aggregation all resting proxies share one entry of weights. The resident one has none, so
+    that the store holds K - 1 proxies, and during a switch one part more.
 
     With several processes, process r of n has the proxies r, r + n, r + 2n, ... and never sees the others: a mean is a
     sum of partial sums, exchanged tensor by tensor. All processes then call each method that speaks of all proxies.
@@ -58,7 +59,7 @@ class FullProxies:
         if num_shards > 1:
             for part in self.averaged_parts:
                 self._share(part, self._resident_part(part))
-            for shard_index in self.own:
+            for shard_index in self.own[1:]:
                 self._replace(shard_index, OPTIMIZER, self._put(OPTIMIZER, {}))
 
     @property
@@ -72,12 +73,12 @@ class FullProxies:
             return
         for part in (*self.averaged_parts, OPTIMIZER):
             self._replace(self.resident, part, self._put(part, self._resident_part(part)))
+            self._load(part, self._store.get(self._entries[shard_index][part]))
+            self._release(self._entries[shard_index].pop(part))
         if self.ema is not None:
             self._ema_steps[self.resident] = self.ema.optimization_step
             self.ema.optimization_step = self._ema_steps[shard_index]
         self.resident = shard_index
-        for part in (*self.averaged_parts, OPTIMIZER):
-            self._load(part, self._store.get(self._entries[shard_index][part]))
 
     def aggregate(self, weights: Sequence[float], part: str = WEIGHTS) -> dict[str, Tensor]:
         """Return the weighted mean of a part over the proxies as they are now, on the CPU."""
@@ -187,14 +188,17 @@ class FullProxies:
                 f"this run has {self.num_shards} with {sorted(parts)}"
             )
         adopted: dict[str, str] = {}
+        self.resident = index["resident"] if index["resident"] in self.own else self.own[0]
         if self.num_shards > 1:
+            self._forget(self.resident)
             for shard_index in self.own:
+                if shard_index == self.resident:
+                    continue
                 for part, file in entries[shard_index].items():
                     if file not in adopted:
                         adopted[file] = self._new_key(part)
                         self._store.adopt(adopted[file], folder / file)
                     self._replace(shard_index, part, adopted[file])
-        self.resident = index["resident"] if index["resident"] in self.own else self.own[0]
         self._ema_steps = list(index["ema_steps"])
         if self.ema is not None:
             self.ema.optimization_step = self._ema_steps[self.resident]
@@ -252,13 +256,26 @@ class FullProxies:
         return key
 
     def _share(self, part: str, tensors: Mapping[str, Tensor]) -> None:
-        key = self._put(part, tensors)
-        for shard_index in self.own:
-            self._replace(shard_index, part, key)
+        """Give all resting proxies the same part."""
+        resting = [shard_index for shard_index in self.own if shard_index != self.resident]
+        if resting:
+            key = self._put(part, tensors)
+            for shard_index in resting:
+                self._replace(shard_index, part, key)
 
     def _replace(self, shard_index: int, part: str, key: str) -> None:
-        """Point a proxy's part at another entry, and drop the old one when no proxy points at it any more."""
+        """Point a proxy's part at another entry."""
         old = self._entries[shard_index].get(part)
         self._entries[shard_index][part] = key
-        if old is not None and all(entries.get(part) != old for entries in self._entries):
-            self._store.drop(old)
+        if old is not None:
+            self._release(old)
+
+    def _forget(self, shard_index: int) -> None:
+        """Drop the entries of a proxy that is about to be resident."""
+        while self._entries[shard_index]:
+            self._release(self._entries[shard_index].popitem()[1])
+
+    def _release(self, key: str) -> None:
+        """Drop an entry when no proxy points at it any more."""
+        if all(key not in entries.values() for entries in self._entries):
+            self._store.drop(key)

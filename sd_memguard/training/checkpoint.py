@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sd_memguard.config import SETTINGS
 from sd_memguard.errors import UserError
 from sd_memguard.training.run_folder import CONFIG, FOLDER, PROXIES_FOLDER, SUMMARY
 
@@ -39,7 +40,16 @@ FREE_TO_CHANGE = {
         "local_rank",
         "export_formats",
     ),
-    *("dataloader_num_workers", "push_to_hub", "hub_model_id", "cache_dir", "dry_run", "offload_ema", "allow_tf32"),
+    *(
+        "dataloader_num_workers",
+        "push_to_hub",
+        "hub_model_id",
+        "cache_dir",
+        "encoding_cache_dir",
+        "dry_run",
+        "offload_ema",
+        "allow_tf32",
+    ),
 }
 """Settings that do not shape what is trained."""
 LENGTH = {"max_train_steps", "num_train_epochs"}
@@ -165,6 +175,8 @@ def refuse_changes(saved: dict[str, Any], present: dict[str, Any], folder: Path)
     Raises:
         CheckpointError: names the settings that differ.
     """
+    # A setting that the version of the checkpoint did not have yet was at its default.
+    saved = {name: setting.default for name, setting in SETTINGS.items()} | saved
     differing = [name for name in present if name not in FREE_TO_CHANGE and saved.get(name) != present[name]]
     changed = [name for name in differing if not _grows(name, saved, present)]
     if changed:

@@ -36,7 +36,7 @@ class Footprint:
         model: the UNet in float32.
         trained: what is trained of it, in float32: all, or the adapter.
         proxy: one resting proxy: trained weights, AdamW's two moments, and the EMA.
-        resting: all resting proxies, 0 with one shard.
+        resting: the proxies that rest, and while they are switched the optimizer state of one more; 0 with one shard.
         checkpoint: one that shares no file with another: every proxy, and the aggregate.
         num_checkpoints: how many are kept.
     """
@@ -54,13 +54,13 @@ def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> F
     num_parameters, num_adapter = count_parameters(pipeline, config)
     num_trained = num_parameters if config.rank is None else num_adapter
     moments = 0.5 if config.use_8bit_adam else 2
-    proxy = int(BYTES * num_trained * (1 + moments + config.use_ema))
+    proxy, switched = (int(BYTES * num_trained * parts) for parts in (1 + moments + config.use_ema, moments))
     num_checkpoints = schedule.total_steps // config.checkpointing_steps
     return Footprint(
         model=BYTES * num_parameters,
         trained=BYTES * num_trained,
         proxy=proxy,
-        resting=schedule.num_shards * proxy if schedule.num_shards > 1 else 0,
+        resting=(schedule.num_shards - 1) * proxy + switched if schedule.num_shards > 1 else 0,
         checkpoint=schedule.num_shards * proxy + BYTES * num_parameters,
         num_checkpoints=min(num_checkpoints, config.checkpoints_total_limit or num_checkpoints),
     )
@@ -103,7 +103,7 @@ def check_space(sizes: Footprint, config: TrainConfig) -> None:
     Raises:
         SpaceError: says how much is needed and how much is free.
     """
-    free = shutil.disk_usage(_nearest_folder(Path(config.output_dir))).free
+    free = shutil.disk_usage(nearest_folder(Path(config.output_dir))).free
     store = 0 if rests_in_ram(sizes.resting, config) else sizes.resting
     present = len(list_checkpoints(Path(config.output_dir))) if config.resume_from_checkpoint else 0
     num_new = max(min(sizes.num_checkpoints, 2) - min(present, 1), 0)
@@ -123,9 +123,10 @@ def check_space(sizes: Footprint, config: TrainConfig) -> None:
         )
 
 
-def _nearest_folder(folder: Path) -> Path:
+def nearest_folder(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
     folder = folder.absolute()
-    return folder if folder.exists() else _nearest_folder(folder.parent)
+    return folder if folder.exists() else nearest_folder(folder.parent)
 
 
 def gigabytes(size: float) -> str:

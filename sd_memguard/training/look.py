@@ -1,5 +1,7 @@
 """Looking at the aggregate at a round's end: the probes' losses, and drawings of the validation prompts."""
 
+import torch
+
 from sd_memguard.training.batches import BatchSource, Encoders
 from sd_memguard.training.logs import RunLog
 from sd_memguard.training.loss import DenoisingLoss
@@ -52,7 +54,9 @@ class Look:
             return {}
         if ranks.by_batch and not ranks.is_main:
             return {}
-        with state.proxies.averaged(state.guard.aggregation_weights()):
+        # Not compiled: these few forwards are not worth another compilation.
+        averaged = state.proxies.averaged(state.guard.aggregation_weights())
+        with averaged, torch.compiler.set_stance("force_eager"):
             if not ranks.is_main:
                 return {}
             if draws:

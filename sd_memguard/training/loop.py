@@ -151,8 +151,9 @@ class Trainer:
             self.schedule.total_steps,
             self.schedule.num_shards,
         )
-        if self.source.caches_everything and not self._augments:
-            encoders.release()
+        encoders.release(
+            vae=self.source.caches_latents and not self._augments, text_encoder=self.source.caches_embeddings
+        )
 
         self.updates = Updates(accelerator, self.optimizer, self.parameters, config.max_grad_norm)
         self.taken: list[tuple[int, list[Seen], HostCopy | None]] = []

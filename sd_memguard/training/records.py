@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
@@ -76,8 +77,8 @@ class RunRecords:
         ledger = guard.ledger
         columns = {
             "sample_id": ids,
-            "file": [samples.file(sample_id) for sample_id in ids.tolist()],
-            "caption": [samples.captions(sample_id)[0] for sample_id in ids.tolist()],
+            "file": samples.files(),
+            "caption": pc.list_element(samples.caption_lists(), 0),
             "shard": guard.plan.assignment[ids].numpy(),
             "duplicate_group": duplicate_groups(samples),
             **{name: getattr(ledger, name)[ids].numpy() for name in ("seen", "skipped", "augmented", "moves")},

@@ -29,6 +29,7 @@ from sd_memguard.proxies.full import FullProxies
 from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore, SharedDiskStore
 from sd_memguard.training.duplicates import describe_duplicates
+from sd_memguard.training.encoding_cache import refuse_inexact_cache
 from sd_memguard.training.footprint import Footprint, check_space, footprint, rests_in_ram
 from sd_memguard.training.lora import add_adapter, base_weights
 from sd_memguard.training.models import Models, find_pipeline, load_models
@@ -141,6 +142,7 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: KnownPictures 
         find_duplicates=groups_duplicates,
         checked=None if known is None else known.train,
     )
+    refuse_inexact_cache(samples, config)
     if groups_duplicates:
         logger.info("%s", describe_duplicates(samples))
     heldout_folder = _unbundle(config.validation_data_dir, assets.demo_heldout_path())
@@ -323,6 +325,8 @@ def prepare_models(plan: Plan, accelerator: Accelerator) -> Models:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     models.unet.to(accelerator.device)
+    if config.compile:
+        models.unet.compile()  # in place and at the first forward: names, parameters and references stay as they are
     return models
 
 

@@ -1,4 +1,4 @@
-"""Optimizer steps that do not wait for the device to learn whether the gradient is finite."""
+"""Optimizer steps that neither wait for the device nor go through the gradients more often than they must."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils import get_total_norm
 
 from sd_memguard.core.host_copy import HostCopy
 
@@ -14,9 +16,11 @@ from sd_memguard.core.host_copy import HostCopy
 class Updates:
     """Clips gradients and steps.
 
-    A gradient that is not finite must not reach the weights. The kernel of torch's fused AdamW is told on the device
-    (``found_inf``, as a GradScaler does it) and then leaves weights, moments and step counts as they are; an optimizer
-    without it has to be left alone by the host, which waits for the norm. A GradScaler looks after both by itself.
+    A gradient that is not finite must not reach the weights. The kernel of torch's fused AdamW is told on the device,
+    by the two attributes through which a GradScaler speaks to it: ``found_inf``, by which it leaves weights, moments
+    and step counts as they are, and ``grad_scale``, by which it divides the gradients while it reads them, so that
+    scaling and clipping take no passes of their own. An optimizer without these has to be left alone by the host, which
+    waits for the norm. A GradScaler looks after its gradients by itself.
 
     Args:
         accelerator: clips, and holds the GradScaler under fp16.
@@ -40,16 +44,25 @@ class Updates:
             The norm of the gradients on its way to the host: where it is not finite no step was taken. None where a
             GradScaler decides.
         """
-        if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], scale)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        if self.accelerator.scaler is not None:
-            self.optimizer.step()
-        elif self.is_fused:
-            self.inner.found_inf = (~torch.isfinite(norm)).float()
-            self.optimizer.step()
-            del self.inner.found_inf
-        elif math.isfinite(float(norm)):
-            self.optimizer.step()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        scaler = self.accelerator.scaler
+        if self.is_fused and scaler is None:
+            norm = scale * get_total_norm(gradients)
+            self._step_fused(norm, scale)
+        else:
+            if scale != 1.0:
+                torch._foreach_mul_(gradients, scale)
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            if scaler is not None or math.isfinite(float(norm)):
+                self.optimizer.step()
         self.optimizer.zero_grad()
-        return None if self.accelerator.scaler is not None else HostCopy(norm)
+        return None if scaler is not None else HostCopy(norm)
+
+    def _step_fused(self, norm: Tensor, scale: float) -> None:
+        # The factor is that of torch.nn.utils.clip_grad_norm_.
+        factor = scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.inner.grad_scale, self.inner.found_inf = factor.reciprocal(), (~torch.isfinite(norm)).float()
+        try:
+            self.optimizer.step()
+        finally:
+            del self.inner.grad_scale, self.inner.found_inf

@@ -18,7 +18,7 @@ def test_sizes_from_the_header_are_those_of_the_loaded_model(configure, settings
     trained = sum(parameter.numel() for parameter in trainer.parameters)
     assert plan.sizes.trained == 4 * trained
     assert plan.sizes.proxy == 4 * trained * (4 if "use_ema" in settings else 3)
-    assert plan.sizes.resting == 3 * plan.sizes.proxy
+    assert plan.sizes.resting == 2 * plan.sizes.proxy + 4 * trained * 2
 
 
 def free_disk(monkeypatch, free: int) -> None:

@@ -146,6 +146,22 @@ def test_a_gradient_that_is_not_finite_changes_nothing(make_trainer, fused):
     torch.testing.assert_close(parts.state(), other.state(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("scale", "max_norm"), [(1.0, 1.0), (4 / 3, 1.0), (4 / 3, 100.0), (0.5, float("inf"))])
+def test_a_step_is_that_of_torch_on_scaled_and_clipped_gradients(make_trainer, fused, scale, max_norm):
+    parts = Parts(make_trainer(), fused)
+    parts.updates.max_grad_norm = max_norm
+    plain = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parts.parameters]
+    optimizer = torch.optim.AdamW(plain, lr=0.1)
+    for _ in range(3):
+        norm = parts.step(scale=scale)
+        for number, parameter in enumerate(plain):
+            parameter.grad = torch.full_like(parameter, scale * (0.5 + number))
+        torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(plain, max_norm))
+        optimizer.step()
+    torch.testing.assert_close([p.detach() for p in parts.parameters], [p.detach() for p in plain])
+
+
 def test_bad_gradients_are_named_counted_and_end_the_run(make_trainer, monkeypatch, caplog):
     trainer = make_trainer(memguard="off")
     run = steps(trainer, 12)
