@@ -112,7 +112,7 @@ def two(configure, home, wide_pictures, one):
         job(configure("two-stopped", **shards), signals={"1": [4, TERM]}, copy=str(home / "two-then-one"), name="stop"),
         job(configure("two-stopped", **shards, **again)),
         job(configure("one-then-two", **shards, **again)),
-        job(configure("two-ema", **EMA)),
+        job(configure("two-ema", **EMA, cache_latents="disk", encoding_cache_dir=str(home / "cache"))),
         job(configure("two-lora", **LORA)),
         job(configure("two-batch", **BATCH, **half)),
         job(configure("batch-then-one", **BATCH, **half), signals={"1": [7, TERM]}),
@@ -177,6 +177,12 @@ def test_shards_side_by_side_give_what_one_process_gives(one, two, arm):
     assert {row["kind"] for row in history} == {"redistribute", "average"}
     assert sum(move["count"] for row in history for move in row["moves"]) > 0
     assert all(shard["distance"] > 0 for row in history for shard in row["shards"])
+
+
+def test_caches_on_disk_are_filled_by_all_and_found_by_all(two, home):
+    (latents,) = (home / "cache").glob("latents-*")
+    sizes = [len(load_file(file)["keys"]) for file in latents.glob("*.safetensors")]
+    assert sizes == [12, 12]
 
 
 def test_nothing_is_sent_within_a_round(two):
