@@ -124,7 +124,10 @@ class Trainer:
 
         # Pictures and captions.
         encoders = Encoders(models, accelerator.device, dtype)
-        self.source = BatchSource(plan.samples, encoders, config, plan.seed, progress=self.ranks.is_main)
+        processes = self.ranks.exchange
+        self.source = BatchSource(
+            plan.samples, encoders, config, plan.seed, progress=processes.is_main, exchange=processes
+        )
         num_timesteps = models.noise_scheduler.config.num_train_timesteps
         self.noising = Noising(plan.seed, num_timesteps, config.noise_offset, config.input_perturbation)
         dream = config.dream_detail_preservation if config.dream_training else None
