@@ -331,7 +331,6 @@ class Trainer:
         """Count a step that is left out, name its samples, and stop the run when that happens again and again."""
         self.progress.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
-        step = self.progress.global_step + 1
         if self.ranks.is_main or self.ranks.by_shard:  # those that share a batch all know
             named = suspects(seen, self.plan.samples)
             logger.warning("step %d is left out: its %s is not finite (%s)", step, what, named)
