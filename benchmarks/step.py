@@ -54,7 +54,7 @@ def make_trainer(arm: str, pipeline: Path, folder: Path, settings: argparse.Name
         output_dir=str(folder / arm),
         resolution=settings.resolution or resolution,
         train_batch_size=settings.train_batch_size or batch_size,
-        max_train_samples=256,
+        max_train_samples=64,
         center_crop=True,
         max_train_steps=100_000,
         num_shards=1,
