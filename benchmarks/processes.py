@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SHARDS, STEPS_PER_ROUND, NUM_ROUNDS, BATCH_SIZE = 4, 10, 4, 16
+SHARDS, STEPS_PER_ROUND, NUM_ROUNDS, BATCH_SIZE = 4, 5, 4, 16
 SETTINGS = {
     "one shards": (1, "on", BATCH_SIZE),
     "two shards": (2, "on", BATCH_SIZE),

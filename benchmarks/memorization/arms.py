@@ -27,6 +27,7 @@ OFF = {
 IET = OFF | {"num_shards": 4}
 AGC = {"skip_threshold": 0.8}
 TAA = {"augment_threshold": 1.2}
+BALANCE = {"group_duplicates": "balance"}
 MSR = {"redistribute_fraction": 0.25}
 
 
@@ -39,15 +40,22 @@ class Arm(NamedTuple):
 
 
 ARMS = {
-    "plain": Arm("plain", FULL | {"memguard": "off"}),
+    "base": Arm("the model before any fine-tune", {}),
+    "plain": Arm("plain with EMA", FULL | {"memguard": "off"}),
     "iet": Arm("IET", FULL | IET),
     "iet_agc": Arm("IET, AGC", FULL | IET | AGC),
     "iet_agc_taa": Arm("IET, AGC, TAA", FULL | IET | AGC | TAA),
     "iet_agc_taa_msr": Arm("IET, AGC, TAA, MSR", FULL | IET | AGC | TAA | MSR),
-    "shard": Arm("the same, duplicates in one shard", FULL | IET | AGC | TAA | MSR | {"group_duplicates": "shard"}),
-    "balance": Arm("the same, and counted as one", FULL | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}),
+    "shard": Arm(
+        "the default: IET, AGC, TAA, MSR, duplicates in one shard",
+        FULL | IET | AGC | TAA | MSR | {"group_duplicates": "shard"},
+    ),
+    "balance": Arm(
+        "the default, but duplicates counted as one", FULL | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}
+    ),
     "paper": Arm("`--preset paper`, 4 shards", FULL | {"preset": "paper", "num_shards": 4}),
     "agc": Arm("AGC, one model", FULL | OFF | AGC),
+    "agc_balance": Arm("AGC, one model, duplicates counted as one", FULL | OFF | AGC | BALANCE),
     "plain_distinct": Arm("plain, duplicates removed", FULL | {"memguard": "off"}, data="distinct"),
     "plain_augmented": Arm("plain, RandAugment on everything", FULL | {"memguard": "off"}, data="augmented"),
     "lora_plain": Arm("LoRA, plain", LORA | {"memguard": "off"}),

@@ -17,7 +17,7 @@ COPIES, MAGNITUDE = 4, 5
 def training_folder(name: str, work_dir: Path) -> Path:
     """Return the folder of a set, made in ``work_dir`` where it is not there yet.
 
-    ``demo`` is the bundled one; ``distinct`` has each of its files once; ``augmented`` has RandAugment versions of
+    ``demo`` is the bundled one; ``distinct`` has each of its pictures once; ``augmented`` has RandAugment versions of
     every row in its place, so that no picture is seen as it is.
     """
     if name == "demo":
@@ -35,7 +35,8 @@ def _rows() -> list[dict[str, str]]:
 
 
 def _write_distinct(folder: Path) -> None:
-    rows = list({row["file_name"]: row for row in _rows()}.values())
+    # Each copy of a repeated picture is a file of its own: it is the content that tells.
+    rows = list({(demo_data_path() / row["file_name"]).read_bytes(): row for row in reversed(_rows())}.values())
     for row in rows:
         (folder / row["file_name"]).write_bytes((demo_data_path() / row["file_name"]).read_bytes())
     _write_metadata(folder, rows)

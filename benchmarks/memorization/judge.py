@@ -6,15 +6,19 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.denoising import Encoded, denoising_losses, encode
+from benchmarks.denoising import BATCH_SIZE, Encoded, denoising_losses, encode
 from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
 from sd_memguard.audit.captions import choose_captions
+from sd_memguard.audit.features import Extractor, make_extractor
 from sd_memguard.audit.generate import draw, load_pipeline
 from sd_memguard.audit.pictures import Pictures, as_rows, load_pictures
+from sd_memguard.audit.quality import quality_features
+from sd_memguard.audit.scores import kernel_distance
 from sd_memguard.audit.similarity import find_copies
-from sd_memguard.core.seeding import derive_seed
+from sd_memguard.core.seeding import derive_seed, generator_for
 
 SIZE = 64
 NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 20, 2.5
@@ -24,12 +28,19 @@ DRAWINGS = {"repeated": 4, "single": 1}
 
 
 class Exam(NamedTuple):
-    """What every model is asked: training pictures, chosen rows by kind, and the pictures whose loss is measured."""
+    """What every model is asked: training pictures, chosen rows by kind, and the pictures whose loss is measured.
+
+    Quality is the distance (KID) of the drawings of single captions to the held-out pictures, of which ``unseen``
+    holds the features by measure: ``kid`` of the bundled copy descriptor, which looks at what is drawn, and
+    ``kid_latents`` of the VAE's latents, which look at where the colors are.
+    """
 
     pipeline: StableDiffusionPipeline
     pictures: Pictures
     rows: dict[str, list[int]]
     encoded: dict[str, Encoded]
+    extractor: Extractor
+    unseen: dict[str, Tensor]
 
 
 def prepare_exam() -> Exam:
@@ -38,6 +49,7 @@ def prepare_exam() -> Exam:
     chosen = choose_captions(pictures, max(NUM_CAPTIONS.values()))._asdict()
     rows = {kind: chosen[kind][:count] for kind, count in NUM_CAPTIONS.items()}
     pipeline = load_pipeline(tiny_sd_path())
+    extractor = make_extractor("bundled", None, torch.device("cpu"))
 
     def encoded(source: Pictures, ids: Sequence[int]) -> Encoded:
         return encode(source.pixels[list(ids)], [source.captions[row] for row in ids], pipeline)
@@ -50,22 +62,59 @@ def prepare_exam() -> Exam:
             "heldout": encoded(heldout, range(len(heldout.files))),
             **{kind: encoded(pictures, ids) for kind, ids in rows.items()},
         },
+        extractor,
+        _features(heldout.pixels, extractor, pipeline),
     )
 
 
-def judge(exam: Exam, unet_folder: Path, description: str) -> dict[str, Any]:
-    """Return copies by kind and mean losses by set of the UNet in a folder."""
+def judge(exam: Exam, unet_folder: Path, drawings: Path, description: str) -> dict[str, Any]:
+    """Return copies by kind, mean losses by set, and the KID of the drawings, of the UNet in a folder.
+
+    Args:
+        exam: what it is asked.
+        unet_folder: the UNet.
+        drawings: a safetensors file where its drawings are kept.
+        description: text of the progress bars.
+    """
     unet = UNet2DConditionModel.from_pretrained(unet_folder, torch_dtype=torch.float32, use_safetensors=True)
     exam.pipeline.unet = unet.eval()
+    drawn = _drawings(exam, drawings, description)
+    features = _features(drawn["single"], exam.extractor, exam.pipeline)
+    distances = {name: kernel_distance(features[name], exam.unseen[name], generator_for(0, "kid")) for name in features}
     return {
-        "copies": {kind: _copies(exam, kind, f"{description}, {kind}") for kind in exam.rows},
+        "copies": {kind: _copies(exam, kind, pixels) for kind, pixels in drawn.items()},
         "losses": {name: _mean(denoising_losses(unet, encoded)) for name, encoded in exam.encoded.items()},
+        **{
+            name: {"mean": round(kid.value, 5), "low": round(kid.low, 5), "high": round(kid.high, 5)}
+            for name, kid in distances.items()
+        },
     }
 
 
-def _copies(exam: Exam, kind: str, description: str) -> dict[str, Any]:
+@torch.no_grad()
+def _features(pixels: Tensor, extractor: Extractor, pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
+    """Return the features of pictures by measure, (N, D) each."""
+    images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    latents = [pipeline.vae.encode(part).latent_dist.mean.flatten(1) for part in images.split(BATCH_SIZE)]
+    return {
+        "kid": quality_features([extractor.embed(part) for part in pixels.split(BATCH_SIZE)], extractor),
+        "kid_latents": torch.cat(latents) * pipeline.vae.config.scaling_factor,
+    }
+
+
+def _drawings(exam: Exam, file: Path, description: str) -> dict[str, Tensor]:
+    """Return the drawings by kind: those of an earlier judging where they are kept, so that a new measure is cheap."""
+    if file.exists():
+        return load_file(file)
+    drawn = {kind: _draw(exam, kind, f"{description}, {kind}") for kind in exam.rows}
+    save_file(drawn, file)
+    return drawn
+
+
+def _draw(exam: Exam, kind: str, description: str) -> Tensor:
+    """Return the drawings of the captions of a kind, (captions * drawings, H, W, 3) uint8."""
     rows, drawings = exam.rows[kind], DRAWINGS[kind]
-    pixels = draw(
+    return draw(
         exam.pipeline,
         [exam.pictures.captions[row] for row in rows for _ in range(drawings)],
         [derive_seed(0, "memorization benchmark", row, number) for row in rows for number in range(drawings)],
@@ -73,6 +122,10 @@ def _copies(exam: Exam, kind: str, description: str) -> dict[str, Any]:
         guidance_scale=GUIDANCE_SCALE,
         description=description,
     )
+
+
+def _copies(exam: Exam, kind: str, pixels: Tensor) -> dict[str, Any]:
+    rows, drawings = exam.rows[kind], DRAWINGS[kind]
     found = find_copies(as_rows(pixels), as_rows(exam.pictures.pixels))
     is_copy = found.is_copy.view(len(rows), drawings)
     return {

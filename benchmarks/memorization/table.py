@@ -1,9 +1,10 @@
-"""The table and the plot of the cells that `python -m benchmarks.memorization` has made.
+"""The tables and the plot of the cells that `python -m benchmarks.memorization` has made.
 
     python -m benchmarks.memorization.table --plot docs/images/memorization.png
 
 Shares of copies are over all drawings of all seeds; intervals are 95 % bootstrap intervals over captions. Losses are
-means at fixed timesteps and noise, the same for every model.
+means at fixed timesteps and noise, the same for every model. The second table compares at equal quality, see
+`compare.py`.
 """
 
 import argparse
@@ -16,50 +17,133 @@ from typing import Any
 import torch
 
 from benchmarks.memorization.arms import ARMS
+from benchmarks.memorization.compare import NUM_RESAMPLES, Cell, Fall, fall, quality, shares_by_caption
 
 CELLS = Path(__file__).parent / "cells"
 KINDS = ("repeated", "single")
-NUM_RESAMPLES = 2000
+MEASURES = {"loss": "loss unseen", "kid": "KID"}
+"""What is held equal. Not the KID of latents: it rises along every training from the untouched model's."""
 
-Cell = dict[str, Any]
+Points = dict[tuple[str, int], list[Cell]]
 
 
 def main() -> None:
-    """Print the table and draw the plot."""
+    """Print the tables and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=Path, default=CELLS, help="where the cells are")
-    parser.add_argument("--plot", type=Path, help="also draw copies against the loss on unseen pictures into this PNG")
+    parser.add_argument("--all_points", action="store_true", help="a row for each point, not only for the last")
+    parser.add_argument("--plot", type=Path, help="also draw copies against loss and KID into this PNG")
     options = parser.parse_args()
     points = read_cells(options.cells)
-    print("\n".join(table(points)))
+    print("\n".join(table(points if options.all_points else last_points(points))))
+    print("\n" + "\n".join(equal_quality_table(points)))
     if options.plot:
+        from benchmarks.memorization.plot import plot
+
         plot(points, options.plot)
 
 
-def read_cells(folder: Path) -> dict[tuple[str, int], list[Cell]]:
+def read_cells(folder: Path) -> Points:
     """Return the cells of each arm and step, a cell per seed, in the order of the arms."""
-    points: dict[tuple[str, int], list[Cell]] = defaultdict(list)
-    order = list(ARMS)
+    points: Points = defaultdict(list)
+    order = {arm: number for number, arm in enumerate(ARMS)}
     cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    for cell in sorted(cells, key=lambda cell: (order.index(cell["arm"]), cell["step"], cell["seed"])):
+    for cell in sorted(
+        cells, key=lambda cell: (order.get(cell["arm"], len(order)), cell["arm"], cell["step"], cell["seed"])
+    ):
         points[cell["arm"], cell["step"]].append(cell)
     return dict(points)
 
 
-def table(points: dict[tuple[str, int], list[Cell]]) -> Iterable[str]:
+def last_points(points: Points) -> Points:
+    """Return the last point of each arm."""
+    last = {arm: step for arm, step in points}
+    return {(arm, step): points[arm, step] for arm, step in last.items()}
+
+
+def along(points: Points, arm: str, seed: int) -> list[Cell]:
+    """Return the cells of an arm and a seed along its training, the untouched model first."""
+    start = [cell for (name, _), cells in points.items() for cell in cells if name == "base"]
+    return start + [
+        cell for (name, _), cells in points.items() for cell in cells if name == arm != "base" and cell["seed"] == seed
+    ]
+
+
+def table(points: Points) -> Iterable[str]:
     """Yield the lines of a table with a row for each arm and step."""
-    columns = ["arm", "steps", "seeds", *(f"copies, {kind}" for kind in KINDS), "loss unseen", "loss single"]
-    yield _line([*columns, "extra steps", "picture-forwards"])
-    yield "|---" * (len(columns) + 2) + "|"
+    columns = [
+        "arm",
+        "steps",
+        "seeds",
+        *(f"copies, {kind}" for kind in KINDS),
+        "loss unseen",
+        "loss single",
+        "KID",
+        "KID of latents",
+    ]
+    columns += ["extra steps", "picture-forwards", "CPU seconds"]
+    yield _line(columns)
+    yield "|---" * len(columns) + "|"
     for (arm, step), cells in points.items():
-        shares = [_share_text([cell["copies"][kind] for cell in cells]) for kind in KINDS]
+        shares = [share_text([cell["copies"][kind] for cell in cells]) for kind in KINDS]
         losses = [f"{mean_loss(cells, name):.4f}" for name in ("heldout", "single")]
-        costs = [sum(cell[name] for cell in cells) / len(cells) for name in ("extra_steps", "picture_forwards")]
-        yield _line([ARMS[arm].title, step, len(cells), *shares, *losses, *(f"{cost:,.0f}" for cost in costs)])
+        kids = [kid_text(cells, name) for name in ("kid", "kid_latents")]
+        costs = [
+            f"{sum(cell[name] for cell in cells) / len(cells):,.0f}" for name in ("extra_steps", "picture_forwards")
+        ]
+        yield _line([title(arm), step, len(cells), *shares, *losses, *kids, *costs, seconds_text(cells)])
+
+
+def equal_quality_table(points: Points) -> Iterable[str]:
+    """Yield the lines of a table that sets the last point of each arm beside plain training of the same quality."""
+    yield _line(
+        [
+            "arm",
+            "seeds",
+            *(
+                text
+                for name in MEASURES.values()
+                for text in (f"plain's copies at its {name}", "the arm copies less by")
+            ),
+        ]
+    )
+    yield "|---" * (2 + 2 * len(MEASURES)) + "|"
+    for (arm, _), cells in last_points(points).items():
+        reference = "lora_plain" if arm.startswith("lora") else "plain"
+        curves = {cell["seed"]: along(points, reference, cell["seed"]) for cell in cells}
+        cells = [cell for cell in cells if len(curves[cell["seed"]]) > 2 and arm not in ("base", reference)]
+        if not cells:
+            continue
+        columns: list[str] = []
+        for measure in MEASURES:
+            curve = [[cell for cell in curves[ours["seed"]] if is_judged(cell, measure)] for ours in cells]
+            ready = all(is_judged(cell, measure) for cell in cells) and all(len(one) > 2 for one in curve)
+            columns += fall_texts(fall(cells, curve, measure)) if ready else ["-", "-"]
+        yield _line([title(arm), len(cells), *columns])
+
+
+def is_judged(cell: Cell, measure: str) -> bool:
+    """Return whether a cell has a measure; the oldest ones have no KID."""
+    return measure == "loss" or measure in cell
+
+
+def fall_texts(found: Fall | None) -> list[str]:
+    """Return plain training's share of copies and the fall, as text."""
+    if found is None:
+        return ["0%", "-"]
+    text = f"{found.value:.0%} ({found.low:.0%} to {found.high:.0%})"
+    if len(found.by_seed) > 1:
+        text += f", by seed {', '.join(f'{one:.0%}' for one in found.by_seed)}"
+    return [f"{found.share:.0%}{'' if found.reached else '*'}", text]
 
 
 def _line(values: Sequence[object]) -> str:
     return f"| {' | '.join(map(str, values))} |"
+
+
+def title(arm: str) -> str:
+    """Return the words for an arm; its name where it was tried and taken out again (`cells/removed`)."""
+    return ARMS[arm].title if arm in ARMS else arm
 
 
 def mean_loss(cells: Sequence[Cell], name: str) -> float:
@@ -67,47 +151,31 @@ def mean_loss(cells: Sequence[Cell], name: str) -> float:
     return sum(cell["losses"][name]["mean"] for cell in cells) / len(cells)
 
 
+def kid_text(cells: Sequence[Cell], name: str) -> str:
+    """Return the mean over the seeds of a KID."""
+    found = [quality(cell, name) for cell in cells if is_judged(cell, name)]
+    return f"{sum(found) / len(found):.3f}" if found else "-"
+
+
+def seconds_text(cells: Sequence[Cell]) -> str:
+    """Return the mean processor seconds of a run."""
+    found = [seconds for cell in cells if (seconds := cell.get("cpu_seconds_of_run")) is not None]
+    return f"{sum(found) / len(found):,.0f}" if found else "-"
+
+
 def share(copies: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
     """Return the share of copies among the drawings of several seeds, and its interval over captions."""
-    by_caption = torch.tensor([[int(digit) for digit in one["copies_by_caption"]] for one in copies]).double().sum(0)
-    drawings = sum(one["drawings"] for one in copies) / len(by_caption)
+    by_caption = torch.stack([shares_by_caption({"copies": {"all": one}}, "all") for one in copies]).mean(0)
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(by_caption), (NUM_RESAMPLES, len(by_caption)), generator=generator)
-    resampled = by_caption[chosen].mean(1) / drawings
-    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(by_caption.mean() / drawings), low, high
+    low, high = by_caption[chosen].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(by_caption.mean()), low, high
 
 
-def _share_text(copies: Sequence[dict[str, Any]]) -> str:
+def share_text(copies: Sequence[dict[str, Any]]) -> str:
+    """Return the share of copies with its interval, as text."""
     value, low, high = share(copies)
     return f"{value:.0%} ({low:.0%} to {high:.0%})"
-
-
-def plot(points: dict[tuple[str, int], list[Cell]], file: Path) -> None:
-    """Draw the share of copies of repeated captions against the loss on unseen pictures, a line along each training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.2), sharey=True, layout="constrained")
-    arms = list(dict.fromkeys(arm for arm, _ in points))
-    panels = {"all weights": [arm for arm in arms if "lora" not in arm], "LoRA": [arm for arm in arms if "lora" in arm]}
-    for axis, (title, shown) in zip(axes, panels.items(), strict=True):
-        for arm in shown:
-            along = [cells for (name, _), cells in points.items() if name == arm]
-            losses = [mean_loss(cells, "heldout") for cells in along]
-            shares = [100 * share([cell["copies"]["repeated"] for cell in cells])[0] for cells in along]
-            (line,) = axis.plot(losses, shares, marker="o", markersize=4, label=ARMS[arm].title.replace("`", ""))
-            axis.plot(losses[-1], shares[-1], "o", color=line.get_color(), markersize=9)
-        axis.set_title(f"{title}: lower and further left is better", loc="left")
-        axis.set_xlabel("denoising loss on unseen pictures")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, frameon=False, loc="upper right")
-    axes[0].set_ylabel("near copies, % of the drawings of repeated captions")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

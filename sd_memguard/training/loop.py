@@ -35,7 +35,7 @@ from sd_memguard.training.look import Look
 from sd_memguard.training.loss import DenoisingLoss, Noising
 from sd_memguard.training.meetings import Meetings, Reason
 from sd_memguard.training.ranks import Ranks, launched_processes
-from sd_memguard.training.records import RunRecords, memory_prone_samples, round_row
+from sd_memguard.training.records import RunRecords, round_row, run_summary
 from sd_memguard.training.run_folder import PROXIES_FOLDER
 from sd_memguard.training.run_state import RunState
 from sd_memguard.training.setup import (
@@ -46,7 +46,7 @@ from sd_memguard.training.setup import (
     make_proxies,
     prepare_models,
 )
-from sd_memguard.training.start import check_shared, main_alone, plan_together, quiet
+from sd_memguard.training.start import check_shared, main_alone, plan_together, quiet, told_when_lost
 from sd_memguard.training.trained_run import TrainedRun
 from sd_memguard.training.updates import Updates
 
@@ -96,7 +96,7 @@ def train(config: TrainConfig) -> TrainResult:
         exchange.wait("plan")
         trainer = Trainer(plan, accelerator, exchange)
         trainer.resume()
-        with StopRequest(echo=ECHO if exchange.size > 1 else 0.0) as stop, trainer.log:
+        with StopRequest(echo=ECHO if exchange.size > 1 else 0.0) as stop, trainer.log, told_when_lost():
             trainer.fit(stop)
             return trainer.finish()
 
@@ -179,6 +179,7 @@ class Trainer:
         progress = self.progress
         self.records.begin(self.config, self.plan.resolved)
         quiet(self.ranks.exchange, logging.WARNING)
+        self.ranks.stop = stop
         self.meetings = Meetings(self.ranks, self.guard, progress, self.config.checkpointing_steps)
         while progress.round_index < self.schedule.num_rounds:
             for shard_index in self.ranks.shards:
@@ -208,7 +209,6 @@ class Trainer:
         chunks = [visits[start : start + size] for start in range(0, len(visits), size)]
         batches = self.source.batches([self.ranks.slice_of(chunk) for chunk in chunks])
         for _ in range(num_steps):
-            self.ranks.signal = stop.number
             verdicts = self.step(batches, accumulation)
             while (waiting := self.guard.take_augment_batch(size)) is not None:
                 self.augmented_step(waiting)
@@ -423,10 +423,10 @@ class Trainer:
                     self.plan.pipeline, unet, output_dir, config.variant, prediction_type=config.prediction_type
                 )
         if not self.ranks.is_main:
-            return TrainResult(output_dir, progress.global_step, self.summary())
+            return TrainResult(output_dir, progress.global_step, self._summary())
         self.records.write_samples(self.plan.samples, self.guard)
         exports = export_at_end(TrainedRun(output_dir, config, self.schedule.num_shards))
-        summary = {**self.summary(), **exports.summary()}
+        summary = {**self._summary(), **exports.summary()}
         self.records.write_summary(summary)
         shutil.rmtree(self.records.folder / PROXIES_FOLDER, ignore_errors=True)  # the resting ones, if on disk
         self.log.end(summary_text(summary, output_dir))
@@ -435,26 +435,6 @@ class Trainer:
         exports.raise_failures()
         return TrainResult(output_dir, progress.global_step, summary)
 
-    def summary(self) -> dict[str, Any]:
-        """Return what the closing lines, the model card and callers report."""
-        progress, ledger = self.progress, self.guard.ledger
-        visits = max(int(ledger.seen.sum()), 1)
-        last = self.records.rounds[-1] if self.records.rounds else {}
-        return {
-            "global_step": progress.global_step,
-            "num_shards": self.schedule.num_shards,
-            "num_rounds": self.schedule.num_rounds,
-            "extra_steps": sum(progress.extra_steps),
-            "empty_steps": progress.empty_steps,
-            "nonfinite_steps": progress.nonfinite_steps,
-            "lost_visits": progress.lost_visits,
-            "picture_forwards": progress.picture_forwards,
-            "pictures_per_second": self.log.pictures_per_second(progress),
-            "skipped_fraction": int(ledger.skipped.sum()) / visits,
-            "augmented_fraction": int(ledger.augmented.sum()) / visits,
-            "moved_samples": int(ledger.moves.sum()),
-            "augment_queue_left": sum(len(queue) for queue in self.guard.queues),
-            "train_loss": last.get("train_loss"),
-            "heldout_loss": last.get("heldout_loss"),
-            "memory_prone": memory_prone_samples(self.plan.samples, self.guard),
-        }
+    def _summary(self) -> dict[str, Any]:
+        speed = self.log.pictures_per_second(self.progress)
+        return run_summary(self.progress, self.schedule, self.guard, self.plan.samples, self.records.rounds, speed)

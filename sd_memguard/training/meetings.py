@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sd_memguard.core.augmentation import AugmentQueue
 from sd_memguard.core.progress import Progress, ShardMeter
 from sd_memguard.core.visits import VisitCursor
 from sd_memguard.guard import MemorizationGuard
@@ -93,6 +94,8 @@ class Meetings:
         counted = {name: number - before[name] for name, number in self._counters().items()}
         for shards, counters in self.ranks.exchange.gather([own, counted], "progress"):
             for row in shards:
+                if row["shard"] in self.ranks.shards:
+                    continue  # its own cursor and meter stay the objects that the loop holds
                 progress.shard_steps[row["shard"]] = row["steps"]
                 progress.extra_steps[row["shard"]] = row["extra"]
                 progress.cursors[row["shard"]] = VisitCursor(**row["cursor"])
@@ -124,8 +127,7 @@ class Meetings:
         queues = [(k, guard.queues[k].sample_ids, guard.queues[k].strengths) for k in self.ranks.shards]
         for shards in exchange.gather(queues, "queues"):
             for shard_index, sample_ids, strengths in shards:
-                queue = guard.queues[shard_index]
-                queue.sample_ids, queue.strengths = sample_ids, strengths
+                guard.queues[shard_index] = AugmentQueue(sample_ids, strengths)
 
 
 def _only(rows: Tensor, mine: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sd_memguard.config import ConfigError
 from sd_memguard.proxies.exchange import Exchange
+from sd_memguard.training.interrupt import StopRequest
 
 Item = TypeVar("Item")
 
@@ -88,7 +89,8 @@ class Ranks:
         slice_size: the most samples of a batch that one process takes.
 
     Attributes:
-        signal: number of the signal that asked this process to stop, after ``gather_batch`` any of them; 0 for none.
+        stop: where this process hears of a signal.
+        signal: number of the signal that any process had heard of at the last ``gather_batch``; 0 for none.
     """
 
     def __init__(self, exchange: Exchange, num_shards: int, slice_size: int) -> None:
@@ -97,7 +99,7 @@ class Ranks:
         self.by_batch = exchange.size > 1 and not self.by_shard
         self.shards = range(exchange.rank, num_shards, exchange.size) if self.by_shard else range(num_shards)
         self.slices = batch_slices(exchange.size, num_shards)
-        self.signal = 0
+        self.stop, self.signal = StopRequest(), 0
 
     @property
     def is_main(self) -> bool:
@@ -136,12 +138,12 @@ class Ranks:
             return losses, timesteps, sample_ids
         # One exchange for all: float64 holds each of them exactly. Pictures may be lost, so slices may be shorter.
         rows = torch.zeros(1 + self.slice_size, 3, dtype=torch.float64)
-        rows[0, 0], rows[0, 1] = len(sample_ids), self.signal
+        rows[0, 0], rows[0, 1] = len(sample_ids), self.stop.number
         rows[1 : 1 + len(sample_ids)] = torch.stack(
             [column.detach().double().cpu() for column in (losses, timesteps, sample_ids)], dim=1
         )
         found = self.exchange.stack(rows, "batch")
-        self.signal = int(found[:, 0, 1].max())
+        self.signal = max(self.signal, int(found[:, 0, 1].max()))
         parts = [part[1 : 1 + int(part[0, 0])] for part in found]
         all_losses = [part[:, 0].to(losses.device, losses.dtype) for part in parts]
         all_losses[self.exchange.rank] = losses

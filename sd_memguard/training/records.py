@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from sd_memguard.config import TrainConfig
 from sd_memguard.core.memory_bank import LossMemoryBank
 from sd_memguard.core.progress import Progress
+from sd_memguard.core.rounds import RoundSchedule
 from sd_memguard.core.shards import Moves
 from sd_memguard.guard import MemorizationGuard
 from sd_memguard.training.ranking import memory_prone_order
@@ -140,6 +141,47 @@ def round_row(
     for name, (mean, error) in measured.items():
         row[name], row[f"{name}_error"] = mean, error
     return row
+
+
+def run_summary(
+    progress: Progress,
+    schedule: RoundSchedule,
+    guard: MemorizationGuard,
+    samples: Samples,
+    rounds: list[dict[str, Any]],
+    pictures_per_second: float,
+) -> dict[str, Any]:
+    """Return what the closing lines, the model card and callers report.
+
+    Args:
+        progress: where the run stands.
+        schedule: of its rounds.
+        guard: holds the ledger and the queues.
+        samples: of the run.
+        rounds: the lines of rounds.jsonl.
+        pictures_per_second: trained by all processes.
+    """
+    ledger = guard.ledger
+    visits = max(int(ledger.seen.sum()), 1)
+    last = rounds[-1] if rounds else {}
+    return {
+        "global_step": progress.global_step,
+        "num_shards": schedule.num_shards,
+        "num_rounds": schedule.num_rounds,
+        "extra_steps": sum(progress.extra_steps),
+        "empty_steps": progress.empty_steps,
+        "nonfinite_steps": progress.nonfinite_steps,
+        "lost_visits": progress.lost_visits,
+        "picture_forwards": progress.picture_forwards,
+        "pictures_per_second": pictures_per_second,
+        "skipped_fraction": int(ledger.skipped.sum()) / visits,
+        "augmented_fraction": int(ledger.augmented.sum()) / visits,
+        "moved_samples": int(ledger.moves.sum()),
+        "augment_queue_left": sum(len(queue) for queue in guard.queues),
+        "train_loss": last.get("train_loss"),
+        "heldout_loss": last.get("heldout_loss"),
+        "memory_prone": memory_prone_samples(samples, guard),
+    }
 
 
 def bank_curve(bank: LossMemoryBank) -> torch.Tensor:

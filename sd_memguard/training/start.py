@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from sd_memguard.config import TrainConfig
-from sd_memguard.proxies.exchange import Exchange
+from sd_memguard.proxies.exchange import Exchange, ProcessLostError
 from sd_memguard.training.run_folder import FOLDER
 from sd_memguard.training.samples import BadSample, Checked, Samples
 from sd_memguard.training.setup import KnownPictures, Plan, RunFolderError, make_plan
+
+logger = logging.getLogger(__name__)
 
 TOKEN = "processes"
 """File of the run folder by which the processes find out whether they see the same one."""
@@ -74,6 +76,16 @@ def main_alone(exchange: Exchange, work: AbstractContextManager[Any]) -> Iterato
             if exchange.is_main:
                 stack.enter_context(work)
         yield
+
+
+@contextmanager
+def told_when_lost() -> Iterator[None]:
+    """Say at once that another process was lost: the launcher may end this one before its traceback is out."""
+    try:
+        yield
+    except ProcessLostError as error:
+        logger.error("%s", error)
+        raise
 
 
 def check_shared(output_dir: Path, exchange: Exchange) -> None:

@@ -33,6 +33,7 @@ SHARDS = {"num_shards": 4, "steps_per_round": 3, "max_train_steps": 22, "checkpo
 EMA = {"num_shards": 2, "max_train_steps": 8, "use_ema": True, "proxy_store": "disk", **EPSILON}
 EMA |= {"gradient_accumulation_steps": 2}
 LORA = {"num_shards": 2, "max_train_steps": 8, "proxy": "lora", "rank": 2, "learning_rate": 1e-2}
+LORA |= {"skip_threshold": 1.0}
 # All processes one batch. A threshold this high leaves steps without a clean sample.
 BATCH = {"num_shards": 3, "max_train_steps": 18, "proxy_store": "disk", **EPSILON}
 PLAIN = {"memguard": "off", "max_train_steps": 6, "gradient_accumulation_steps": 2, "cache_latents": "off", **EPSILON}
@@ -179,8 +180,8 @@ def test_nothing_is_sent_within_a_round(two):
     assert (first["steps"], second["steps"]) == (11, 11)
     assert "batch" not in first["sent"]
     num_weights = sum(tensor.numel() for tensor in load_file(two["shards"] / UNET).values())
-    averagings, looks, checkpoints, last = 2 * 1, 2, 2, 1  # of an averaging: distances, then the mean itself
-    expected = 8 * num_weights * (averagings + 1 + looks + checkpoints + last)
+    round_ends, looks, checkpoints, last = 2, 2, 2, 1
+    expected = 8 * num_weights * (round_ends + looks + checkpoints + last)
     assert first["sent"]["mean of weights"] == second["sent"]["mean of weights"] == expected
     others = sum(first["sent"].values()) - expected
     assert others < 100_000

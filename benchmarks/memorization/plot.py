@@ -1,0 +1,59 @@
+"""The plot of the cells: copies against quality, a line along each training."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memorization.compare import quality
+from benchmarks.memorization.table import Points, is_judged, share, title
+
+SHOWN = ("plain", "plain_distinct", "iet", "iet_agc", "paper", "shard", "agc", "agc_balance")
+"""Arms of full weights; more would hide each other."""
+PANELS = {
+    "loss": "denoising loss on unseen pictures",
+    "kid": "distance of the drawings of single captions to unseen pictures (KID)",
+}
+
+
+def plot(points: Points, file: Path) -> None:
+    """Draw the share of copies of repeated captions against the loss on unseen pictures, and against the KID."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.8), sharey=True, layout="constrained")
+    for axis, (measure, words) in zip(axes, PANELS.items(), strict=True):
+        for number, arm in enumerate(SHOWN):
+            draw_arm(axis, points, arm, measure, f"C{number}")
+        axis.set_xlabel(words)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_title("lower and further left is better", loc="left")
+    axes[1].set_title("large: the end, mean of the seeds; line: seed 0 along its training", loc="right", fontsize=9)
+    axes[0].set_ylabel("near copies, % of the drawings of repeated captions")
+    handles, labels = axes[0].get_legend_handles_labels()  # the right panel lacks arms that were judged before KID was
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def draw_arm(axis: Any, points: Points, arm: str, measure: str, color: str) -> None:
+    """Draw the way of the first seed, and the mean of all seeds at the end with its interval over captions."""
+    trained = [cells for (name, _), cells in points.items() if name == arm]
+    way = [cells[0] for cells in trained if cells[0]["seed"] == 0 and is_judged(cells[0], measure)]
+    shares = [100 * share([cell["copies"]["repeated"]])[0] for cell in way]
+    axis.plot([quality(cell, measure) for cell in way], shares, marker="o", markersize=3, linewidth=1, color=color)
+    end = [cell for cell in trained[-1] if is_judged(cell, measure)] if trained else []
+    if not end:
+        return
+    value, low, high = (100 * one for one in share([cell["copies"]["repeated"] for cell in end]))
+    axis.errorbar(
+        sum(quality(cell, measure) for cell in end) / len(end),
+        value,
+        [[value - low], [high - value]],
+        marker="o",
+        markersize=9,
+        color=color,
+        capsize=3,
+        label=f"{title(arm).replace('`', '')} ({len(end)} seed{'s' if len(end) > 1 else ''})",
+    )
