@@ -25,6 +25,8 @@ KNOWN = {*SETTINGS, *ALIASES, *OTHERS, "config", "help"}
 FOREIGN = {"plot", "work_dir", "num_processes", "images_per_caption", "steps", "num_pictures"}
 # Flags of diffusers' scripts that the launcher runs.
 FOREIGN |= {"do_edm_style_training", "use_dora", "output_kohya_format"}
+# Flags of the programs that start several processes.
+FOREIGN |= {"nproc_per_node", "nnodes", "standalone", "multi_gpu"}
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
