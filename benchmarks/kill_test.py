@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from sd_memguard.config import make_train_config
+from sd_memguard.config import TrainConfig, make_train_config
 from sd_memguard.training.loop import train
 
 RESULTS = ("unet/diffusion_pytorch_model.safetensors", "memguard/rounds.jsonl", "memguard/samples.parquet")
@@ -29,7 +30,10 @@ MODES: dict[str, dict[str, Any]] = {
     "disk": {"proxy_store": "disk", "checkpoints_total_limit": 1},
     "lora": {"proxy": "lora", "rank": 4},
     "plain": {"memguard": "off"},
+    "processes": {"num_shards": 4, "proxy_store": "disk"},
 }
+NUM_PROCESSES = {"processes": 2}
+"""Of the modes that have more than one, side by side on the shards; all of them are killed."""
 SETTINGS: dict[str, Any] = {
     "pretrained_model_name_or_path": "bundled",
     "train_data_dir": "bundled",
@@ -60,32 +64,55 @@ def forked(action: Callable[[], Any]) -> int:
     os._exit(0)
 
 
-def finish(process: int) -> None:
-    """Wait for a copy that must end well."""
-    _, status = os.waitpid(process, 0)
-    if status != 0:
-        raise RuntimeError(f"the run ended with status {os.waitstatus_to_exitcode(status)}")
+def start(config: TrainConfig, size: int) -> list[int]:
+    """Start the processes of a run and return their numbers."""
+    with socket.socket() as finder:
+        finder.bind(("127.0.0.1", 0))
+        port = finder.getsockname()[1]
+    return [forked(lambda rank=rank: train_as(rank, size, port, config)) for rank in range(size)]
 
 
-def survive(settings: dict[str, Any], folder: Path, num_kills: int, chance: random.Random) -> dict[str, Any]:
+def train_as(rank: int, size: int, port: int, config: TrainConfig) -> None:
+    """Train as one of the processes of a run, as a launcher would have it."""
+    if size > 1:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+        os.environ |= {name: str(number) for name, number in numbers.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    train(config)
+
+
+def wait_for(processes: list[int]) -> list[int]:
+    """Wait until all have ended and return how: 0, 1, or minus the number of a signal."""
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+def finish(processes: list[int]) -> None:
+    """Wait for a run that must end well."""
+    if any(ends := wait_for(processes)):
+        raise RuntimeError(f"the run ended with {ends}")
+
+
+def survive(
+    settings: dict[str, Any], folder: Path, num_kills: int, chance: random.Random, size: int = 1
+) -> dict[str, Any]:
     """Train undisturbed into ``whole`` and with kills into ``killed``, and return what happened to the second one."""
-    start = time.monotonic()
-    finish(forked(lambda: train(make_train_config(**settings, output_dir=str(folder / "whole")))))
-    seconds = time.monotonic() - start
+    began = time.monotonic()
+    finish(start(make_train_config(**settings, output_dir=str(folder / "whole")), size))
+    seconds = time.monotonic() - began
     resumed = make_train_config(**settings, output_dir=str(folder / "killed"), resume_from_checkpoint="latest")
     kills = in_save = early = 0
     while kills < num_kills and early < num_kills:
-        process = forked(lambda: train(resumed))
+        processes = start(resumed, size)
         time.sleep(chance.uniform(0.1, 0.9) * seconds)
-        os.kill(process, signal.SIGKILL)
-        _, status = os.waitpid(process, 0)
-        if os.WIFSIGNALED(status):
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+        if -signal.SIGKILL in wait_for(processes):
             kills += 1
             in_save += any((folder / "killed").glob("writing-*"))
         else:  # it had finished: begin anew, so that every kill hits a run at work
             early += 1
             shutil.rmtree(folder / "killed")
-    finish(forked(lambda: train(resumed)))
+    finish(start(resumed, size))
     same = {name: (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes() for name in RESULTS}
     return {"kills": kills, "in_save": in_save, "begun_anew": early, "seconds": round(seconds, 1), "identical": same}
 
@@ -102,8 +129,8 @@ def main() -> None:
     options.work_dir.mkdir(parents=True)
     outcomes = {}
     for mode in options.modes:
-        settings = SETTINGS | MODES[mode]
-        outcomes[mode] = survive(settings, options.work_dir / mode, options.kills, random.Random(options.seed))
+        settings, size = SETTINGS | MODES[mode], NUM_PROCESSES.get(mode, 1)
+        outcomes[mode] = survive(settings, options.work_dir / mode, options.kills, random.Random(options.seed), size)
         print(mode, outcomes[mode], flush=True)
     if not all(all(outcome["identical"].values()) for outcome in outcomes.values()):
         raise SystemExit("a killed run ended with other bytes")

@@ -1,18 +1,25 @@
-"""Peak memory of training Stable Diffusion 1.5's UNet under the guard, with one shard and with two.
+r"""Peak memory of training Stable Diffusion 1.5's UNet under the guard, with one shard and with several.
 
 All UNet weights are trained in float32, on the CPU, where weights, gradients and optimizer state show up as anonymous
 memory of the process. The UNet has the shapes of SD 1.5 and random weights; the VAE and the text encoder beside it are
-small ones that fit. Each run is a process of its own and takes two optimizer steps in one round: both on the one shard,
-or one on each of two, whose proxies rest on the disk and are averaged at the end.
+small ones that fit. Each run is a process of its own and takes the same number of optimizer steps in one round: all on
+one shard, or spread over several, whose proxies rest on the disk and are averaged at the end. With a copy of diffusers'
+`train_text_to_image.py`, that script trains the same model on the same pictures, too.
 
     python -m benchmarks.memory_sd15 --output_dir runs/memory_sd15
+    python -m benchmarks.memory_sd15 --base_channels 128 --shards 1 8 --upstream_script train_text_to_image.py \
+        --output_dir runs/memory_mid
 
-It needs about 16 GB of free memory and 40 GB of disk; `--base_channels 32` makes a small UNet for a trial. Linux only.
+The first needs about 16 GB of free memory and 40 GB of disk; the second, of 142 million parameters, a fifth of that.
+Linux only.
 """
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -21,10 +28,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SHARDS = (1, 2)
-STEPS = 2
-TARGET = 1.10
-"""Most that two shards may take, relative to one."""
+from sd_memguard.assets import demo_data_path
+
+TARGET, TARGET_UPSTREAM = 1.10, 1.05
+"""Most that several shards may take relative to one, and relative to upstream's plain run."""
 
 
 class Run(NamedTuple):
@@ -36,24 +43,40 @@ class Run(NamedTuple):
 
 
 class PeakMemory(threading.Thread):
-    """Samples this process's anonymous resident memory every 5 ms and keeps the highest value, in bytes."""
+    """Samples a process's anonymous resident memory every 5 ms and keeps the highest value, in bytes.
 
-    def __init__(self) -> None:
+    Args:
+        process: its number, or ``self``.
+    """
+
+    def __init__(self, process: int | str = "self") -> None:
         super().__init__(daemon=True)
-        self.peak = 0
+        self.process, self.peak = process, 0
         self.start()
 
+    def now(self) -> int:
+        """Return the present value, 0 for a process that is over."""
+        try:
+            lines = Path(f"/proc/{self.process}/status").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            return 0
+        return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+
     def run(self) -> None:
-        """Sample until the process ends."""
+        """Sample until this process ends."""
         while True:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-            self.peak = max(self.peak, 1024 * kibibytes)
+            self.peak = max(self.peak, self.now())
             time.sleep(0.005)
 
 
-def make_pipeline(folder: Path, base_channels: int) -> None:
-    """Write a pipeline whose UNet is that of SD 1.5 (``base_channels`` 320), with random weights."""
+def make_pipeline(folder: Path, base_channels: int, *, real: bool = False) -> None:
+    """Write a pipeline whose UNet is that of SD 1.5 (``base_channels`` 320), with random weights.
+
+    Args:
+        folder: of the pipeline.
+        base_channels: channels of the UNet's first level.
+        real: whether the VAE and the text encoder have the sizes of SD 1.5, too, rather than small ones that fit.
+    """
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -76,10 +99,14 @@ def make_pipeline(folder: Path, base_channels: int) -> None:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32,) * 4,
+        block_out_channels=(128, 256, 512, 512) if real else (32,) * 4,
+        layers_per_block=2 if real else 1,
         latent_channels=4,
     )
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=768, num_hidden_layers=1, num_attention_heads=12)
+    layers, inner = (12, 3072) if real else (1, 768)
+    text = CLIPTextConfig(
+        hidden_size=768, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=12, eos_token_id=49407
+    )
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text),
@@ -94,7 +121,7 @@ def make_pipeline(folder: Path, base_channels: int) -> None:
     ).save_pretrained(folder, max_shard_size="100GB")
 
 
-def train_once(pipeline: Path, folder: Path, num_shards: int, resolution: int) -> Run:
+def train_once(pipeline: Path, folder: Path, num_shards: int, resolution: int, steps: int, store: str) -> Run:
     """Train in this process and return what it took."""
     memory, start = PeakMemory(), time.monotonic()
     from sd_memguard.config import make_train_config
@@ -109,16 +136,48 @@ def train_once(pipeline: Path, folder: Path, num_shards: int, resolution: int) -
             center_crop=True,
             output_dir=str(folder),
             train_batch_size=1,
-            max_train_steps=STEPS,
+            max_train_steps=steps,
             num_shards=num_shards,
-            steps_per_round=STEPS,
-            proxy_store="disk",
+            steps_per_round=steps,
+            proxy_store=store,
             checkpointing_steps=1000,
             seed=0,
         )
     )
-    if result.global_step != STEPS or result.summary["empty_steps"]:
-        raise RuntimeError(f"the run did not take its {STEPS} steps: {result.summary}")
+    if result.global_step != steps or result.summary["empty_steps"]:
+        raise RuntimeError(f"the run did not take its {steps} steps: {result.summary}")
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    return Run(memory.peak, unet.stat().st_size, round(time.monotonic() - start, 1))
+
+
+def train_upstream(script: Path, pipeline: Path, folder: Path, resolution: int, steps: int) -> Run:
+    """Train by upstream's script in a process of its own and return what it took."""
+    data = folder.parent / "data"
+    data.mkdir()
+    rows = (demo_data_path() / "metadata.jsonl").read_text().splitlines()[:8]
+    for row in rows:
+        name = json.loads(row)["file_name"]
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(demo_data_path() / name, data / name)
+    (data / "metadata.jsonl").write_text("\n".join(rows))
+    flags = {
+        "pretrained_model_name_or_path": pipeline,
+        "train_data_dir": data,
+        "resolution": resolution,
+        "train_batch_size": 1,
+        "max_train_steps": steps,
+        "checkpointing_steps": 1000,
+        "cache_dir": folder.parent / "hub",
+        "seed": 0,
+        "output_dir": folder,
+    }
+    command = [sys.executable, str(script), "--center_crop", *(f"--{name}={value}" for name, value in flags.items())]
+    start = time.monotonic()
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, env=offline, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        memory = PeakMemory(process.pid)
+    if process.returncode:
+        raise RuntimeError(f"upstream's script ended with {process.returncode}")
     unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
     return Run(memory.peak, unet.stat().st_size, round(time.monotonic() - start, 1))
 
@@ -129,45 +188,61 @@ def in_own_process(function: Any, *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def report(runs: dict[int, Run]) -> str:
+def report(runs: dict[str, Run], ratios: dict[str, float]) -> str:
     """Return the figures as a table of Markdown."""
-    lines = ["| shards | peak anonymous memory | in UNets of float32 | seconds |", "|---|---|---|---|"]
-    for num_shards, run in runs.items():
+    lines = ["| run | peak anonymous memory | in UNets of float32 | seconds |", "|---|---|---|---|"]
+    for name, run in runs.items():
         in_unets = run.peak_bytes / run.unet_bytes
-        lines.append(f"| {num_shards} | {run.peak_bytes / 1e9:.2f} GB | {in_unets:.2f} | {run.seconds:.0f} |")
-    ratio = runs[2].peak_bytes / runs[1].peak_bytes
-    return "\n".join([*lines, "", f"two shards / one: {ratio:.3f} (at most {TARGET:.2f} wanted)"])
+        lines.append(f"| {name} | {run.peak_bytes / 1e9:.2f} GB | {in_unets:.2f} | {run.seconds:.0f} |")
+    return "\n".join([*lines, "", *(f"{name}: {ratio:.3f}" for name, ratio in ratios.items())])
 
 
 def main() -> None:
-    """Run the benchmark; exit with status 1 where two shards take more than they may."""
+    """Run the benchmark; exit with status 1 where several shards take more than they may."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of memory_sd15.json")
     parser.add_argument("--work_dir", type=Path, help="folder of the temporary files (default: the system's)")
     parser.add_argument("--base_channels", type=int, default=320, help="channels of the UNet's first level")
     parser.add_argument("--resolution", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument(
+        "--shards", type=int, nargs="+", default=[1, 2], help="numbers of shards, the first to compare with"
+    )
+    parser.add_argument("--proxy_store", choices=["disk", "ram"], default="disk", help="where the proxies rest")
+    parser.add_argument("--upstream_script", type=Path, help="a copy of diffusers' script")
     settings = parser.parse_args()
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="memory-sd15-", dir=settings.work_dir))
-    runs: dict[int, Run] = {}
+    steps = max(settings.shards)
+    runs: dict[str, Run] = {}
     try:
         in_own_process(make_pipeline, work / "pipeline", settings.base_channels)
-        for num_shards in SHARDS:
-            folder = work / "run"
-            runs[num_shards] = in_own_process(train_once, work / "pipeline", folder, num_shards, settings.resolution)
-            shutil.rmtree(folder)
+        run: tuple[Any, ...] = (work / "pipeline", work / "run")
+        for num_shards in settings.shards:
+            runs[f"{num_shards} shard(s)"] = in_own_process(
+                train_once, *run, num_shards, settings.resolution, steps, settings.proxy_store
+            )
+            shutil.rmtree(work / "run")
+        if settings.upstream_script is not None:
+            runs["upstream"] = train_upstream(settings.upstream_script, *run, settings.resolution, steps)
     finally:
         shutil.rmtree(work)
-    ratio = runs[2].peak_bytes / runs[1].peak_bytes
+    first, *others = (f"{num_shards} shard(s)" for num_shards in settings.shards)
+    pairs = [(other, first, TARGET) for other in others]
+    if "upstream" in runs:
+        pairs += [(name, "upstream", TARGET_UPSTREAM) for name in (first, *others)]
+    measured = {(a, b): runs[a].peak_bytes / runs[b].peak_bytes for a, b, _ in pairs}
+    ratios = {f"{a} / {b} (at most {target:.2f} wanted)": measured[a, b] for a, b, target in pairs}
     record = {
         "base_channels": settings.base_channels,
         "resolution": settings.resolution,
-        "runs": {num_shards: run._asdict() for num_shards, run in runs.items()},
-        "ratio": ratio,
+        "proxy_store": settings.proxy_store,
+        "steps": steps,
+        "runs": {name: run._asdict() for name, run in runs.items()},
+        "ratios": ratios,
     }
     (settings.output_dir / "memory_sd15.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(report(runs))
-    raise SystemExit(ratio > TARGET)
+    print(report(runs, ratios))
+    raise SystemExit(any(measured[a, b] > target for a, b, target in pairs))
 
 
 if __name__ == "__main__":

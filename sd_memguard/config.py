@@ -164,11 +164,14 @@ class TrainConfig:
     center_crop: bool = setting(False, "Data", "crop the middle of each picture rather than a random part")
     random_flip: bool = setting(False, "Data", "mirror half of the pictures at random")
     caption_dropout: float = setting(0.0, "Data", "share of captions replaced by an empty one", PROBABILITY)
-    cache_latents: Literal["auto", "memory", "off"] = setting(
-        "auto", "Data", "compute the latents of the pictures once; auto: where that is exact and fits"
+    cache_latents: Literal["auto", "memory", "disk", "off"] = setting(
+        "auto", "Data", "compute the latents of the pictures once; auto: where that is exact, in memory, else on disk"
     )
-    cache_text_embeddings: Literal["auto", "memory", "off"] = setting(
-        "auto", "Data", "compute the embeddings of the captions once; auto: where they fit"
+    cache_text_embeddings: Literal["auto", "memory", "disk", "off"] = setting(
+        "auto", "Data", "compute the embeddings of the captions once; auto: in memory, else on disk"
+    )
+    encoding_cache_dir: str | None = setting(
+        None, "Data", "folder of the caches on disk, shared by runs; sd_memguard in the user's cache if not given"
     )
     dataloader_num_workers: int = setting(0, "Data", "processes that read pictures; 0: the main one", NOT_NEGATIVE)
 
@@ -193,6 +196,9 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(False, "Training", "compute activations twice to save memory")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
         None, "Training", "precision of the forward pass; as accelerate is configured if not given"
+    )
+    compile: bool = setting(
+        False, "Training", "compile the UNet with torch.compile; takes minutes at the start and makes each step faster"
     )
     allow_tf32: bool = setting(False, "Training", "allow TF32 matrix products on Ampere and newer GPUs")
     enable_xformers_memory_efficient_attention: bool = setting(False, "Training", "use the attention of xformers")
@@ -298,6 +304,10 @@ SETTINGS = {**TRAIN_SETTINGS, **GUARD_SETTINGS}
 ALIASES = {"pretrained": "pretrained_model_name_or_path"}
 
 
+POLYNOMIAL_END = 1e-7
+"""Learning rate at the end of diffusers' polynomial schedule."""
+
+
 def make_train_config(**settings: Any) -> TrainConfig:
     """Build a `TrainConfig` from settings under their flag names, the guard's among them.
 
@@ -336,6 +346,11 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             "`--use_ema` must not be given together with `--proxy lora`: the mean of adapters goes partly into the "
             "base weights, which an average of the adapters alone would miss; leave one of them out"
+        )
+    if config.lr_scheduler == "polynomial" and config.learning_rate <= POLYNOMIAL_END:
+        raise ConfigError(
+            f"`--lr_scheduler polynomial` falls to {POLYNOMIAL_END:g}, so `--learning_rate` must be above it, got "
+            f"{config.learning_rate:g}; raise it or choose another schedule"
         )
     if config.dream_training and config.prediction_type == "v_prediction":
         raise ConfigError(

@@ -4,7 +4,6 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,10 +13,12 @@ from torch import Tensor
 from sd_memguard.config import GuardConfig
 from sd_memguard.core.augmentation import AugmentQueue, augment_magnitude, augment_strength
 from sd_memguard.core.bands import Bands, classify
+from sd_memguard.core.host_copy import HostCopy
 from sd_memguard.core.ledger import SampleLedger
 from sd_memguard.core.memory_bank import LossMemoryBank
 from sd_memguard.core.redistribution import redistribute
 from sd_memguard.core.shards import Moves, ShardPlan, auto_num_shards, count_pictures, split_into_shards
+from sd_memguard.core.verdict import Counted, Verdict
 from sd_memguard.errors import LoopError
 
 if TYPE_CHECKING:
@@ -26,36 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE_KIND = "MemorizationGuard-1"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the guard decided on one batch.
-
-    Attributes:
-        loss: scalar to backward: the sum of the weighted losses of the clean samples over their number (0 with none).
-            In an attached loop that accumulates, the gradient of a step comes out as the mean over all its batches.
-        clean_sum: that sum alone, for loops that accumulate several batches and divide by all their clean samples.
-        divisor: what it was divided by.
-        loss_ratio: (B,) loss over the bank's value, inf where no decision is due.
-        skip_mask: (B,) bool, True where skipped.
-        augment_mask: (B,) bool, True where the sample waits to be trained from an augmented copy.
-        num_clean: number of clean samples; with 0 no optimizer step should be taken.
-        num_skipped: number of skipped samples.
-        num_augmented: number of samples to augment.
-        losses: (B,) float32 on the CPU, the losses as they were judged.
-    """
-
-    loss: Tensor
-    clean_sum: Tensor
-    divisor: float
-    loss_ratio: Tensor
-    skip_mask: Tensor
-    augment_mask: Tensor
-    num_clean: int
-    num_skipped: int
-    num_augmented: int
-    losses: Tensor
 
 
 class AugmentBatch(NamedTuple):
@@ -174,7 +145,15 @@ class MemorizationGuard:
         """Whether all four parts are off, so that training is what it is without a guard."""
         return self.num_shards == 1 and self.config.skip_threshold == 0
 
-    def weigh(self, losses: Tensor, timesteps: Tensor, sample_ids: Tensor, weights: Tensor | None = None) -> Verdict:
+    def weigh(
+        self,
+        losses: Tensor,
+        timesteps: Tensor,
+        sample_ids: Tensor,
+        weights: Tensor | None = None,
+        *,
+        wait: bool = True,
+    ) -> Verdict:
         """Judge a batch of the active shard and return what to backward.
 
         Args:
@@ -182,6 +161,9 @@ class MemorizationGuard:
             timesteps: (B,) int64.
             sample_ids: (B,) int64.
             weights: (B,) float, loss weights such as min-SNR; they scale the loss, not the decision.
+            wait: whether to wait until the device has computed the losses. A loop that does not, and backwards
+                ``clean_sum`` over a number of its own, keeps the device busy; it must read ``num_clean`` of each
+                verdict, in their order, before it goes on to the next step.
 
         Raises:
             ValueError: the shapes differ, or a sample is not of this data set.
@@ -218,33 +200,30 @@ class MemorizationGuard:
         weighted = losses if weights is None else losses * weights
         clean_sum = torch.where(bands.clean_mask, weighted, 0.0).sum()
         # One transfer to the host for everything that is counted there.
-        host = torch.stack((losses.detach().float(), loss_ratio, bands.skip_mask, bands.augment_mask)).cpu()
-        host_bands = Bands(host[2].bool(), host[3].bool(), ~(host[2] + host[3]).bool())
-        num_clean = int(host_bands.clean_mask.sum())
-        divisor = float(max(num_clean, 1)) if rounds is None else rounds.divisor(len(losses), num_clean)
-        verdict = Verdict(
-            loss=clean_sum / divisor,
-            clean_sum=clean_sum,
-            divisor=divisor,
-            loss_ratio=loss_ratio,
-            skip_mask=bands.skip_mask,
-            augment_mask=bands.augment_mask,
-            num_clean=num_clean,
-            num_skipped=int(host_bands.skip_mask.sum()),
-            num_augmented=int(host_bands.augment_mask.sum()),
-            losses=host[0],
-        )
-        if rounds is None or not rounds.augmented:
-            self._count(host_ids, host[1], host_bands)
+        on_its_way = HostCopy(torch.stack((losses.detach().float(), loss_ratio, bands.skip_mask, bands.augment_mask)))
+        counts, shard_index = rounds is None or not rounds.augmented, self.shard_index
+
+        def count() -> Counted:
+            judged, ratio, skip, augment = on_its_way.wait()
+            host = Counted(judged, ratio, Bands(skip.bool(), augment.bool(), ~(skip + augment).bool()))
+            if counts:
+                self._count(host_ids, host, shard_index)
+            return host
+
+        divisor = None if rounds is None else rounds.divisor
+        verdict = Verdict(clean_sum, loss_ratio, bands.skip_mask, bands.augment_mask, count, divisor)
+        if wait or rounds is not None:
+            _ = verdict.divisor
         if rounds is not None:
             rounds.weighed(verdict)
         return verdict
 
-    def _count(self, sample_ids: Tensor, loss_ratio: Tensor, bands: Bands) -> None:
-        self.ledger.record(sample_ids, bands)
-        if bands.augment_mask.any():
-            strengths = augment_strength(loss_ratio[bands.augment_mask], self.config.skip_threshold)
-            self.queues[self.shard_index].push(sample_ids[bands.augment_mask], strengths)
+    def _count(self, sample_ids: Tensor, batch: Counted, shard_index: int) -> None:
+        self.ledger.record(sample_ids, batch.bands)
+        waiting = batch.bands.augment_mask
+        if waiting.any():
+            strengths = augment_strength(batch.loss_ratio[waiting], self.config.skip_threshold)
+            self.queues[shard_index].push(sample_ids[waiting], strengths)
 
     def take_augment_batch(self, batch_size: int) -> AugmentBatch | None:
         """Return a batch of samples of the active proxy to train from augmented copies, None while too few wait."""

@@ -128,6 +128,12 @@ def test_settings_that_cannot_stand_together():
     with pytest.raises(ConfigError, match="`--use_ema` must not be given together with `--proxy lora`"):
         make(use_ema=True, proxy="lora")
     assert make(dream_training=True, prediction_type="epsilon").dream_training
+
+
+def test_a_learning_rate_below_the_end_of_the_polynomial_schedule_is_refused():
+    with pytest.raises(ConfigError, match="`--lr_scheduler polynomial` falls to 1e-07"):
+        make(lr_scheduler="polynomial", learning_rate=1e-7)
+    assert make(lr_scheduler="polynomial", learning_rate=2e-7)
     assert make(use_ema=True).use_ema
     assert make(report_to="wandb").report_to == "wandb"
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser as torch_launcher
 
 from sd_memguard.audit.settings import build_parser
 from sd_memguard.flags import parse_train_args
@@ -57,7 +58,7 @@ def test_the_launcher_script_gives_flags_that_parse(tmp_path):
     assert "--gradient_checkpointing" in command.arguments
 
 
-TRAINING = r"sd-memguard train|accelerate launch .* sd_memguard/train\.py"
+TRAINING = r"sd-memguard train|(?:accelerate launch|torchrun|srun torchrun) .* sd_memguard/train\.py"
 
 
 def arguments_of(script: str, program: str) -> list[str]:
@@ -72,6 +73,8 @@ def arguments_of(script: str, program: str) -> list[str]:
     [
         ("finetune_bundled.sh", "on"),
         ("finetune_sd15.sh", "on"),
+        ("two_gpus.sh", "on"),
+        ("slurm.sh", "on"),
         ("lora_style.sh", "on"),
         ("laion10k/guarded.sh", "on"),
         ("laion10k/plain.sh", "off"),
@@ -82,6 +85,23 @@ def test_scripts_give_flags_that_parse(script, memguard):
 
     assert config.memguard == memguard
     assert config.center_crop
+
+
+@pytest.mark.parametrize(("script", "processes"), [("two_gpus.sh", 2), ("slurm.sh", 2 * 4)])
+def test_scripts_for_several_processes_divide_the_shards(script, processes):
+    text = (EXAMPLES / script).read_text(encoding="utf-8")
+    torchrun = re.sub(r"\$\w+", "4", re.search(r"torchrun (.*) sd_memguard/train", text.replace("\\\n", " "))[1])
+    launched = torch_launcher().parse_args([*shlex.split(torchrun), "script"])
+    started = int(launched.nproc_per_node) * (1 if launched.standalone else 2)
+    assert started == processes
+    assert parse_train_args(arguments_of(script, TRAINING)).guard.num_shards % processes == 0
+    if script == "slurm.sh":
+        assert (
+            int(re.search(r"--nodes=(\d+)", text)[1]) * int(re.search(r"--gpus-per-node=(\d+)", text)[1]) == processes
+        )
+        assert "SIGUSR1" in launched.signals_to_handle
+        warning, patience = re.search(r"--signal=USR1@(\d+)", text), re.search(r"SHUTDOWN_TIMEOUT=(\d+)", text)
+        assert int(patience[1]) < int(warning[1])
 
 
 def test_laion10k_takes_the_authors_settings_and_the_arms_the_same_budget():

@@ -1,7 +1,7 @@
 """IET: the aggregate of the proxies, ``theta = sum_k w_k theta_k`` (arXiv 2407.15328, section 4.1)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,13 +28,29 @@ def aggregate(states: Sequence[State], weights: Sequence[float]) -> dict[str, Te
     return dict(iterate_aggregate(states, weights))
 
 
-def iterate_aggregate(states: Sequence[State], weights: Sequence[float]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the aggregate tensor by tensor, see ``aggregate``."""
-    total = math.fsum(weights)
+def iterate_aggregate(
+    states: Sequence[State],
+    weights: Sequence[float],
+    *,
+    names: Sequence[str] | None = None,
+    total: float | None = None,
+    combine: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the aggregate tensor by tensor, see ``aggregate``.
+
+    Args:
+        states: as there.
+        weights: as there.
+        names: the order of the tensors; by default that of the first state.
+        total: what the weights are divided by; by default their sum.
+        combine: takes the float64 sum over these states and returns that over all states of all processes, which must
+            then give the same ``names`` and ``total``.
+    """
+    total = math.fsum(weights) if total is None else total
     if not states or len(states) != len(weights) or min(weights) < 0 or not 0 < total < math.inf:
         raise ValueError(f"{len(states)} states need as many weights, none negative, some positive; got {weights}")
-    names = list(states[0])
-    for state in states[1:]:
+    names = list(states[0]) if names is None else names
+    for state in states:
         if set(state) != set(names):
             raise ValueError(f"the states differ in their names: {sorted(set(state) ^ set(names))[:3]}")
     for name in names:
@@ -42,7 +58,7 @@ def iterate_aggregate(states: Sequence[State], weights: Sequence[float]) -> Iter
         mean = torch.zeros(first.shape, dtype=torch.float64)
         for state, weight in zip(states, weights, strict=True):
             mean.add_(state[name].to("cpu", torch.float64), alpha=weight / total)
-        yield name, mean.to(first.dtype)
+        yield name, (mean if combine is None else combine(mean)).to(first.dtype)
 
 
 def distance(state: State, mean: State) -> float:

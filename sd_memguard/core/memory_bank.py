@@ -86,12 +86,13 @@ class LossMemoryBank:
             timesteps: (B,) int64, repeated ones allowed.
             losses: (B,) float.
         """
+        # Masked rather than picked out: to pick, the host would have to wait for the device.
         finite = torch.isfinite(losses)
-        timesteps, losses = timesteps[finite], losses.detach().float()[finite]
-        same = timesteps[:, None] == timesteps[None, :]
+        losses = torch.where(finite, losses.detach().float(), 0.0)
+        same = (timesteps[:, None] == timesteps[None, :]) & finite
         followers = torch.triu(same, diagonal=1).sum(dim=1)
-        share = self.decay ** followers.float()
-        visits = torch.zeros_like(self.visits).index_add_(0, timesteps, torch.ones_like(timesteps))
+        share = self.decay ** followers.float() * finite
+        visits = torch.zeros_like(self.visits).index_add_(0, timesteps, finite.long())
         fade = self.decay ** visits.float()
         self.sums.mul_(fade).index_add_(0, timesteps, share * losses)
         self.counts.mul_(fade).index_add_(0, timesteps, share)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from sd_memguard.core.visits import VisitCursor
 
 if TYPE_CHECKING:
-    from sd_memguard.guard import Verdict
+    from sd_memguard.core.verdict import Verdict
 
 
 @dataclass

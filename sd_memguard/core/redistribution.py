@@ -59,12 +59,22 @@ def _most_skipped_groups(members: Tensor, counts: Tensor, fraction: float, group
     by_id = torch.argsort(first_positions(inverse))
     order = by_id[torch.argsort(skips[by_id], descending=True, stable=True)]
     order = order[skips[order] > 0]
-    quota = int(fraction * int(sizes.sum()))
     moves = torch.zeros(len(sizes), dtype=torch.bool)
-    for group, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        if quota == 0:
-            break
-        if size <= quota:
-            moves[group] = True
-            quota -= size
+    moves[order[_that_fit(sizes[order], int(fraction * int(sizes.sum())))]] = True
     return members[moves[inverse]]
+
+
+def _that_fit(sizes: Tensor, quota: int) -> Tensor:
+    """Return the positions of what fits in a quota when taken in order, passing over what is too large for the rest.
+
+    >>> _that_fit(torch.tensor([2, 5, 1, 3, 1]), 5)
+    tensor([0, 2, 4])
+    """
+    taken, left = [], torch.arange(len(sizes))
+    while len(left := left[sizes[left] <= quota]):
+        # All that come before the first which no longer fits; that one is gone in the next turn.
+        fits = int((sizes[left].cumsum(0) <= quota).sum())
+        taken.append(left[:fits])
+        quota -= int(sizes[left[:fits]].sum())
+        left = left[fits:]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *taken])

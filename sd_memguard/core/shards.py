@@ -151,9 +151,19 @@ def _place_groups(assignment: Tensor, shuffled: Tensor, groups: Tensor, num_shar
         assignment[members] = shard_index
         heapq.heappush(fill, (size + len(members), shard_index))
     singles = shuffled[~in_group]
-    targets = []
-    for _ in range(len(singles)):
-        size, shard_index = heapq.heappop(fill)
-        targets.append(shard_index)
-        heapq.heappush(fill, (size + 1, shard_index))
-    assignment[singles] = torch.tensor(targets, dtype=torch.int16)
+    sizes = [size for size, _ in sorted(fill, key=lambda one: one[1])]
+    assignment[singles] = _emptiest_first(sizes, len(singles)).to(torch.int16)
+
+
+def _emptiest_first(sizes: list[int], count: int) -> Tensor:
+    """Return the shards that so many samples go to one by one, each to the emptiest (the first of several), (count,).
+
+    A shard of size n offers the places n, n + 1, ...; they are taken in the order of (place, shard).
+
+    >>> _emptiest_first([3, 0, 1], 5)
+    tensor([1, 1, 2, 1, 2])
+    """
+    num_shards = len(sizes)
+    top = max(*sizes, -(-(sum(sizes) + count) // num_shards), 0) + 1
+    places = [torch.arange(size, top) * num_shards + shard_index for shard_index, size in enumerate(sizes)]
+    return torch.cat(places).sort().values[:count] % num_shards

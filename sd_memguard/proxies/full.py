@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from sd_memguard.core.aggregation import aggregate, distance, iterate_aggregate
+from sd_memguard.core.aggregation import distance, iterate_aggregate
+from sd_memguard.proxies.exchange import Exchange
 from sd_memguard.proxies.store import LazyTensors, ProxyStore
 from sd_memguard.proxies.swap import EmaState, copy_tensors, load_optimizer_tensors, optimizer_tensors
 
@@ -23,7 +24,11 @@ class FullProxies:
     """K proxies of one model, of which one is resident and the others rest in a store.
 
     A proxy is three parts: ``weights``, ``ema`` (where there is one) and ``optimizer``. Each resting part is an entry
-    of the store; after an aggregation all proxies share one entry of weights.
+    of the store; after an aggregation all resting proxies share one entry of weights. The resident one has none, so
+    that the store holds K - 1 proxies, and during a switch one part more.
+
+    With several processes, process r of n has the proxies r, r + n, r + 2n, ... and never sees the others: a mean is a
+    sum of partial sums, exchanged tensor by tensor. All processes then call each method that speaks of all proxies.
 
     Args:
         parameters: the trained parameters of the resident model by name.
@@ -31,6 +36,7 @@ class FullProxies:
         num_shards: number of proxies.
         store: where the resting ones wait; unused with one proxy.
         ema: the EMA of the parameters, in their order.
+        exchange: the processes that share the proxies; by default there is one.
     """
 
     def __init__(
@@ -40,17 +46,20 @@ class FullProxies:
         num_shards: int,
         store: ProxyStore,
         ema: EmaState | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.parameters, self.optimizer, self.num_shards, self.ema = dict(parameters), optimizer, num_shards, ema
+        self.exchange = Exchange(alone=True) if exchange is None else exchange
+        self.own = range(self.exchange.rank, num_shards, self.exchange.size)
         self._store = store
         self._serial = 0
-        self.resident = 0
+        self.resident = self.own[0]
         self._ema_steps = [0] * num_shards
         self._entries: list[dict[str, str]] = [{} for _ in range(num_shards)]
         if num_shards > 1:
             for part in self.averaged_parts:
                 self._share(part, self._resident_part(part))
-            for shard_index in range(num_shards):
+            for shard_index in self.own[1:]:
                 self._replace(shard_index, OPTIMIZER, self._put(OPTIMIZER, {}))
 
     @property
@@ -64,16 +73,16 @@ class FullProxies:
             return
         for part in (*self.averaged_parts, OPTIMIZER):
             self._replace(self.resident, part, self._put(part, self._resident_part(part)))
+            self._load(part, self._store.get(self._entries[shard_index][part]))
+            self._release(self._entries[shard_index].pop(part))
         if self.ema is not None:
             self._ema_steps[self.resident] = self.ema.optimization_step
             self.ema.optimization_step = self._ema_steps[shard_index]
         self.resident = shard_index
-        for part in (*self.averaged_parts, OPTIMIZER):
-            self._load(part, self._store.get(self._entries[shard_index][part]))
 
     def aggregate(self, weights: Sequence[float], part: str = WEIGHTS) -> dict[str, Tensor]:
         """Return the weighted mean of a part over the proxies as they are now, on the CPU."""
-        return aggregate(self._states(part), weights)
+        return dict(self._means(part, weights))
 
     def average(self, weights: Sequence[float]) -> list[float]:
         """Average the proxies and broadcast the aggregate to all of them; optimizer states stay with their proxy.
@@ -83,29 +92,51 @@ class FullProxies:
         """
         if self.num_shards == 1:
             return [0.0]
-        distances = self.distances(weights)
-        for part in self.averaged_parts:
-            resident = self._resident_part(part)
-            self._load_aggregate(part, weights, resident)
-            self._share(part, resident)
-        return distances
+        squares: list[list[float]] = [[] for _ in range(self.num_shards)]
+        resident = self._resident_part(WEIGHTS)
+        for name, mean in self._compared_means(weights, squares):
+            resident[name].copy_(mean)
+        self._share(WEIGHTS, resident)
+        if self.ema is not None:
+            resident = self._resident_part(EMA)
+            self._load_aggregate(EMA, weights, resident)
+            self._share(EMA, resident)
+        return self._roots(squares)
 
     def distances(self, weights: Sequence[float]) -> list[float]:
         """Return the Euclidean distance of each proxy's weights from their mean, changing nothing."""
         if self.num_shards == 1:
             return [0.0]
+        squares: list[list[float]] = [[] for _ in range(self.num_shards)]
+        for _ in self._compared_means(weights, squares):
+            pass
+        return self._roots(squares)
+
+    def _compared_means(self, weights: Sequence[float], squares: list[list[float]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the mean of the weights tensor by tensor, and note each proxy's squared distance from it before."""
         states = self._states(WEIGHTS)
-        squares: list[list[float]] = [[] for _ in states]
-        for name, mean in iterate_aggregate(states, weights):
-            for k, state in enumerate(states):
+        for name, mean in self._means(WEIGHTS, weights):
+            for k, state in zip(self.own, states, strict=True):
                 squares[k].append(distance({name: state[name]}, {name: mean}) ** 2)
+            yield name, mean
+
+    def _roots(self, squares: list[list[float]]) -> list[float]:
         # An exact sum: a resumed run reads the tensors in another order.
-        return [math.sqrt(math.fsum(parts)) for parts in squares]
+        distances = [math.sqrt(math.fsum(parts)) for parts in squares]
+        return self.exchange.sum(torch.tensor(distances, dtype=torch.float64), "distances").tolist()
 
     @contextmanager
     def averaged(self, weights: Sequence[float]) -> Iterator[None]:
-        """Put what would be exported (the mean of the EMA, else of the weights) in the resident model for a while."""
+        """Put what would be exported (the mean of the EMA, else of the weights) in the resident model for a while.
+
+        With several processes only the main one holds it.
+        """
         if self.num_shards == 1 and self.ema is None:
+            yield
+            return
+        if not self.exchange.is_main:  # gives its share of the mean, and keeps its own weights
+            for _ in self._means(self.averaged_parts[-1], weights):
+                pass
             yield
             return
         own = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
@@ -116,23 +147,32 @@ class FullProxies:
             copy_tensors(own, self.parameters)
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write all proxies to a folder (hard links where the store has them) and return their JSON-ready index."""
-        index: dict[str, Any] = {"resident": self.resident, "entries": [], "ema_steps": list(self._ema_steps)}
+        """Write all proxies to a folder (hard links where the store has them) and return their JSON-ready index.
+
+        With several processes each writes its own, under names that begin with its rank.
+        """
+        prefix = f"process-{self.exchange.rank}-" if self.exchange.size > 1 else ""
         if self.ema is not None:
-            index["ema_steps"][self.resident] = self.ema.optimization_step
-        for shard_index in range(self.num_shards):
-            files = {}
+            self._ema_steps[self.resident] = self.ema.optimization_step
+        entries: dict[int, dict[str, str]] = {}
+        for shard_index in self.own:
+            files = entries[shard_index] = {}
             for part in (*self.averaged_parts, OPTIMIZER):
                 if shard_index == self.resident:
-                    files[part] = f"resident-{part}.safetensors"
+                    files[part] = f"{prefix}resident-{part}.safetensors"
                     tensors = {n: t.detach().cpu().contiguous() for n, t in self._resident_part(part).items()}
                     save_file(tensors, folder / files[part])
                 else:
-                    files[part] = f"{self._entries[shard_index][part]}.safetensors"
+                    files[part] = f"{prefix}{self._entries[shard_index][part]}.safetensors"
                     if not (folder / files[part]).exists():
                         self._store.write(self._entries[shard_index][part], folder / files[part])
-            index["entries"].append(files)
-        return index
+        found = self.exchange.gather([(k, files, self._ema_steps[k]) for k, files in entries.items()], "index")
+        rows = sorted((row for part in found for row in part), key=lambda row: row[0])
+        return {
+            "resident": self.resident,
+            "entries": [files for _, files, _ in rows],
+            "ema_steps": [steps for *_, steps in rows],
+        }
 
     def load(self, folder: Path, index: Mapping[str, Any]) -> None:
         """Take over all proxies from a folder written by ``save``.
@@ -148,14 +188,17 @@ class FullProxies:
                 f"this run has {self.num_shards} with {sorted(parts)}"
             )
         adopted: dict[str, str] = {}
+        self.resident = index["resident"] if index["resident"] in self.own else self.own[0]
         if self.num_shards > 1:
-            for shard_index, files in enumerate(entries):
-                for part, file in files.items():
+            self._forget(self.resident)
+            for shard_index in self.own:
+                if shard_index == self.resident:
+                    continue
+                for part, file in entries[shard_index].items():
                     if file not in adopted:
                         adopted[file] = self._new_key(part)
                         self._store.adopt(adopted[file], folder / file)
                     self._replace(shard_index, part, adopted[file])
-        self.resident = index["resident"]
         self._ema_steps = list(index["ema_steps"])
         if self.ema is not None:
             self.ema.optimization_step = self._ema_steps[self.resident]
@@ -179,11 +222,24 @@ class FullProxies:
     def _load_aggregate(self, part: str, weights: Sequence[float], target: Mapping[str, Tensor]) -> None:
         """Copy the aggregate of a part into tensors, one at a time: at no time is there a second model."""
         # A target may be the resident state itself: each of its tensors was read when its mean arrives.
-        for name, mean in iterate_aggregate(self._states(part), weights):
+        for name, mean in self._means(part, weights):
             target[name].copy_(mean)
 
+    def _means(self, part: str, weights: Sequence[float]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weighted mean of a part over all proxies, tensor by tensor."""
+        if self.exchange.size == 1:
+            return iterate_aggregate(self._states(part), weights)
+        return iterate_aggregate(
+            self._states(part),
+            [weights[shard_index] for shard_index in self.own],
+            names=list(self.parameters),  # a file may hold the tensors in another order than a model
+            total=math.fsum(weights),
+            combine=lambda partial: self.exchange.sum(partial, f"mean of {part}"),
+        )
+
     def _states(self, part: str) -> list[Mapping[str, Tensor]]:
-        return [self._state(shard_index, part) for shard_index in range(self.num_shards)]
+        """Return a part of each proxy of this process."""
+        return [self._state(shard_index, part) for shard_index in self.own]
 
     def _state(self, shard_index: int, part: str) -> Mapping[str, Tensor]:
         if shard_index == self.resident:
@@ -200,13 +256,26 @@ class FullProxies:
         return key
 
     def _share(self, part: str, tensors: Mapping[str, Tensor]) -> None:
-        key = self._put(part, tensors)
-        for shard_index in range(self.num_shards):
-            self._replace(shard_index, part, key)
+        """Give all resting proxies the same part."""
+        resting = [shard_index for shard_index in self.own if shard_index != self.resident]
+        if resting:
+            key = self._put(part, tensors)
+            for shard_index in resting:
+                self._replace(shard_index, part, key)
 
     def _replace(self, shard_index: int, part: str, key: str) -> None:
-        """Point a proxy's part at another entry, and drop the old one when no proxy points at it any more."""
+        """Point a proxy's part at another entry."""
         old = self._entries[shard_index].get(part)
         self._entries[shard_index][part] = key
-        if old is not None and all(entries.get(part) != old for entries in self._entries):
-            self._store.drop(old)
+        if old is not None:
+            self._release(old)
+
+    def _forget(self, shard_index: int) -> None:
+        """Drop the entries of a proxy that is about to be resident."""
+        while self._entries[shard_index]:
+            self._release(self._entries[shard_index].popitem()[1])
+
+    def _release(self, key: str) -> None:
+        """Drop an entry when no proxy points at it any more."""
+        if all(key not in entries.values() for entries in self._entries):
+            self._store.drop(key)

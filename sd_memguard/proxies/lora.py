@@ -3,6 +3,9 @@
 The mean of the proxies is ``W + s mean(B_k A_k)``, and ``mean(B_k A_k)`` is not ``mean(B_k) mean(A_k)``. So the factors
 become their means, and what is missing, ``s (mean(B_k A_k) - mean(B_k) mean(A_k))``, is added to the base weights
 (FedEx-LoRA, https://arxiv.org/abs/2410.09432). The base has a float32 master copy, so that nothing is lost under bf16.
+
+Several processes exchange the factors, which are small, and each does the sums of all proxies: the products would be as
+large as the base, and the result is to the bit that of one process.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +19,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from sd_memguard.core.aggregation import aggregate
+from sd_memguard.proxies.exchange import Exchange
 from sd_memguard.proxies.full import WEIGHTS, FullProxies
 from sd_memguard.proxies.store import ProxyStore
 from sd_memguard.proxies.swap import copy_tensors
@@ -36,6 +41,7 @@ class LoraProxies(FullProxies):
         base: the weight of each adapted layer in the resident model, (out, in), in whatever precision.
         master: the same weights in float32 on the CPU; changed here by every averaging.
         scaling: the factor ``s`` of the adapter, alpha / rank.
+        exchange: the processes that share the proxies; by default there is one.
     """
 
     def __init__(
@@ -47,8 +53,9 @@ class LoraProxies(FullProxies):
         base: Mapping[str, Tensor],
         master: Mapping[str, Tensor],
         scaling: float,
+        exchange: Exchange | None = None,
     ) -> None:
-        super().__init__(parameters, optimizer, num_shards, store)
+        super().__init__(parameters, optimizer, num_shards, store, exchange=exchange)
         self.base, self.master, self.scaling = dict(base), dict(master), scaling
 
     def average(self, weights: Sequence[float]) -> list[float]:
@@ -59,9 +66,10 @@ class LoraProxies(FullProxies):
         """
         if self.num_shards == 1:
             return [0.0]
-        distances = self.distances(weights)
-        mean = self.aggregate(weights)
-        for layer, residual in self._residuals(weights, mean):
+        factors = self._all_factors()
+        distances = self._distances(factors, weights)
+        mean = aggregate(factors, weights)
+        for layer, residual in self._residuals(factors, weights, mean):
             self.master[layer] = (self.master[layer].double() + residual).float()
         copy_tensors(self.master, self.base)
         self._share(WEIGHTS, mean)
@@ -70,9 +78,12 @@ class LoraProxies(FullProxies):
 
     def distances(self, weights: Sequence[float]) -> list[float]:
         """Return the Frobenius distance of each proxy's merged weights from their mean, changing nothing."""
+        return self._distances(self._all_factors(), weights)
+
+    def _distances(self, factors: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> list[float]:
         squares = [0.0] * self.num_shards
         for layer in sorted(self.master):  # a sum depends on its order, and a resumed run must give the same
-            products = [self._product(self._state(k, WEIGHTS), layer) for k in range(self.num_shards)]
+            products = [self._product(state, layer) for state in factors]
             mean = _weighted_mean(products, weights)
             for k, product in enumerate(products):
                 squares[k] += float((product - mean).square().sum()) * self.scaling**2
@@ -80,15 +91,19 @@ class LoraProxies(FullProxies):
 
     @contextmanager
     def averaged(self, weights: Sequence[float]) -> Iterator[None]:
-        """Put the mean of the merged proxies in the resident model for a while."""
+        """Put the mean of the merged proxies in the resident model for a while (of the main process)."""
         if self.num_shards == 1:
             yield
             return
+        factors = self._all_factors()
+        if not self.exchange.is_main:
+            yield
+            return
         own = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
-        mean = self.aggregate(weights)
+        mean = aggregate(factors, weights)
         try:
             # The base first: the residuals need the resident factors as they are.
-            for layer, residual in self._residuals(weights, mean):
+            for layer, residual in self._residuals(factors, weights, mean):
                 copy_tensors({layer: self.master[layer].double() + residual}, {layer: self.base[layer]})
             copy_tensors(mean, self.parameters)
             yield
@@ -97,16 +112,22 @@ class LoraProxies(FullProxies):
             copy_tensors(self.master, self.base)
 
     def merged(self, weights: Sequence[float]) -> dict[str, Tensor]:
-        """Return the mean of the merged weights of each adapted layer, (out, in) float32 on the CPU."""
-        merged = {}
+        """Return the mean of the merged weights of each adapted layer, (out, in) float32 on the CPU.
+
+        With several processes the main one gets it, the others nothing.
+        """
+        factors, merged = self._all_factors(), {}
+        if not self.exchange.is_main:
+            return {}
         for layer, weight in self.master.items():
-            products = [self._product(self._state(k, WEIGHTS), layer) for k in range(self.num_shards)]
+            products = [self._product(state, layer) for state in factors]
             merged[layer] = (weight.double() + self.scaling * _weighted_mean(products, weights)).float()
         return merged
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write all proxies and the base as the averagings have left it, see the full-weight proxies."""
-        save_file(self.master, folder / BASE_FILE)
+        if self.exchange.is_main:
+            save_file(self.master, folder / BASE_FILE)
         return super().save(folder)
 
     def load(self, folder: Path, index: Mapping[str, Any]) -> None:
@@ -115,10 +136,30 @@ class LoraProxies(FullProxies):
         self.master = load_file(folder / BASE_FILE)
         copy_tensors(self.master, self.base)
 
-    def _residuals(self, weights: Sequence[float], mean: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _all_factors(self) -> list[Mapping[str, Tensor]]:
+        """Return the factors of each proxy, also of those of other processes."""
+        if self.exchange.size == 1 or self.num_shards == 1:
+            return self._states(WEIGHTS)
+        own = dict(zip(self.own, self._states(WEIGHTS), strict=True))
+        factors: list[Mapping[str, Tensor]] = []
+        for shard_index in range(self.num_shards):
+            flat = torch.zeros(sum(parameter.numel() for parameter in self.parameters.values()))
+            if shard_index in own:
+                flat = torch.cat([own[shard_index][name].detach().cpu().flatten() for name in self.parameters])
+            owner = shard_index % self.exchange.size
+            factors.append(self._unflatten(self.exchange.copy_from(owner, flat, "factors")))
+        return factors
+
+    def _unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        pieces = flat.split([parameter.numel() for parameter in self.parameters.values()])
+        return {name: piece.view_as(p) for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)}
+
+    def _residuals(
+        self, factors: Sequence[Mapping[str, Tensor]], weights: Sequence[float], mean: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield ``s (mean(B_k A_k) - B A)`` of each layer in float64, for the mean factors A and B."""
         for layer in self.master:
-            products = [self._product(self._state(k, WEIGHTS), layer) for k in range(self.num_shards)]
+            products = [self._product(state, layer) for state in factors]
             yield layer, self.scaling * (_weighted_mean(products, weights) - self._product(mean, layer))
 
     def _product(self, factors: Mapping[str, Tensor], layer: str) -> Tensor:

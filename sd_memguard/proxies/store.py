@@ -11,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sd_memguard.proxies.exchange import Exchange
+
 
 class ProxyStore(Protocol):
     """Immutable named entries, each a mapping of names to CPU tensors."""
@@ -94,6 +96,39 @@ class DiskStore:
     def adopt(self, key: str, path: Path) -> None:
         """Hard-link the file, or copy it where the file system has no links."""
         _link_or_copy(path, self._path(key))
+
+
+class SharedDiskStore(DiskStore):
+    """A disk store of processes that all have the same proxies: the main one writes, and the others wait for it.
+
+    Args:
+        folder: the folder, seen by all of them.
+        exchange: the processes.
+    """
+
+    def __init__(self, folder: Path, exchange: Exchange) -> None:
+        self.folder, self._exchange = folder, exchange
+        if exchange.is_main:
+            super().__init__(folder)
+        exchange.wait("store")
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write the tensors to a file."""
+        if self._exchange.is_main:
+            super().put(key, tensors)
+        self._exchange.wait("store")
+
+    def drop(self, key: str) -> None:
+        """Remove the file, when no process reads it any more."""
+        self._exchange.wait("store")
+        if self._exchange.is_main:
+            super().drop(key)
+
+    def adopt(self, key: str, path: Path) -> None:
+        """Hard-link the file, or copy it where the file system has no links."""
+        if self._exchange.is_main:
+            super().adopt(key, path)
+        self._exchange.wait("store")
 
 
 class LazyTensors(Mapping[str, Tensor]):

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sd_memguard.config import SETTINGS
 from sd_memguard.errors import UserError
-from sd_memguard.training.run_folder import CONFIG, FOLDER, SUMMARY
+from sd_memguard.training.run_folder import CONFIG, FOLDER, PROXIES_FOLDER, SUMMARY
 
 if TYPE_CHECKING:
     from sd_memguard.training.setup import Plan
@@ -39,7 +40,16 @@ FREE_TO_CHANGE = {
         "local_rank",
         "export_formats",
     ),
-    *("dataloader_num_workers", "push_to_hub", "hub_model_id", "cache_dir", "dry_run", "offload_ema", "allow_tf32"),
+    *(
+        "dataloader_num_workers",
+        "push_to_hub",
+        "hub_model_id",
+        "cache_dir",
+        "encoding_cache_dir",
+        "dry_run",
+        "offload_ema",
+        "allow_tf32",
+    ),
 }
 """Settings that do not shape what is trained."""
 LENGTH = {"max_train_steps", "num_train_epochs"}
@@ -59,7 +69,7 @@ def save_checkpoint(output_dir: Path, global_step: int, write: Callable[[Path], 
         write: fills an empty folder.
     """
     final = output_dir / f"{PREFIX}{global_step}"
-    temporary = output_dir / f"{TEMPORARY_PREFIX}{final.name}"
+    temporary = temporary_folder(output_dir, global_step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -80,8 +90,14 @@ def save_checkpoint(output_dir: Path, global_step: int, write: Callable[[Path], 
     return final
 
 
+def temporary_folder(output_dir: Path, global_step: int) -> Path:
+    """Return where a checkpoint is while it is written."""
+    return output_dir / f"{TEMPORARY_PREFIX}{PREFIX}{global_step}"
+
+
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a run that was killed while it saved has left half written."""
+    """Remove what a run that was killed has left: a checkpoint half written, and resting proxies on disk."""
+    shutil.rmtree(output_dir / FOLDER / PROXIES_FOLDER, ignore_errors=True)
     for folder in output_dir.glob(f"{TEMPORARY_PREFIX}{PREFIX}*"):
         shutil.rmtree(folder)
 
@@ -159,6 +175,8 @@ def refuse_changes(saved: dict[str, Any], present: dict[str, Any], folder: Path)
     Raises:
         CheckpointError: names the settings that differ.
     """
+    # A setting that the version of the checkpoint did not have yet was at its default.
+    saved = {name: setting.default for name, setting in SETTINGS.items()} | saved
     differing = [name for name in present if name not in FREE_TO_CHANGE and saved.get(name) != present[name]]
     changed = [name for name in differing if not _grows(name, saved, present)]
     if changed:

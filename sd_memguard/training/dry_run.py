@@ -11,6 +11,7 @@ from sd_memguard.training.footprint import gigabytes
 from sd_memguard.training.logs import passes_per_round
 from sd_memguard.training.loss import DenoisingLoss
 from sd_memguard.training.models import load_models, read_config
+from sd_memguard.training.ranks import batch_slices
 from sd_memguard.training.setup import Plan
 
 TIMED_STEPS = 3
@@ -23,10 +24,12 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
     sizes = plan.sizes
     resident = sizes.proxy + sizes.trained + (0 if config.rank is None else sizes.model)
     seconds = time_step(models.unet, plan, DenoisingLoss(models.noise_scheduler), accelerator)
+    at_once = plan.num_processes // batch_slices(plan.num_processes, schedule.num_shards)
     kinds = [schedule.kind(index) for index in range(schedule.num_rounds)]
     rows = {
         "samples": f"{len(plan.samples.sample_ids):,} usable of {plan.samples.num_rows:,}",
         "duplicates": duplicates(plan),
+        "processes": plan.division,
         "shards": f"{schedule.num_shards} (one proxy each)",
         "optimizer steps": f"{schedule.total_steps:,} over all proxies, {plan.visits_per_step} pictures each",
         "rounds": f"{schedule.num_rounds} of {schedule.steps_per_round} steps per proxy "
@@ -37,7 +40,7 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
         "resting proxies": f"{gigabytes(sizes.resting)} in the proxy store",
         "disk": f"{gigabytes(sizes.model + sizes.num_checkpoints * sizes.checkpoint)} at most: the model and "
         f"{sizes.num_checkpoints} checkpoint(s)",
-        "time": f"about {seconds * schedule.total_steps / 3600:.2f} h at {seconds:.2f} s per step "
+        "time": f"about {seconds * schedule.total_steps / at_once / 3600:.2f} h at {seconds:.2f} s per step "
         "(forward, backward and update; without VAE, text encoder and extra steps)",
     }
     return "\n".join(f"{name + ':':18}{text}" for name, text in rows.items())

@@ -22,6 +22,7 @@ def write_pipeline(
     output_dir: Path,
     variant: str | None = None,
     dtype: torch.dtype | None = None,
+    prediction_type: str | None = None,
 ) -> None:
     """Write the pipeline with the trained UNet.
 
@@ -34,6 +35,7 @@ def write_pipeline(
         output_dir: where to write, made where it is missing.
         variant: the variant of the source that was loaded.
         dtype: precision to cast the other parts to, which are then no longer the bytes of the source.
+        prediction_type: what the UNet was trained to predict, where that is not what the source says.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     index = json.loads((source / INDEX).read_text())
@@ -42,6 +44,8 @@ def write_pipeline(
             _copy_part(source / part, output_dir / part, part, variant)
             if dtype is not None:
                 _cast_part(output_dir / part, dtype)
+    if prediction_type is not None:
+        _note_prediction(output_dir / "scheduler" / "scheduler_config.json", prediction_type)
     unet.save_pretrained(output_dir / UNET, max_shard_size="100GB")
     # Last, since it is by this file that a folder passes for a whole pipeline.
     replace_file(output_dir / INDEX, lambda temporary: shutil.copyfile(source / INDEX, temporary))
@@ -56,6 +60,13 @@ def _copy_part(source: Path, target: Path, part: str, variant: str | None) -> No
     if list(source.glob("*.safetensors")):
         stem = TRAINED_PARTS.get(part, "model")
         shutil.copyfile(weights_file(source, stem, variant), target / f"{stem}.safetensors")
+
+
+def _note_prediction(config_file: Path, prediction_type: str) -> None:
+    """Say in the scheduler's config what the UNet predicts, without which its drawings are noise."""
+    config = json.loads(config_file.read_text())
+    if config.get("prediction_type", "epsilon") != prediction_type:
+        config_file.write_text(json.dumps({**config, "prediction_type": prediction_type}, indent=2) + "\n")
 
 
 def _cast_part(part: Path, dtype: torch.dtype) -> None:

@@ -142,7 +142,8 @@ class Exporter:
     def _write(self, format: ExportFormat, path: Path, dtype: torch.dtype | None, adapter: LowRank | None) -> None:
         if format == "merged":
             source, variant = self.run.parts
-            write_pipeline(source, self._unet(dtype or torch.float32), path, variant, dtype)
+            unet, prediction_type = self._unet(dtype or torch.float32), self.run.config.prediction_type
+            write_pipeline(source, unet, path, variant, dtype, prediction_type)
             return
         metadata = {"format": "pt"}
         if adapter is None:

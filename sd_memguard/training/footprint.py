@@ -12,6 +12,7 @@ from safetensors import safe_open
 from sd_memguard.config import ConfigError, TrainConfig
 from sd_memguard.core.rounds import RoundSchedule
 from sd_memguard.errors import UserError
+from sd_memguard.training.checkpoint import list_checkpoints
 from sd_memguard.training.lora import TARGETS
 from sd_memguard.training.models import TRAINED_PARTS, weights_file
 
@@ -35,7 +36,7 @@ class Footprint:
         model: the UNet in float32.
         trained: what is trained of it, in float32: all, or the adapter.
         proxy: one resting proxy: trained weights, AdamW's two moments, and the EMA.
-        resting: all resting proxies, 0 with one shard.
+        resting: the proxies that rest, and while they are switched the optimizer state of one more; 0 with one shard.
         checkpoint: one that shares no file with another: every proxy, and the aggregate.
         num_checkpoints: how many are kept.
     """
@@ -53,13 +54,13 @@ def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> F
     num_parameters, num_adapter = count_parameters(pipeline, config)
     num_trained = num_parameters if config.rank is None else num_adapter
     moments = 0.5 if config.use_8bit_adam else 2
-    proxy = int(BYTES * num_trained * (1 + moments + config.use_ema))
+    proxy, switched = (int(BYTES * num_trained * parts) for parts in (1 + moments + config.use_ema, moments))
     num_checkpoints = schedule.total_steps // config.checkpointing_steps
     return Footprint(
         model=BYTES * num_parameters,
         trained=BYTES * num_trained,
         proxy=proxy,
-        resting=schedule.num_shards * proxy if schedule.num_shards > 1 else 0,
+        resting=(schedule.num_shards - 1) * proxy + switched if schedule.num_shards > 1 else 0,
         checkpoint=schedule.num_shards * proxy + BYTES * num_parameters,
         num_checkpoints=min(num_checkpoints, config.checkpoints_total_limit or num_checkpoints),
     )
@@ -96,15 +97,17 @@ def rests_in_ram(resting: int, config: TrainConfig) -> bool:
 def check_space(sizes: Footprint, config: TrainConfig) -> None:
     """Refuse a disk without room for the model, the proxy store and the checkpoints that must exist at one time.
 
-    Those are two, since an old one is removed only when the next is whole. Where more are kept than will fit, a
-    warning says so.
+    Those are two, since an old one is removed only when the next is whole; a run that goes on has one already. Where
+    more are kept than will fit, a warning says so.
 
     Raises:
         SpaceError: says how much is needed and how much is free.
     """
-    free = shutil.disk_usage(_nearest_folder(Path(config.output_dir))).free
+    free = shutil.disk_usage(nearest_folder(Path(config.output_dir))).free
     store = 0 if rests_in_ram(sizes.resting, config) else sizes.resting
-    needed = sizes.model + store + min(sizes.num_checkpoints, 2) * sizes.checkpoint
+    present = len(list_checkpoints(Path(config.output_dir))) if config.resume_from_checkpoint else 0
+    num_new = max(min(sizes.num_checkpoints, 2) - min(present, 1), 0)
+    needed = sizes.model + store + num_new * sizes.checkpoint
     if needed > free:
         raise SpaceError(
             f"the disk of `--output_dir` {config.output_dir} has {gigabytes(free)} free and {gigabytes(needed)} are "
@@ -112,16 +115,18 @@ def check_space(sizes: Footprint, config: TrainConfig) -> None:
             f"{gigabytes(sizes.checkpoint)}; free some, name a folder on another disk, use fewer `--num_shards`, or a "
             "larger `--checkpointing_steps`"
         )
-    if sizes.model + store + sizes.num_checkpoints * sizes.checkpoint > free:
+    num_kept = max(sizes.num_checkpoints - present, 0)
+    if sizes.model + store + num_kept * sizes.checkpoint > free:
         logger.warning(
             "%d checkpoints of up to %s will not fit in the %s that are free: set --checkpoints_total_limit",
-            *(sizes.num_checkpoints, gigabytes(sizes.checkpoint), gigabytes(free)),
+            *(num_kept, gigabytes(sizes.checkpoint), gigabytes(free)),
         )
 
 
-def _nearest_folder(folder: Path) -> Path:
+def nearest_folder(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
     folder = folder.absolute()
-    return folder if folder.exists() else _nearest_folder(folder.parent)
+    return folder if folder.exists() else nearest_folder(folder.parent)
 
 
 def gigabytes(size: float) -> str:

@@ -2,9 +2,13 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+ECHO = 10.0
+"""Seconds in which a launcher has passed a signal on that its processes have received themselves."""
 
 
 class Interrupted(SystemExit):
@@ -12,10 +16,22 @@ class Interrupted(SystemExit):
 
 
 class StopRequest:
-    """Within its block, a signal sets ``received`` instead of ending the program; a second one ends it."""
+    """Within its block, a signal sets ``received`` instead of ending the program; a second one ends it.
 
-    def __init__(self) -> None:
+    Args:
+        echo: seconds after the first signal in which others are taken for its echo: of several processes each may be
+            signalled by the scheduler and once more by the launcher.
+    """
+
+    def __init__(self, echo: float = 0.0) -> None:
+        self.echo = echo
         self.received: signal.Signals | None = None
+        self._since = 0.0
+
+    @property
+    def number(self) -> int:
+        """Number of the signal, 0 for none."""
+        return 0 if self.received is None else int(self.received)
 
     def __enter__(self) -> "StopRequest":
         """Listen to the signals (Python lets the main thread alone do so)."""
@@ -31,6 +47,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is not None and time.monotonic() - self._since >= self.echo:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        if self.received is None:
+            self.received, self._since = signal.Signals(number), time.monotonic()

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sd_memguard.core.progress import Progress
 from sd_memguard.guard import Verdict
 from sd_memguard.training.run_folder import round_mean
+from sd_memguard.training.run_state import RunState
 from sd_memguard.training.sample_check import shortened
 from sd_memguard.training.setup import Plan
 
@@ -27,8 +29,10 @@ SMOOTHING = 0.95
 
 
 def configure_logging() -> None:
-    """Show our own log lines on the terminal, and of the libraries' only warnings."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    """Show our own log lines on the terminal, and of the libraries' only warnings; of several processes say which."""
+    rank = int(os.environ.get("RANK", "0"))
+    who = f"[process {rank}] " if rank else ""
+    logging.basicConfig(format=f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S")
     logging.getLogger("sd_memguard").setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
@@ -40,10 +44,11 @@ class RunLog:
     Args:
         accelerator: holds the trackers.
         plan: what the run will do.
+        state: where the run stands when the block begins.
     """
 
-    def __init__(self, accelerator: Accelerator, plan: Plan) -> None:
-        self.accelerator, self.plan = accelerator, plan
+    def __init__(self, accelerator: Accelerator, plan: Plan, state: RunState) -> None:
+        self.accelerator, self.plan, self.state = accelerator, plan, state
         self._redirect = logging_redirect_tqdm()
         self._bar: tqdm | None = None
         self._loss = math.nan
@@ -55,13 +60,15 @@ class RunLog:
         """Start the trackers and say what is about to happen."""
         plan, schedule = self.plan, self.plan.schedule
         settings = {k: v for k, v in plan.config.to_dict().items() if isinstance(v, bool | int | float | str)}
-        self.accelerator.init_trackers(plan.config.tracker_project_name, settings)
+        self.accelerator.init_trackers(plan.config.tracker_project_name, settings, init_kwargs=self._tracker_options())
         self._redirect.__enter__()
         sizes = f"{len(plan.samples.sample_ids):,} samples in {schedule.num_shards} shard(s)"
         logger.info(
             "training: %s, %d steps of %d pictures in %d rounds of %d steps per proxy",
             *(sizes, schedule.total_steps, plan.visits_per_step, schedule.num_rounds, schedule.steps_per_round),
         )
+        if plan.num_processes > 1:
+            logger.info("%s", plan.division)
         passes = passes_per_round(plan)
         if schedule.num_shards > 1 and passes > MANY_PASSES:
             logger.warning(
@@ -71,6 +78,16 @@ class RunLog:
             )
         self._started = time.monotonic()
         return self
+
+    def _tracker_options(self) -> dict[str, dict[str, Any]]:
+        """Return what makes each tracker go on with the same run; what it was sent after the checkpoint comes anew."""
+        run_id, steps = self.state.run_id, self.state.progress.global_step
+        return {
+            "tensorboard": {"purge_step": steps + 1} if steps else {},
+            "wandb": {"id": run_id, "resume": "allow"},
+            "trackio": {"name": run_id, "resume": "allow"},
+            "comet_ml": {"experiment_key": run_id},
+        }
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -84,7 +101,8 @@ class RunLog:
     def step(self, progress: Progress, verdicts: list[Verdict], learning_rate: float) -> None:
         """Show one step and send its numbers to the trackers."""
         if self._bar is None:
-            self._bar = tqdm(total=self.plan.schedule.total_steps, initial=progress.global_step - 1, unit="step")
+            steps, hidden = self.plan.schedule.total_steps, not self.accelerator.is_main_process
+            self._bar = tqdm(total=steps, initial=progress.global_step - 1, unit="step", disable=hidden)
             self._first_forward = progress.picture_forwards
         visits = max(sum(len(verdict.losses) for verdict in verdicts), 1)
         loss = sum(float(verdict.losses.sum()) for verdict in verdicts) / visits

@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 from torch import Tensor, nn
 
+from sd_memguard.core.host_copy import to_device
 from sd_memguard.core.seeding import Address, draw_integers, draw_normal
 
 
@@ -36,7 +37,9 @@ class Noising:
         if self.input_perturbation:
             extra = draw_normal(self.seed, f"{purpose}input_perturbation", addresses, shape)
             input_noise = noise + self.input_perturbation * extra
-        return timesteps.to(device), noise.to(device), input_noise.to(device)
+        on_device = to_device(noise, device)
+        input_on_device = on_device if input_noise is noise else to_device(input_noise, device)
+        return to_device(timesteps, device), on_device, input_on_device
 
 
 class DenoisingLoss:

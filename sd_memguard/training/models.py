@@ -1,6 +1,7 @@
 """The pipeline to fine-tune: found, checked before anything is loaded, and loaded from safetensors only."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from sd_memguard import assets
 from sd_memguard.config import TrainConfig
 from sd_memguard.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 PIPELINE_CLASS = "StableDiffusionPipeline"
 TRAINED_PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -97,6 +100,13 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if config.resolution % factor:
         raise ModelError(f"`--resolution` must be a multiple of {factor} for this VAE, got {config.resolution}")
+    own = unet.get("sample_size")
+    if isinstance(own, int) and not 1 / 2 <= config.resolution / (own * factor) <= 2:
+        logger.warning(
+            "--resolution is %d, but %s was made for %d px: training is slow or poor so far from it; "
+            "--resolution %d is its own",
+            *(config.resolution, folder.name, own * factor, own * factor),
+        )
 
 
 def _check_part(part: Path, variant: str | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
@@ -15,13 +16,13 @@ from safetensors.torch import save_file
 from sd_memguard.config import TrainConfig
 from sd_memguard.core.memory_bank import LossMemoryBank
 from sd_memguard.core.progress import Progress
+from sd_memguard.core.rounds import RoundSchedule
 from sd_memguard.core.shards import Moves
 from sd_memguard.guard import MemorizationGuard
 from sd_memguard.training.ranking import memory_prone_order
 from sd_memguard.training.run_folder import BANKS, CONFIG, FOLDER, ROUNDS, SAMPLES, SUMMARY, replace_file, replace_text
 from sd_memguard.training.samples import Samples
 
-PROXIES_FOLDER = "proxies"
 NUM_MEMORY_PRONE = 10
 SUMS = ("empty_steps", "nonfinite_steps")
 """What a run counts from its beginning and a round reports for itself."""
@@ -32,10 +33,11 @@ class RunRecords:
 
     Args:
         output_dir: the run folder.
+        writes: whether this process is the one that writes; the others keep the rounds in mind only.
     """
 
-    def __init__(self, output_dir: Path) -> None:
-        self.folder = output_dir / FOLDER
+    def __init__(self, output_dir: Path, *, writes: bool = True) -> None:
+        self.folder, self.writes = output_dir / FOLDER, writes
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rounds: list[dict[str, Any]] = []
 
@@ -44,6 +46,8 @@ class RunRecords:
 
         The end of a run that now goes on for longer is taken back, so that it does not pass for the end of this one.
         """
+        if not self.writes:
+            return
         text = json.dumps({**config.to_dict(), **resolved}, indent=2, ensure_ascii=False)
         replace_text(self.folder / CONFIG, text + "\n")
         for file in (self.folder / SUMMARY, self.folder.parent / "model_index.json"):
@@ -60,17 +64,21 @@ class RunRecords:
         self._write_rounds()
 
     def _write_rounds(self) -> None:
+        if not self.writes:
+            return
         text = "".join(json.dumps(row) + "\n" for row in self.rounds)
         replace_text(self.folder / ROUNDS, text)
 
     def write_samples(self, samples: Samples, guard: MemorizationGuard) -> None:
         """Write a row per usable sample: file, caption, shard and counts."""
+        if not self.writes:
+            return
         ids = samples.sample_ids
         ledger = guard.ledger
         columns = {
             "sample_id": ids,
-            "file": [samples.file(sample_id) for sample_id in ids.tolist()],
-            "caption": [samples.captions(sample_id)[0] for sample_id in ids.tolist()],
+            "file": samples.files(),
+            "caption": pc.list_element(samples.caption_lists(), 0),
             "shard": guard.plan.assignment[ids].numpy(),
             "duplicate_group": duplicate_groups(samples),
             **{name: getattr(ledger, name)[ids].numpy() for name in ("seen", "skipped", "augmented", "moves")},
@@ -80,6 +88,8 @@ class RunRecords:
 
     def write_banks(self, banks: list[LossMemoryBank]) -> None:
         """Write each proxy's memory bank: ``shard_<k>.mean`` and ``shard_<k>.visits``, both (T,)."""
+        if not self.writes:
+            return
         tensors = {}
         for shard_index, bank in enumerate(banks):
             tensors[f"shard_{shard_index}.mean"] = bank_curve(bank).cpu()
@@ -131,6 +141,47 @@ def round_row(
     for name, (mean, error) in measured.items():
         row[name], row[f"{name}_error"] = mean, error
     return row
+
+
+def run_summary(
+    progress: Progress,
+    schedule: RoundSchedule,
+    guard: MemorizationGuard,
+    samples: Samples,
+    rounds: list[dict[str, Any]],
+    pictures_per_second: float,
+) -> dict[str, Any]:
+    """Return what the closing lines, the model card and callers report.
+
+    Args:
+        progress: where the run stands.
+        schedule: of its rounds.
+        guard: holds the ledger and the queues.
+        samples: of the run.
+        rounds: the lines of rounds.jsonl.
+        pictures_per_second: trained by all processes.
+    """
+    ledger = guard.ledger
+    visits = max(int(ledger.seen.sum()), 1)
+    last = rounds[-1] if rounds else {}
+    return {
+        "global_step": progress.global_step,
+        "num_shards": schedule.num_shards,
+        "num_rounds": schedule.num_rounds,
+        "extra_steps": sum(progress.extra_steps),
+        "empty_steps": progress.empty_steps,
+        "nonfinite_steps": progress.nonfinite_steps,
+        "lost_visits": progress.lost_visits,
+        "picture_forwards": progress.picture_forwards,
+        "pictures_per_second": pictures_per_second,
+        "skipped_fraction": int(ledger.skipped.sum()) / visits,
+        "augmented_fraction": int(ledger.augmented.sum()) / visits,
+        "moved_samples": int(ledger.moves.sum()),
+        "augment_queue_left": sum(len(queue) for queue in guard.queues),
+        "train_loss": last.get("train_loss"),
+        "heldout_loss": last.get("heldout_loss"),
+        "memory_prone": memory_prone_samples(samples, guard),
+    }
 
 
 def bank_curve(bank: LossMemoryBank) -> torch.Tensor:

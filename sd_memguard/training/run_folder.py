@@ -24,6 +24,7 @@ CONFIG, ROUNDS, SAMPLES, BANKS, SUMMARY = (
     "banks.safetensors",
     "summary.json",
 )
+PROXIES_FOLDER = "proxies"
 TEMPORARY_PREFIX = "writing-"
 COLUMNS = ("sample_id", "file", "caption", "shard", "seen", "skipped", "augmented", "moves", "skip_ratio")
 """The columns of ``samples.parquet``."""

@@ -1,8 +1,10 @@
 """What makes a sample usable: a caption with words in it and a picture that decodes."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import datasets
@@ -15,7 +17,7 @@ from sd_memguard.core.duplicates import THUMBNAIL_SIDE
 from sd_memguard.errors import UserError
 
 _MAX_LISTED = 20
-_ROWS_PER_TASK = 32
+_ROWS_PER_TASK, _MAX_TASKS = 32, 20_000
 _MAX_16_BIT = 65535
 
 
@@ -104,6 +106,15 @@ def shortened(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def content_key(stored: Mapping[str, object]) -> bytes:
+    """Return the hash of a stored picture's bytes, 16 bytes."""
+    content = stored["bytes"]
+    if content is None:
+        content = Path(str(stored["path"])).read_bytes()
+    assert isinstance(content, bytes)
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
 def decode_picture(stored: Mapping[str, object]) -> PIL.Image.Image:
     """Return a stored picture in RGB, turned upright by its EXIF tag: what `datasets` decodes, in 8 bits.
 
@@ -169,8 +180,10 @@ def check_pictures(
     sizes = np.zeros((len(rows), 2), dtype=np.int32)
     faults: dict[int, str] = {}
 
+    per_task = max(_ROWS_PER_TASK, len(rows) // _MAX_TASKS)
+
     def check(start: int) -> int:
-        task = rows[start : start + _ROWS_PER_TASK]
+        task = rows[start : start + per_task]
         for position, row in enumerate(task.tolist(), start):
             try:
                 picture = decode_picture(pictures.read(row))
@@ -185,7 +198,7 @@ def check_pictures(
     executor = ThreadPoolExecutor(num_workers or os.cpu_count())
     try:
         with tqdm(total=len(rows), desc="Checking pictures", unit="picture", leave=False, disable=not progress) as bar:
-            for num_checked in executor.map(check, range(0, len(rows), _ROWS_PER_TASK)):
+            for num_checked in executor.map(check, range(0, len(rows), per_task)):
                 bar.update(num_checked)
     finally:
         executor.shutdown(cancel_futures=True)  # an interrupt does not wait for the pictures still queued

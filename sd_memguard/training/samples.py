@@ -1,8 +1,9 @@
 """The captioned pictures of a run, read and checked before any model is loaded."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +18,26 @@ from sd_memguard.training.sample_check import (
     SampleError,
     bad_samples_message,
     check_pictures,
+    content_key,
     decode_picture,
 )
 from sd_memguard.training.sample_dataset import read_dataset
 from sd_memguard.training.sample_folder import read_folder
 from sd_memguard.training.sample_rows import Source
 
-__all__ = ["BadSample", "SampleError", "Samples", "load_samples"]
+__all__ = ["BadSample", "Checked", "SampleError", "Samples", "load_samples"]
 
 logger = logging.getLogger(__name__)
+
+_KEYS_PER_TASK = 1024
+
+
+class Checked(NamedTuple):
+    """What the check of the pictures has found; see ``Samples`` for the fields."""
+
+    sizes: npt.NDArray[np.int32]
+    bad: list[BadSample]
+    groups: npt.NDArray[np.int64] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +70,51 @@ class Samples:
         Raises:
             SampleError: it has been changed or removed since it was checked.
         """
+        return self.keyed_image(sample_id)[1]
+
+    def keyed_image(self, sample_id: int) -> tuple[bytes, PIL.Image.Image]:
+        """Return the hash of the picture's file (16 bytes) and the picture, from one and the same read.
+
+        Raises:
+            SampleError: it has been changed or removed since it was checked.
+        """
         try:
-            return decode_picture(self._pictures.read(sample_id))
-        except PictureError as error:
-            bad = BadSample(sample_id, self.file(sample_id), str(error))
-            message = f"{self.name}: sample {sample_id}, {bad.file}, was changed after the check: {error}"
-            raise SampleError(message, [bad]) from error
+            stored = self._pictures.read(sample_id)
+            return content_key(stored), decode_picture(stored)
+        except (PictureError, OSError) as error:
+            raise self._changed(sample_id, error) from error
+
+    def content_keys(self) -> npt.NDArray[np.bytes_]:
+        """Return the hash of each usable sample's file, (num_good,) of 16 bytes.
+
+        Raises:
+            SampleError: a file has been removed since it was checked.
+        """
+        keys = np.empty(len(self.sample_ids), "S16")
+
+        def read(start: int) -> None:
+            for position in range(start, min(start + _KEYS_PER_TASK, len(keys))):
+                sample_id = int(self.sample_ids[position])
+                try:
+                    keys[position] = content_key(self._pictures.read(sample_id))
+                except (PictureError, OSError) as error:
+                    raise self._changed(sample_id, error) from error
+
+        with ThreadPoolExecutor() as executor:
+            list(executor.map(read, range(0, len(keys), _KEYS_PER_TASK)))
+        return keys
+
+    def _changed(self, sample_id: int, error: Exception) -> SampleError:
+        bad = BadSample(sample_id, self.file(sample_id), str(error))
+        return SampleError(f"{self.name}: sample {sample_id}, {bad.file}, was changed after the check: {error}", [bad])
+
+    def files(self) -> pa.Array:
+        """Return the file of each usable sample, see ``file``."""
+        return self._files.take(pa.array(self.sample_ids))
+
+    def caption_lists(self) -> pa.LargeListArray:
+        """Return the captions of the usable samples, (num_good,) lists of one or more."""
+        return self._captions.take(pa.array(self.sample_ids))
 
     def captions(self, sample_id: int) -> list[str]:
         """Return the captions of a usable sample, at least one."""
@@ -90,6 +141,7 @@ def load_samples(
     find_duplicates: bool = False,
     num_workers: int | None = None,
     progress: bool = True,
+    checked: Checked | None = None,
 ) -> Samples:
     """Return the captioned pictures of a folder or data set, with every row in use read and every picture decoded.
 
@@ -109,6 +161,7 @@ def load_samples(
         find_duplicates: group the near-identical pictures.
         num_workers: threads that decode; one per CPU core by default.
         progress: show a progress bar.
+        checked: what a check of the same rows has found; no picture is opened then.
 
     Raises:
         SampleError: the data cannot be found or understood, or samples are bad; names all that is wrong with them.
@@ -128,7 +181,7 @@ def load_samples(
         raise SampleError("there are no data to train on: give `--train_data_dir FOLDER` or `--dataset_name NAME`")
     num_rows = len(source.rows.files)
     chosen = _choose_rows(num_rows, max_train_samples, seed)
-    sizes, bad, groups = _check(source, chosen, num_workers, progress, find_duplicates)
+    sizes, bad, groups = checked or _check(source, chosen, num_workers, progress, find_duplicates)
     if bad:
         _report_bad(source.name, bad, len(chosen), on_bad_sample)
     sample_ids = np.setdiff1d(chosen, [one.sample_id for one in bad], assume_unique=True).astype(np.int64)
@@ -163,7 +216,7 @@ def _choose_rows(num_rows: int, max_train_samples: int | None, seed: int) -> npt
 
 def _check(
     source: Source, rows: npt.NDArray[np.int64], num_workers: int | None, progress: bool, find_duplicates: bool
-) -> tuple[npt.NDArray[np.int32], list[BadSample], npt.NDArray[np.int64] | None]:
+) -> Checked:
     """Return the sizes of all pictures, the bad samples among the rows with all that is wrong, and the groups."""
     files, _, row_faults, caption_faults = source.rows
     readable = rows[~np.isin(rows, list(row_faults))]
@@ -175,13 +228,13 @@ def _check(
     sizes = np.zeros((len(files), 2), dtype=np.int32)
     sizes[readable] = checked
     bad = []
-    for row in rows.tolist():
-        if found := [faults[row] for faults in (row_faults, caption_faults, picture_faults) if row in faults]:
-            bad.append(BadSample(row, files[row].as_py(), "; ".join(found)))
-            sizes[row] = 0
+    kinds = (row_faults, caption_faults, picture_faults)
+    for row in np.intersect1d(rows, [*row_faults, *caption_faults, *picture_faults]).astype(int).tolist():
+        bad.append(BadSample(row, files[row].as_py(), "; ".join(faults[row] for faults in kinds if row in faults)))
+        sizes[row] = 0
     if thumbnails is None:
-        return sizes, bad, None
+        return Checked(sizes, bad, None)
     groups = np.arange(len(files))
     good = np.flatnonzero(sizes[readable].all(axis=1))
     groups[readable[good]] = readable[good[find_groups(thumbnails[good])]]
-    return sizes, bad, groups
+    return Checked(sizes, bad, groups)

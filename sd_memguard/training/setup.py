@@ -3,14 +3,13 @@
 import csv
 import json
 import logging
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,20 +27,28 @@ from sd_memguard.core.shards import auto_num_shards
 from sd_memguard.errors import UserError
 from sd_memguard.proxies.full import FullProxies
 from sd_memguard.proxies.lora import LoraProxies
-from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore
+from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore, SharedDiskStore
 from sd_memguard.training.duplicates import describe_duplicates
+from sd_memguard.training.encoding_cache import refuse_inexact_cache
 from sd_memguard.training.footprint import Footprint, check_space, footprint, rests_in_ram
 from sd_memguard.training.lora import add_adapter, base_weights
 from sd_memguard.training.models import Models, find_pipeline, load_models
-from sd_memguard.training.records import PROXIES_FOLDER
-from sd_memguard.training.run_folder import FOLDER, replace_text
-from sd_memguard.training.samples import BadSample, SampleError, Samples, load_samples
+from sd_memguard.training.ranks import Ranks, batch_slices, check_joined, check_launch, divides, process_handlers
+from sd_memguard.training.run_folder import FOLDER, PROXIES_FOLDER, replace_text
+from sd_memguard.training.samples import BadSample, Checked, SampleError, Samples, load_samples
 
 logger = logging.getLogger(__name__)
 
 
 class RunFolderError(UserError):
     """The output folder cannot be used."""
+
+
+class KnownPictures(NamedTuple):
+    """What the check of the pictures has found, to be told to another process."""
+
+    train: Checked
+    heldout: Checked | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Plan:
     heldout: Samples | None
     schedule: RoundSchedule
     sizes: Footprint
+    num_processes: int = 1
 
     @property
     def output_dir(self) -> Path:
@@ -80,11 +88,40 @@ class Plan:
     @property
     def visits_per_step(self) -> int:
         """Samples seen per optimizer step."""
-        return self.config.train_batch_size * self.config.gradient_accumulation_steps
+        return self.batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a batch: of all processes, where they share each batch."""
+        return self.config.train_batch_size * batch_slices(self.num_processes, self.schedule.num_shards)
+
+    @property
+    def division(self) -> str:
+        """How the processes divide the work, in words."""
+        processes, shards = self.num_processes, self.schedule.num_shards
+        if processes == 1:
+            return "one process trains all shards"
+        if divides(processes, shards):
+            return f"{processes} processes, each trains {shards // processes} of {shards} shards by itself"
+        way = f"a number of shards that {processes} divides would need no exchange of gradients" if shards > 1 else ""
+        share = (
+            f"{processes} processes, each takes {self.config.train_batch_size} of the {self.batch_size} samples of a "
+        )
+        return f"{share}batch" + (f"; {way}" if way else "")
+
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """The settings that a resumed run is compared by; a batch is what all processes see of it."""
+        return {**self.config.to_dict(), "train_batch_size": self.batch_size}
 
 
-def make_plan(config: TrainConfig) -> Plan:
+def make_plan(config: TrainConfig, num_processes: int = 1, known: KnownPictures | None = None) -> Plan:
     """Check folders, pictures and the pipeline's configs, and lay out the rounds.
+
+    Args:
+        config: what to do.
+        num_processes: processes that train together.
+        known: what another process has found out about the pictures, so that they need no second look.
 
     Raises:
         UserError: see its subclasses; nothing was written and no model loaded.
@@ -98,19 +135,28 @@ def make_plan(config: TrainConfig) -> Plan:
     train_folder = _unbundle(config.train_data_dir, assets.demo_data_path())
     groups_duplicates = guard.group_duplicates != "off"
     samples = _load_pictures(
-        config, train_folder, config.dataset_name, config.max_train_samples, find_duplicates=groups_duplicates
+        config,
+        train_folder,
+        config.dataset_name,
+        config.max_train_samples,
+        find_duplicates=groups_duplicates,
+        checked=None if known is None else known.train,
     )
+    refuse_inexact_cache(samples, config)
     if groups_duplicates:
         logger.info("%s", describe_duplicates(samples))
     heldout_folder = _unbundle(config.validation_data_dir, assets.demo_heldout_path())
-    heldout = _load_pictures(config, heldout_folder, None, None) if heldout_folder else None
+    heldout = None
+    if heldout_folder:
+        heldout = _load_pictures(config, heldout_folder, None, None, checked=None if known is None else known.heldout)
     pipeline = find_pipeline(config)
-    schedule = plan_rounds(config, samples)
+    schedule = plan_rounds(config, samples, num_processes)
     if guard.steps_per_round == "auto" and "steps_per_round" in recorded:  # of a run that may now go on for longer
         schedule = replace(schedule, steps_per_round=recorded["steps_per_round"])
     sizes = footprint(pipeline, config, schedule)
-    check_space(sizes, config)
-    return Plan(config, seed, pipeline, samples, heldout, schedule, sizes)
+    if known is None:
+        check_space(sizes, config)
+    return Plan(config, seed, pipeline, samples, heldout, schedule, sizes, num_processes)
 
 
 def _recorded(config: TrainConfig) -> dict[str, Any]:
@@ -130,7 +176,7 @@ def num_different(samples: Samples) -> int:
     return len(np.unique(samples.groups[samples.sample_ids]))
 
 
-def plan_rounds(config: TrainConfig, samples: Samples) -> RoundSchedule:
+def plan_rounds(config: TrainConfig, samples: Samples, num_processes: int = 1) -> RoundSchedule:
     """Return the schedule, with ``auto`` and a number of epochs resolved.
 
     Raises:
@@ -146,7 +192,7 @@ def plan_rounds(config: TrainConfig, samples: Samples) -> RoundSchedule:
             "lower it or add samples"
         )
     pass_length = num_pictures if guard.group_duplicates == "balance" else len(samples.sample_ids)
-    batches = -(-pass_length // config.train_batch_size)
+    batches = -(-pass_length // (config.train_batch_size * batch_slices(num_processes, num_shards)))
     steps_per_epoch = -(-batches // config.gradient_accumulation_steps)
     total_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
     if total_steps < num_shards:
@@ -162,7 +208,13 @@ def _unbundle(folder: str | None, bundled: Path) -> str | None:
 
 
 def _load_pictures(
-    config: TrainConfig, folder: str | None, dataset: str | None, limit: int | None, *, find_duplicates: bool = False
+    config: TrainConfig,
+    folder: str | None,
+    dataset: str | None,
+    limit: int | None,
+    *,
+    find_duplicates: bool = False,
+    checked: Checked | None = None,
 ) -> Samples:
     """Return the samples; bad ones are all listed in a file of the run folder, which a message has no room for.
 
@@ -182,13 +234,14 @@ def _load_pictures(
             seed=config.seed,
             on_bad_sample=config.on_bad_sample,
             find_duplicates=find_duplicates,
+            checked=checked,
         )
     except SampleError as error:
         if not error.bad or config.dry_run:
             raise
         file = write_bad_samples(Path(config.output_dir), error.bad)
         raise SampleError(f"{error}\nAll of them are listed in {file}", error.bad) from None
-    if samples.bad and not config.dry_run:
+    if samples.bad and not config.dry_run and checked is None:
         logger.warning("the bad samples are listed in %s", write_bad_samples(Path(config.output_dir), samples.bad))
     return samples
 
@@ -242,24 +295,22 @@ def _require(library: str, setting: str) -> None:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the accelerator of a run.
+    """Return the accelerator of a run; it joins the processes, where there are several.
 
     Raises:
-        ConfigError: several processes, which this version does not train with.
+        ConfigError: accelerate is configured to spread one model over processes, or does not join those launched.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1:
-        raise ConfigError(
-            f"{launched} processes were launched, and this version trains in one: "
-            "start it with `accelerate launch --num_processes 1`"
-        )
-    return Accelerator(
+    check_launch()
+    accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.report_to,
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
         ),
+        kwargs_handlers=process_handlers(),
     )
+    check_joined(accelerator)
+    return accelerator
 
 
 def prepare_models(plan: Plan, accelerator: Accelerator) -> Models:
@@ -274,13 +325,17 @@ def prepare_models(plan: Plan, accelerator: Accelerator) -> Models:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     models.unet.to(accelerator.device)
+    if config.compile:
+        models.unet.compile()  # in place and at the first forward: names, parameters and references stay as they are
     return models
 
 
-def make_optimizer(parameters: Mapping[str, Parameter], config: TrainConfig, device: torch.device) -> Optimizer:
+def make_optimizer(
+    parameters: Mapping[str, Parameter], config: TrainConfig, device: torch.device, batch_size: int
+) -> Optimizer:
     """Return AdamW (fused where torch has it: no weight-sized temporary), or the 8-bit one of bitsandbytes."""
     settings: dict[str, Any] = {
-        "lr": base_learning_rate(config),
+        "lr": base_learning_rate(config, batch_size),
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,
         "eps": config.adam_epsilon,
@@ -293,10 +348,9 @@ def make_optimizer(parameters: Mapping[str, Parameter], config: TrainConfig, dev
     return torch.optim.AdamW(parameters.values(), fused=device.type in {"cpu", "cuda"}, **settings)
 
 
-def base_learning_rate(config: TrainConfig) -> float:
-    """Return the learning rate that the schedule multiplies."""
-    scale = config.gradient_accumulation_steps * config.train_batch_size if config.scale_lr else 1
-    return config.learning_rate * scale
+def base_learning_rate(config: TrainConfig, batch_size: int) -> float:
+    """Return the learning rate that the schedule multiplies, for batches of this size over all processes."""
+    return config.learning_rate * (config.gradient_accumulation_steps * batch_size if config.scale_lr else 1)
 
 
 def make_ema(unet: UNet2DConditionModel, config: TrainConfig, device: torch.device) -> EMAModel | None:
@@ -316,7 +370,7 @@ def make_ema(unet: UNet2DConditionModel, config: TrainConfig, device: torch.devi
 
 
 def make_proxies(
-    plan: Plan, unet: UNet2DConditionModel, ema: EMAModel | None, dtype: torch.dtype, device: torch.device
+    plan: Plan, unet: UNet2DConditionModel, ema: EMAModel | None, dtype: torch.dtype, device: torch.device, ranks: Ranks
 ) -> FullProxies:
     """Return the proxies of a run with their optimizer: full weights, or adapters on a frozen UNet in ``dtype``."""
     config, num_shards = plan.config, plan.schedule.num_shards
@@ -324,11 +378,25 @@ def make_proxies(
     if config.rank is not None:
         master = add_adapter(unet, config.rank, plan.seed, dtype)
     parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
-    optimizer = make_optimizer(parameters, config, device)
-    store: ProxyStore = RamStore()
-    if not rests_in_ram(plan.sizes.resting, config):
-        store = DiskStore(plan.output_dir / FOLDER / PROXIES_FOLDER)
+    optimizer = make_optimizer(parameters, config, device, plan.batch_size)
+    store, exchange = make_store(plan, ranks), ranks.proxy_exchange
     if config.rank is None:
-        return FullProxies(parameters, optimizer, num_shards, store, ema)
+        return FullProxies(parameters, optimizer, num_shards, store, ema, exchange)
     # The adapter's alpha equals its rank, so its factor is 1.
-    return LoraProxies(parameters, optimizer, num_shards, store, base_weights(unet), master, scaling=1.0)
+    return LoraProxies(parameters, optimizer, num_shards, store, base_weights(unet), master, 1.0, exchange)
+
+
+def make_store(plan: Plan, ranks: Ranks) -> ProxyStore:
+    """Return where resting proxies wait: those of this process, or all where the processes train one at a time.
+
+    A store on disk that the processes share is written by the main one.
+    """
+    folder = plan.output_dir / FOLDER / PROXIES_FOLDER
+    resting = int(plan.sizes.resting * ranks.local_stores)
+    with ranks.exchange.agreed():
+        in_ram = rests_in_ram(resting, plan.config)
+    if ranks.exchange.share(in_ram, "store"):
+        return RamStore()
+    if ranks.by_batch:
+        return SharedDiskStore(folder, ranks.exchange)
+    return DiskStore(folder / f"process-{ranks.exchange.rank}" if ranks.by_shard else folder)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_memguard.core.redistribution import redistribute
+from sd_memguard.core.redistribution import _that_fit, redistribute
 from sd_memguard.core.shards import NO_SHARD, ShardPlan, split_into_shards
 from tests.reference.slow_guard import slow_redistribute
 
@@ -121,3 +121,13 @@ def test_nothing_to_do(num_shards, fraction, count):
     after, moves = redistribute(plan, torch.full((16,), count), fraction)
     assert torch.equal(after.assignment, plan.assignment)
     assert [len(column) for column in moves] == [0, 0, 0]
+
+
+@given(st.lists(st.integers(1, 6), max_size=12), st.integers(0, 30))
+def test_groups_that_fit_are_taken_in_order(sizes, quota):
+    expected, left = [], quota
+    for position, size in enumerate(sizes):
+        if size <= left:
+            expected.append(position)
+            left -= size
+    assert _that_fit(torch.tensor(sizes, dtype=torch.int64), quota).tolist() == expected

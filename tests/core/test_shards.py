@@ -3,7 +3,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sd_memguard.core.shards import NO_SHARD, auto_num_shards, count_pictures, split_into_shards
+from sd_memguard.core.shards import (
+    NO_SHARD,
+    _emptiest_first,
+    auto_num_shards,
+    count_pictures,
+    split_into_shards,
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -88,3 +94,13 @@ def test_groups_count_as_one_for_the_number_of_shards():
 @pytest.mark.parametrize(("num_samples", "expected"), [(1, 1), (127, 1), (128, 2), (255, 3), (256, 4), (9999, 4)])
 def test_auto(num_samples, expected):
     assert auto_num_shards(num_samples) == expected
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(0, 30))
+def test_singles_go_to_the_emptiest_shard_one_by_one(sizes, count):
+    fill, expected = list(sizes), []
+    for _ in range(count):
+        shard = fill.index(min(fill))
+        fill[shard] += 1
+        expected.append(shard)
+    assert _emptiest_first(sizes, count).tolist() == expected

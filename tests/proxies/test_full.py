@@ -250,8 +250,8 @@ def test_the_store_does_not_grow(tmp_path, trained):
         if round_index % 2:
             proxies.average(WEIGHTS)
         counts.append(len(list((tmp_path / "store").iterdir())))
-    assert max(counts) <= 3 * NUM_SHARDS  # three parts of each proxy
-    assert counts[-1] == 2 + NUM_SHARDS  # after an average: one of weights, one of EMA, an optimizer's for each
+    assert max(counts) <= 3 * (NUM_SHARDS - 1)  # three parts of each resting proxy
+    assert counts[-1] == 2 + NUM_SHARDS - 1  # after an average: one of weights, one of EMA, the others' optimizers
     (tmp_path / "checkpoint").mkdir()
     index = proxies.save(tmp_path / "checkpoint")
     for _ in range(3):
@@ -275,3 +275,29 @@ def test_a_checkpoint_of_other_proxies_is_refused_before_anything_changes(
         proxies.load(tmp_path / "checkpoint", index)
     assert_equal_states(model.state(), before)
     assert proxies.resident == NUM_SHARDS - 1
+
+
+def test_the_store_holds_the_resting_proxies_alone(trained, tmp_path):
+    model = trained()
+    store = RamStore()
+    proxies = make_proxies(model, store)
+    held = []
+    original = store.put
+
+    def put(key, tensors):
+        original(key, tensors)
+        held.append(len(store._entries))
+
+    store.put = put
+    train_round(proxies, model, 0)
+    # Weights and moments of the two that rest; while one part is switched, its old and its new entry.
+    assert len(store._entries) == 2 * (NUM_SHARDS - 1)
+    train_round(proxies, model, 1)
+    assert max(held) == 2 * (NUM_SHARDS - 1) + 1
+    proxies.average(WEIGHTS)
+    assert len(store._entries) == 1 + (NUM_SHARDS - 1)  # the weights are shared
+    index = proxies.save(tmp_path)
+    proxies.load(tmp_path, index)
+    assert len(store._entries) == 1 + (NUM_SHARDS - 1)
+    proxies.activate((proxies.resident + 1) % NUM_SHARDS)
+    assert len(store._entries) == 2 + (NUM_SHARDS - 1)  # the one that trained alone is no longer shared

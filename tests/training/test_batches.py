@@ -31,15 +31,17 @@ def test_caches_change_nothing(make_source, wide_pictures, shape):
     data = {"train_data_dir": str(wide_pictures), "center_crop": True} if shape == "cropped" else {}
     cached = make_source(cache_latents="memory", cache_text_embeddings="memory", **data)
     computed = make_source(cache_latents="off", cache_text_embeddings="off", **data)
-    assert cached.caches_everything
-    assert not computed.caches_everything
+    assert cached.caches_latents
+    assert cached.caches_embeddings
+    assert not computed.caches_latents
+    assert not computed.caches_embeddings
     for (_, ours), (_, theirs) in zip(cached.batches(VISITS), computed.batches(VISITS), strict=True):
         torch.testing.assert_close(ours.latents, theirs.latents, rtol=0, atol=1e-5)
         torch.testing.assert_close(ours.embeddings, theirs.embeddings, rtol=0, atol=1e-5)
 
 
 def test_random_crops_are_not_cached(make_source, wide_pictures):
-    assert not make_source(train_data_dir=str(wide_pictures)).caches_everything
+    assert not make_source(train_data_dir=str(wide_pictures)).caches_latents
 
 
 def test_augmented_copies_neither_come_from_the_cache_nor_enter_it(make_source):

@@ -18,7 +18,7 @@ def test_sizes_from_the_header_are_those_of_the_loaded_model(configure, settings
     trained = sum(parameter.numel() for parameter in trainer.parameters)
     assert plan.sizes.trained == 4 * trained
     assert plan.sizes.proxy == 4 * trained * (4 if "use_ema" in settings else 3)
-    assert plan.sizes.resting == 3 * plan.sizes.proxy
+    assert plan.sizes.resting == 2 * plan.sizes.proxy + 4 * trained * 2
 
 
 def free_disk(monkeypatch, free: int) -> None:
@@ -44,6 +44,19 @@ def test_two_checkpoints_must_fit_and_more_are_warned_of(configure, monkeypatch,
     free_disk(monkeypatch, sizes.model + 2 * sizes.checkpoint - 1)
     with pytest.raises(SpaceError):
         make_plan(configure(checkpointing_steps=4))
+
+
+def test_a_run_that_goes_on_has_one_of_its_two_checkpoints(run, configure, monkeypatch):
+    run("before", max_train_steps=4, checkpointing_steps=4)
+    longer = {"max_train_steps": 8, "checkpointing_steps": 4, "resume_from_checkpoint": "latest"}
+    sizes = make_plan(configure("before", **longer)).sizes
+    free_disk(monkeypatch, sizes.model + sizes.checkpoint)
+    make_plan(configure("before", **longer))
+    with pytest.raises(SpaceError):
+        make_plan(configure("new", **longer))
+    free_disk(monkeypatch, sizes.model + sizes.checkpoint - 1)
+    with pytest.raises(SpaceError):
+        make_plan(configure("before", **longer))
 
 
 def test_memory_too_small_for_the_store_is_refused(configure, monkeypatch):

@@ -3,7 +3,10 @@
 import json
 
 import pytest
+from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sd_memguard.training.loop import Trainer, train
 
 STEP_CURVES = {"train_loss", "lr", "skipped_fraction", "augmented_fraction"}
 
@@ -42,3 +45,40 @@ def test_every_step_is_on_the_curves_of_steps(finished_run, curves):
         assert list(curves[name]) == list(range(1, 25))
     share = sum(curves["skipped_fraction"].values()) / 24
     assert share == pytest.approx(finished_run.summary["skipped_fraction"], rel=1e-6)
+
+
+def all_curves(folder) -> dict:
+    """Return every curve of a run whose events lie in one or more files, as its tracker would show them."""
+    reader = EventAccumulator(str(next((folder / "logs").iterdir())), {"scalars": 0})
+    reader.Reload()
+    return {tag: [(one.step, one.value) for one in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+
+
+def test_a_resumed_run_goes_on_with_its_curves(run, configure, monkeypatch):
+    settings = {"checkpointing_steps": 4, "max_train_steps": 12}
+    whole = all_curves(run("whole", **settings).output_dir)
+    step = Trainer.step
+
+    def cut(trainer, *arguments):
+        if trainer.progress.global_step == 10:  # two steps after the checkpoint it goes on from
+            raise RuntimeError("power cut")
+        return step(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run("cut", **settings)
+    folder = run("cut", **settings, resume_from_checkpoint="latest").output_dir
+    assert all_curves(folder) == whole
+
+
+def test_a_resumed_run_is_the_same_run_for_trackers_with_a_server(configure, monkeypatch):
+    told = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config, init_kwargs: told.append(init_kwargs))
+    settings = {"checkpointing_steps": 4, "max_train_steps": 8}
+    train(configure("run", **settings))
+    train(configure("run", **(settings | {"max_train_steps": 12}), resume_from_checkpoint="latest"))
+    train(configure("other", **settings))
+    first, second, other = ((kwargs["wandb"]["id"], kwargs["comet_ml"]["experiment_key"]) for kwargs in told)
+    assert first == second != other
+    assert told[0]["wandb"]["resume"] == "allow"

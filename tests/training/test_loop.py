@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -243,12 +243,6 @@ def test_a_cache_that_would_not_be_exact_is_refused(run, wide_pictures):
         run(train_data_dir=str(wide_pictures), cache_latents="memory")
 
 
-def test_several_processes_are_refused(run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="2 processes"):
-        run()
-
-
 def test_the_folder_of_another_run_is_refused(run):
     run(max_train_steps=3)
     with pytest.raises(RunFolderError, match="another run"):
@@ -289,6 +283,12 @@ def test_a_resolution_the_vae_cannot_take_is_refused(run, broken):
         run(pretrained_model_name_or_path=str(folder), resolution=24)
 
 
+@pytest.mark.parametrize(("resolution", "told"), [(32, False), (64, False), (128, True)])
+def test_a_resolution_far_from_the_models_own_is_told(configure, caplog, resolution, told):
+    make_plan(configure(resolution=resolution))
+    assert ("--resolution 32 is its own" in caplog.text) == told
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_pickled_weights_are_refused(run, broken, part):
     folder = broken("model_index.json")
@@ -322,6 +322,14 @@ def add_safety_checker(folder: Path, file: str) -> None:
     (folder / "safety_checker").mkdir()
     (folder / "safety_checker/config.json").write_text("{}")
     (folder / "safety_checker" / file).write_bytes(b"weights")
+
+
+def test_the_scheduler_says_what_the_unet_was_trained_to_predict(run, pipeline):
+    trained = run(prediction_type="v_prediction").output_dir / "scheduler"
+    source = json.loads((pipeline / "scheduler/scheduler_config.json").read_text())
+    assert source.get("prediction_type", "epsilon") == "epsilon"
+    assert json.loads((trained / "scheduler_config.json").read_text()) == {**source, "prediction_type": "v_prediction"}
+    assert DDPMScheduler.from_pretrained(trained).config.prediction_type == "v_prediction"
 
 
 def test_a_safety_checker_is_copied(run, broken):

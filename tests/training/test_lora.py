@@ -140,7 +140,7 @@ def test_an_ema_is_refused(configure):
 
 def test_the_drawings_of_validation_prompt_are_made(run, monkeypatch):
     drawn = []
-    monkeypatch.setattr("sd_memguard.training.loop.draw_prompts", lambda *args: drawn.append(args[2]) or [])
+    monkeypatch.setattr("sd_memguard.training.look.draw_prompts", lambda *args: drawn.append(args[2]) or [])
     monkeypatch.setattr("sd_memguard.training.logs.RunLog.drawings", lambda *args: None)
     run(**LORA, validation_prompt="a private thing", num_validation_images=2)
     assert drawn

@@ -1,0 +1,306 @@
+"""What the frozen networks make of pictures and captions, computed once: in memory, or in a folder that runs share.
+
+A latent is exact to keep when the crop is the same at every visit: with `--center_crop`, or where all pictures are
+square. Otherwise each visit draws a crop of its own, and the VAE runs at each visit: a few kept crops would be seen
+again and again, which is what the guard is there to prevent. Mean and log variance are kept, so that the latent itself
+is drawn anew at each visit; both mirror images are kept where pictures are mirrored.
+
+Every batch that goes through a network here has the same size, the last one too, so that what is kept depends on the
+picture or caption alone, not on what else was missing.
+"""
+
+import importlib.metadata
+import logging
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from sd_memguard.config import ConfigError, TrainConfig
+from sd_memguard.errors import UserError
+from sd_memguard.training.captions import Captions
+from sd_memguard.training.encoders import Encoders, fingerprint, tokenizer_fingerprint
+from sd_memguard.training.encoding_store import MISSING, EncodingStore
+from sd_memguard.training.footprint import gigabytes, nearest_folder
+from sd_memguard.training.preprocess import Preprocess
+from sd_memguard.training.samples import SampleError, Samples
+
+logger = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.25
+"""Share of the free host memory that each cache may take under ``auto``."""
+DISK_SHARE = 0.5
+"""Share of the free disk that each cache may take under ``auto``."""
+CAPTIONS_AT_ONCE = 64
+PIXELS_AT_ONCE = 2**21
+"""Of the pictures that the VAE encodes at once, at most 64 of them: 8 of 512 pixels."""
+VERSIONED = ("torch", "torchvision", "diffusers", "transformers", "pillow")
+
+Rows = npt.NDArray[np.int64]
+
+
+class CacheError(UserError):
+    """The folder of the cache cannot be used."""
+
+
+class Cache(Protocol):
+    """Rows by number."""
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return rows, (B, ...), on the CPU."""
+
+
+class MemoryCache:
+    """Rows in memory, in the precision of the network.
+
+    Args:
+        rows: (N, ...).
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return rows, (B, ...)."""
+        return self.rows[torch.from_numpy(rows)]
+
+
+class DiskCache:
+    """Rows in a store, found by the keys of what they were made of.
+
+    Args:
+        store: holds them all.
+        place: (N,) where each row is in the store.
+    """
+
+    def __init__(self, store: EncodingStore, place: Rows) -> None:
+        self.store, self.place = store, place
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return rows, (B, ...)."""
+        return self.store.read(self.place[rows])
+
+
+class Need(NamedTuple):
+    """A cache that is to be made: the setting that asks for it, its number of rows, their shape and precision."""
+
+    setting: Literal["cache_latents", "cache_text_embeddings"]
+    num_rows: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of all rows."""
+        return self.num_rows * int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def latents_are_exact(samples: Samples, config: TrainConfig) -> bool:
+    """Say whether every visit to a picture sees the same crop."""
+    sizes = samples.sizes[samples.sample_ids]
+    return config.center_crop or bool((sizes[:, 0] == sizes[:, 1]).all())
+
+
+def refuse_inexact_cache(samples: Samples, config: TrainConfig) -> None:
+    """Refuse to keep latents that would not be exact.
+
+    Raises:
+        ConfigError: names the way out.
+    """
+    if config.cache_latents in {"memory", "disk"} and not latents_are_exact(samples, config):
+        raise ConfigError(
+            f"`--cache_latents {config.cache_latents}` needs `--center_crop` (or square pictures): with random crops "
+            "each visit has another latent; add `--center_crop`, or use `--cache_latents off`"
+        )
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    """Return the folder of the caches on disk: as set, else in the user's folder for caches."""
+    if config.encoding_cache_dir is not None:
+        return Path(config.encoding_cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd_memguard"
+
+
+def choose_place(need: Need, config: TrainConfig) -> Literal["memory", "disk", "off"]:
+    """Return where a cache goes; ``auto`` takes memory while it suffices, then the disk.
+
+    Raises:
+        CacheError: ``disk`` was asked for and has no room.
+    """
+    mode: Literal["auto", "memory", "disk", "off"] = getattr(config, need.setting)
+    if mode in {"memory", "off"}:
+        return mode
+    if mode == "auto" and need.size <= MEMORY_SHARE * psutil.virtual_memory().available:
+        return "memory"
+    folder = cache_folder(config)
+    free = shutil.disk_usage(nearest_folder(folder)).free
+    if mode == "auto":
+        return "disk" if need.size <= DISK_SHARE * free else "off"
+    if need.size > free:
+        raise CacheError(
+            f"`--{need.setting} disk` needs up to {gigabytes(need.size)} in {folder}, which has {gigabytes(free)} "
+            f"free; name another folder by `--encoding_cache_dir`, or use `--{need.setting} off`"
+        )
+    return "disk"
+
+
+def latent_caches(
+    samples: Samples, encoders: Encoders, preprocess: Preprocess, config: TrainConfig, *, progress: bool
+) -> list[Cache]:
+    """Return the moments of all pictures as they are and, where pictures are mirrored, mirrored; empty without cache.
+
+    The rows of each are those of ``samples.sample_ids``.
+    """
+    if not latents_are_exact(samples, config):
+        return []
+    flips = (False, True) if config.random_flip else (False,)
+    channels, factor = encoders.moments_shape
+    side = config.resolution // factor
+    shape = (channels, side, side)
+    place = choose_place(Need("cache_latents", len(flips) * len(samples.sample_ids), shape, encoders.dtype), config)
+    if place == "off":
+        return []
+    batch = max(1, min(64, PIXELS_AT_ONCE // config.resolution**2))
+
+    def encoded(positions: Rows) -> Iterator[tuple[Rows, list[bytes], list[Tensor]]]:
+        for chunk, keys, pixels in _read_pictures(samples, positions, preprocess, flips, batch, progress):
+            yield chunk, keys, [_in_full(encoders.moments, one, batch) for one in pixels]
+
+    if place == "memory":
+        rows = torch.empty(len(flips), len(samples.sample_ids), *shape, dtype=encoders.dtype)
+        for positions, _, moments in encoded(np.arange(len(samples.sample_ids))):
+            rows[:, torch.from_numpy(positions)] = torch.stack(moments)
+        return [MemoryCache(one) for one in rows]
+    context = {
+        "vae": fingerprint(encoders.vae),
+        "resolution": config.resolution,
+        "interpolation": config.image_interpolation_mode,
+        "crop": "center",
+        **_circumstances(encoders, batch),
+    }
+    with _named_faults("cache_latents", config):
+        folder = cache_folder(config)
+        stores = [EncodingStore(folder, "latents", {**context, "mirrored": f}, shape, encoders.dtype) for f in flips]
+        keys = samples.content_keys()
+        missing = np.any([store.find(keys) == MISSING for store in stores], axis=0)
+        _, first = np.unique(keys, return_index=True)
+        todo = np.sort(first[missing[first]])
+        for positions, read_keys, moments in encoded(todo):
+            keys[positions] = read_keys  # of the very bytes that were encoded
+            for store, rows in zip(stores, moments, strict=True):
+                store.add(read_keys, rows)
+        return [_found(store, keys, len(todo), "latents") for store in stores]
+
+
+def embedding_cache(captions: Captions, encoders: Encoders, config: TrainConfig, *, progress: bool) -> Cache | None:
+    """Return the embeddings of all captions by their numbers, None without cache."""
+    need = Need("cache_text_embeddings", len(captions.texts), encoders.embedding_shape, encoders.dtype)
+    place = choose_place(need, config)
+    if place == "off":
+        return None
+    if place == "memory":
+        rows = torch.empty(need.num_rows, *need.shape, dtype=need.dtype)
+        for numbers, embedded in _embed(captions, np.arange(need.num_rows), encoders, progress):
+            rows[torch.from_numpy(numbers)] = embedded
+        return MemoryCache(rows)
+    context = {
+        "text_encoder": fingerprint(encoders.text_encoder),
+        "tokenizer": tokenizer_fingerprint(encoders.tokenizer),
+        **_circumstances(encoders, CAPTIONS_AT_ONCE),
+    }
+    with _named_faults("cache_text_embeddings", config):
+        store = EncodingStore(cache_folder(config), "captions", context, need.shape, need.dtype)
+        keys = captions.keys()
+        todo = np.flatnonzero(store.find(keys) == MISSING)
+        for numbers, embedded in _embed(captions, todo, encoders, progress):
+            store.add(keys[numbers].tolist(), embedded)
+        return _found(store, keys, len(todo), "text embeddings")
+
+
+def _circumstances(encoders: Encoders, batch: int) -> dict[str, object]:
+    """Return what changes results by a rounding: device, batch and the versions of libraries."""
+    return {
+        "device": encoders.device.type,
+        "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
+        "batch": batch,
+        **{name: importlib.metadata.version(name) for name in VERSIONED},
+    }
+
+
+def _read_pictures(
+    samples: Samples, positions: Rows, preprocess: Preprocess, flips: tuple[bool, ...], batch: int, progress: bool
+) -> Iterator[tuple[Rows, list[bytes], list[Tensor]]]:
+    """Yield the pictures at positions among the usable samples in batches, read in threads and a batch ahead.
+
+    Yields:
+        Positions (B,), the hashes of the files, and for each flip the pictures (B, 3, resolution, resolution).
+    """
+
+    def read(position: int) -> tuple[bytes, list[Tensor]]:
+        key, image = samples.keyed_image(int(samples.sample_ids[position]))
+        return key, [preprocess.fixed(image, flip=flip) for flip in flips]
+
+    chunks = np.split(positions, range(batch, len(positions), batch)) if len(positions) else []
+    bar = tqdm(total=len(positions), desc="caching latents", disable=not progress, leave=False)
+    ahead: deque[tuple[Rows, Iterator[tuple[bytes, list[Tensor]]]]] = deque()
+    with ThreadPoolExecutor() as pool, bar:
+        for chunk in [*chunks, None, None]:
+            if chunk is not None:
+                ahead.append((chunk, pool.map(read, chunk)))
+            if ahead and (len(ahead) > 1 or chunk is None):
+                ready, results = ahead.popleft()
+                keys, pixels = zip(*results, strict=True)
+                yield ready, list(keys), [torch.stack(one) for one in zip(*pixels, strict=True)]
+                bar.update(len(ready))
+
+
+def _embed(captions: Captions, numbers: Rows, encoders: Encoders, progress: bool) -> Iterator[tuple[Rows, Tensor]]:
+    starts = range(0, len(numbers), CAPTIONS_AT_ONCE)
+    for start in tqdm(starts, desc="caching captions", disable=not progress, leave=False):
+        chunk = numbers[start : start + CAPTIONS_AT_ONCE]
+        texts = [captions.text(number) for number in chunk.tolist()]
+        padded = texts + [""] * (CAPTIONS_AT_ONCE - len(texts))
+        yield chunk, encoders.embeddings(padded)[: len(texts)].cpu()
+
+
+def _in_full(encode: Callable[[Tensor], Tensor], pixels: Tensor, batch: int) -> Tensor:
+    """Return what the network makes of a batch that is filled up to its usual size."""
+    filled = torch.cat((pixels, pixels[-1:].expand(batch - len(pixels), *pixels.shape[1:])))
+    return encode(filled)[: len(pixels)].cpu()
+
+
+def _found(store: EncodingStore, keys: npt.NDArray[np.bytes_], num_computed: int, what: str) -> DiskCache:
+    store.flush()
+    place = store.find(keys)
+    if (place == MISSING).any():
+        raise SampleError("pictures were changed while they were read; start again when nothing writes to them")
+    logger.info("%s: %d computed, the others found in %s", what, num_computed, store.folder)
+    return DiskCache(store, place)
+
+
+@contextmanager
+def _named_faults(setting: str, config: TrainConfig) -> Iterator[None]:
+    """Turn a folder that cannot be written, or is full, into an error that names the settings.
+
+    Raises:
+        CacheError: with the way out.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CacheError(
+            f"`--{setting}` cannot use {cache_folder(config)}: {error}; name another folder by "
+            f"`--encoding_cache_dir`, or use `--{setting} off`"
+        ) from error

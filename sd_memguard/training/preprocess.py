@@ -1,0 +1,91 @@
+"""From pictures to tensors: resized, cropped, mirrored and augmented; every random choice has an address."""
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode, RandAugment
+from torchvision.transforms import functional as TF  # noqa: N812 (torchvision's own convention)
+
+from sd_memguard.config import TrainConfig
+from sd_memguard.core.seeding import Address, derive_seed, draw_integers
+from sd_memguard.core.visits import Visit
+from sd_memguard.training.samples import SampleError, Samples
+
+
+class Preprocess:
+    """Resize, crop, flip and normalize one picture; every random choice has an address.
+
+    Args:
+        config: resolution, crop, flip and interpolation.
+        seed: seed of the run.
+    """
+
+    def __init__(self, config: TrainConfig, seed: int) -> None:
+        self.resolution, self.center_crop, self.random_flip = config.resolution, config.center_crop, config.random_flip
+        self.interpolation = InterpolationMode[config.image_interpolation_mode.upper()]
+        self.seed = seed
+
+    def __call__(self, image: Image, address: Address, magnitude: int | None = None) -> Tensor:
+        """Return the picture at an address, (3, resolution, resolution) in [-1, 1]; with a magnitude by RandAugment."""
+        image = self.resize(image)
+        if magnitude is not None:
+            image = self._augment(image, address, magnitude)
+        return self.normalize(self._crop(image, address), flip=bool(self.flips([address])[0]))
+
+    def fixed(self, image: Image, *, flip: bool = False) -> Tensor:
+        """Return the picture center-cropped, (3, resolution, resolution) in [-1, 1]."""
+        return self.normalize(TF.center_crop(self.resize(image), [self.resolution]), flip=flip)
+
+    def resize(self, image: Image) -> Image:
+        """Return the picture with its shorter side at the resolution."""
+        return TF.resize(image, self.resolution, interpolation=self.interpolation)
+
+    def normalize(self, image: Image, *, flip: bool) -> Tensor:
+        """Return the picture as a tensor in [-1, 1], mirrored if asked."""
+        tensor = TF.pil_to_tensor(image).float() / 127.5 - 1
+        return tensor.flip(-1) if flip else tensor
+
+    def flips(self, addresses: list[Address]) -> Tensor:
+        """Return which pictures are mirrored, (B,) int64 of 0 and 1."""
+        if not self.random_flip:
+            return torch.zeros(len(addresses), dtype=torch.int64)
+        return draw_integers(self.seed, "flip", addresses, 2)
+
+    def _crop(self, image: Image, address: Address) -> Image:
+        if self.center_crop or image.width == image.height:
+            return TF.center_crop(image, [self.resolution])
+        left, top = (
+            int(draw_integers(self.seed, purpose, [address], extent - self.resolution + 1))
+            for purpose, extent in (("crop_left", image.width), ("crop_top", image.height))
+        )
+        return TF.crop(image, top, left, self.resolution, self.resolution)
+
+    def _augment(self, image: Image, address: Address, magnitude: int) -> Image:
+        # torchvision's transform draws from the global generator alone: lend it a forked one.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, "augment", *address))
+            return RandAugment(num_ops=2, magnitude=magnitude)(image)
+
+
+class PixelDataset(Dataset[Tensor | str]):
+    """The pictures of visits as tensors, for a DataLoader with workers; of one that cannot be read, the reason."""
+
+    def __init__(self, samples: Samples, preprocess: Preprocess) -> None:
+        self.samples, self.preprocess = samples, preprocess
+
+    def __getitem__(self, visit: Visit) -> Tensor | str:
+        """Return the picture of one visit, (3, resolution, resolution), or why there is none."""
+        return self.read(visit.sample_id, visit_address(visit))
+
+    def read(self, sample_id: int, address: Address, magnitude: int | None = None) -> Tensor | str:
+        """Return the picture at an address, by RandAugment where there is a magnitude."""
+        try:
+            return self.preprocess(self.samples.image(sample_id), address, magnitude)
+        except SampleError as error:
+            return str(error)
+
+
+def visit_address(visit: Visit) -> Address:
+    """Return the address of a visit's draws."""
+    return (visit.shard_index, visit.pass_index, visit.sample_id)

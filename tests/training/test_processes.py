@@ -1,0 +1,325 @@
+"""Runs of two processes against runs of one: the same result, the same state, and an end that leaves all whole."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sd_memguard.config import ConfigError, TrainConfig
+from sd_memguard.training import ranks
+from sd_memguard.training.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
+from sd_memguard.training.interrupt import Interrupted
+from sd_memguard.training.loop import Trainer, train
+from tests.conftest import short_run
+
+ROOT = Path(__file__).parents[2]
+UNET = Path("unet/diffusion_pytorch_model.safetensors")
+TOLERANCE = 2e-6
+"""Of weights around 1 after some ten steps: float32 rounding of sums taken in another order."""
+EPSILON = {"adam_epsilon": 1e-4}
+"""AdamW's epsilon where sums are taken in another order: with 1e-8 it blows the rounding of tiny gradients up."""
+
+# Each process its own shards. Uneven ones: 22 steps over four shards are 6, 6, 5 and 5, in rounds of three.
+SHARDS = {"num_shards": 4, "steps_per_round": 3, "max_train_steps": 22, "checkpointing_steps": 9, **EPSILON}
+EMA = {"num_shards": 2, "max_train_steps": 8, "use_ema": True, "proxy_store": "disk", **EPSILON}
+EMA |= {"gradient_accumulation_steps": 2}
+LORA = {"num_shards": 2, "max_train_steps": 8, "proxy": "lora", "rank": 2, "learning_rate": 1e-2}
+LORA |= {"skip_threshold": 1.0}
+# All processes one batch. A threshold this high leaves steps without a clean sample.
+BATCH = {"num_shards": 3, "max_train_steps": 18, "proxy_store": "disk", **EPSILON}
+PLAIN = {"memguard": "off", "max_train_steps": 6, "gradient_accumulation_steps": 2, "cache_latents": "off", **EPSILON}
+LOST = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Return the folder of all runs."""
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def configure(pipeline, pictures, home):
+    return lambda name, **settings: short_run(pipeline, pictures, home / name, **settings)
+
+
+def job(config: TrainConfig, **happens) -> dict:
+    """Return a job for the worker."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return {"settings": config.to_dict(), "port": free.getsockname()[1], **happens}
+
+
+def launch(folder: Path, jobs: list[dict], size: int = 2) -> None:
+    """Run the jobs in several processes."""
+    file = folder / f"jobs-{len(jobs)}.json"
+    file.write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "tests.training.processes_worker", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    with (folder / "output.txt").open("a") as output:
+        started = [
+            subprocess.Popen([*command, str(rank), str(size)], cwd=ROOT, env=environment, stderr=output)
+            for rank in range(size)
+        ]
+        for process in started:
+            process.wait(timeout=400)
+
+
+def stopped_run(config: TrainConfig, step: int) -> None:
+    """Train in this process until a SIGTERM arrives."""
+    take = Trainer.step
+
+    def step_and_signal(trainer, *args):
+        if trainer.progress.global_step + 1 == step:
+            signal.raise_signal(signal.SIGTERM)
+        return take(trainer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", step_and_signal)
+        with pytest.raises(Interrupted):
+            train(config)
+
+
+@pytest.fixture(scope="module")
+def one(configure, wide_pictures):
+    """Return the folders of the runs in one process, by name."""
+    heldout = {"validation_data_dir": str(wide_pictures), "center_crop": True}
+    arms = {"shards": {**SHARDS, **heldout}, "ema": EMA, "lora": LORA, "batch": BATCH}
+    return {name: train(configure(f"one-{name}", **settings)).output_dir for name, settings in arms.items()}
+
+
+@pytest.fixture(scope="module")
+def two(configure, home, wide_pictures, one):
+    """Return the folders of the runs in two processes, by name."""
+    heldout = {"validation_data_dir": str(wide_pictures), "center_crop": True}
+    shards = {**SHARDS, **heldout}
+    stopped_run(configure("one-then-two", **shards), 17)
+    half = {"train_batch_size": 2}  # in each of two processes
+    again = {"resume_from_checkpoint": "latest"}
+    jobs = [
+        job(configure("two-shards", **shards)),
+        job(configure("two-stopped", **shards), signals={"1": 4}),
+        job(configure("two-stopped", **shards, **again)),
+        job(configure("one-then-two", **shards, **again)),
+        job(configure("two-then-one", **shards), signals={"0": 4, "1": 8}),
+        job(configure("two-ema", **EMA)),
+        job(configure("two-lora", **LORA)),
+        job(configure("two-batch", **BATCH, **half)),
+        job(configure("batch-then-one", **BATCH, **half), signals={"1": 7}),
+        job(configure("two-plain", **PLAIN, **half), loses=LOST),
+        job(configure("refused", **BATCH, **half, resume_from_checkpoint="checkpoint-1")),
+        job(configure("refused-elsewhere", pretrained_model_name_or_path=str(home / "nothing"))),
+    ]
+    launch(home, jobs)
+    return {path.name.removeprefix("two-"): path for path in home.iterdir() if path.is_dir()}
+
+
+def outcomes(folder: Path) -> list[dict]:
+    """Return how the run in a folder ended in each process."""
+    return [json.loads((folder.parent / f"{folder.name}-outcome-{rank}.json").read_text()) for rank in range(2)]
+
+
+def rounds(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "memguard/rounds.jsonl").read_text().splitlines()]
+
+
+def assert_same_values(first, second, tolerance=1e-4):
+    """Compare JSON values: numbers to rounding, all else exactly."""
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for name in first:
+            assert_same_values(first[name], second[name], tolerance)
+    elif isinstance(first, list):
+        assert len(first) == len(second)
+        for left, right in zip(first, second, strict=True):
+            assert_same_values(left, right, tolerance)
+    elif isinstance(first, float):
+        assert first == pytest.approx(second, rel=tolerance, abs=1e-6)
+    else:
+        assert first == second
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Compare the weights, the rounds, the ledger and the banks of two runs."""
+    torch.testing.assert_close(load_file(first / UNET), load_file(second / UNET), rtol=0, atol=TOLERANCE)
+    assert_same_values(rounds(first), rounds(second))
+    tables = [pq.read_table(folder / "memguard/samples.parquet") for folder in (first, second)]
+    assert tables[0].equals(tables[1])
+    banks = [load_file(folder / "memguard/banks.safetensors") for folder in (first, second)]
+    torch.testing.assert_close(*banks, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def bytes_of(folder: Path) -> list[bytes]:
+    files = ("rounds.jsonl", "samples.parquet", "banks.safetensors", "summary.json")
+    return [(folder / file).read_bytes() for file in (UNET, *(Path("memguard", name) for name in files))]
+
+
+# Each process its own shards.
+
+
+@pytest.mark.parametrize("arm", ["shards", "ema", "lora"])
+def test_shards_side_by_side_give_what_one_process_gives(one, two, arm):
+    assert_same_run(one[arm], two[arm])
+    history = rounds(two[arm])
+    assert sum(row["extra_steps"] for row in history) > 0
+    assert {row["kind"] for row in history} == {"redistribute", "average"}
+    assert sum(move["count"] for row in history for move in row["moves"]) > 0
+    assert all(shard["distance"] > 0 for row in history for shard in row["shards"])
+
+
+def test_nothing_is_sent_within_a_round(two):
+    first, second = outcomes(two["shards"])
+    assert (first["steps"], second["steps"]) == (11, 11)
+    assert "batch" not in first["sent"]
+    num_weights = sum(tensor.numel() for tensor in load_file(two["shards"] / UNET).values())
+    round_ends, looks, checkpoints, last = 2, 2, 2, 1
+    expected = 8 * num_weights * (round_ends + looks + checkpoints + last)
+    assert first["sent"]["mean of weights"] == second["sent"]["mean of weights"] == expected
+    others = sum(first["sent"].values()) - expected
+    assert others < 100_000
+
+
+def test_no_noise_is_drawn_twice(one, two):
+    for arm in ("shards", "batch", "plain"):
+        drawn = [outcome["noise"] for outcome in outcomes(two[arm])]
+        assert all(drawn)
+        together = drawn[0] + drawn[1]
+        assert len(set(together)) == len(together)
+
+
+def test_checkpoints_come_in_time_and_whole(two):
+    steps = [int(folder.name.removeprefix("checkpoint-")) for folder in list_checkpoints(two["shards"])]
+    assert steps == [10, 18]  # the shares of 9 and 18 steps are 4.5 and 9 of each process
+    for folder in list_checkpoints(two["shards"]):
+        verify_checkpoint(folder)
+        proxies = sorted(path.name for path in (folder / "memguard/proxies").iterdir())
+        assert any(name.startswith("process-0-") for name in proxies)
+        assert any(name.startswith("process-1-") for name in proxies)
+    assert not list(two["shards"].glob("writing-*"))
+
+
+def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_to_the_same_bytes(two):
+    assert bytes_of(two["stopped"]) == bytes_of(two["shards"])
+    # What the second one was asked for in its fourth step is met by the first one at the end of its round, or before.
+    assert list_checkpoints(two["stopped"])
+
+
+def test_another_number_of_processes_goes_on(one, two, configure, wide_pictures):
+    assert_same_run(one["shards"], two["one-then-two"])
+    stopped = two["then-one"]
+    assert [outcome["exit"] for outcome in outcomes(stopped)] == [143, 143]
+    heldout = {"validation_data_dir": str(wide_pictures), "center_crop": True}
+    resumed = train(configure("two-then-one", **SHARDS, **heldout, resume_from_checkpoint="latest"))
+    assert_same_run(one["shards"], resumed.output_dir)
+
+
+# All processes one batch.
+
+
+def test_a_batch_in_slices_gives_what_one_process_gives(one, two):
+    assert_same_run(one["batch"], two["batch"])
+    summary = json.loads((two["batch"] / "memguard/summary.json").read_text())
+    assert summary["empty_steps"] > 0
+    assert summary["extra_steps"] > 0
+    assert all("batch" in outcome["sent"] for outcome in outcomes(two["batch"]))
+
+
+def test_a_batch_in_slices_stops_together_and_goes_on_in_one_process(one, two, configure):
+    stopped = two["batch-then-one"]
+    assert [outcome["exit"] for outcome in outcomes(stopped)] == [143, 143]
+    assert [path.name for path in list_checkpoints(stopped)] == ["checkpoint-7"]
+    with pytest.raises(CheckpointError, match="train_batch_size"):
+        train(configure("batch-then-one", **BATCH, train_batch_size=2, resume_from_checkpoint="latest"))
+    resumed = train(configure("batch-then-one", **BATCH, resume_from_checkpoint="latest"))
+    assert_same_run(one["batch"], resumed.output_dir)
+
+
+def test_plain_training_with_lost_pictures_gives_what_one_process_gives(two, configure, home):
+    launch(home, [job(configure("one-plain", **PLAIN), loses=LOST)], size=1)
+    assert_same_run(home / "one-plain", two["plain"])
+    first, second = (json.loads((f / "memguard/summary.json").read_text()) for f in (home / "one-plain", two["plain"]))
+    assert first["lost_visits"] == second["lost_visits"] > 0
+    assert first["picture_forwards"] == second["picture_forwards"]
+
+
+# What ends a run.
+
+
+def test_an_error_of_the_user_ends_all_and_is_said_once(two, home):
+    ends = [json.loads((home / f"refused-elsewhere-outcome-{rank}.json").read_text()) for rank in range(2)]
+    assert "nothing" in ends[0]["error"]
+    assert ends[1]["exit"] == 2
+    first, second = (json.loads((home / f"refused-outcome-{rank}.json").read_text()) for rank in range(2))
+    assert "checkpoint-1" in first["error"]
+    assert second["exit"] == 2
+
+
+@pytest.fixture(scope="module")
+def ended(home, pipeline, pictures):
+    """Return the folders, exit codes and output of two runs under torchrun: one gets a SIGTERM, one loses a process."""
+    flags = {"pretrained": pipeline, "train_data_dir": pictures, "resolution": 32, "max_train_steps": 100000}
+    flags |= {"train_batch_size": 4, "checkpointing_steps": 10, "checkpoints_total_limit": 1, "num_shards": 2}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    started = {}
+    for name in ("terminated", "killed"):
+        arguments = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+        command += ["-m", "sd_memguard.train", *arguments, "--output_dir", str(home / name)]
+        output = (home / f"{name}.txt").open("w")
+        started[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=output)
+    ends = {}
+    for name, process in started.items():
+        deadline = time.monotonic() + 240
+        while not list_checkpoints(home / name) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if name == "terminated":
+            process.terminate()
+        else:
+            holder = json.loads((home / name / "memguard/lock.json").read_text())["process"]
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            (other,) = (int(child) for child in children if int(child) != holder)
+            os.kill(other, signal.SIGKILL)
+        process.wait(timeout=120)
+        ends[name] = (home / name, process.returncode, (home / f"{name}.txt").read_text())
+    return ends
+
+
+def test_a_sigterm_to_the_launcher_saves_once_and_ends_all(ended):
+    folder, code, output = ended["terminated"]
+    assert code != 0
+    assert output.count("SIGTERM: saved step") == 1
+    (kept,) = list_checkpoints(folder)
+    verify_checkpoint(kept)
+    saved = int(output.split("SIGTERM: saved step ")[1].split(";")[0])
+    assert kept.name == f"checkpoint-{saved}"
+
+
+def test_a_killed_process_ends_the_run_and_leaves_a_whole_checkpoint(ended):
+    folder, code, output = ended["killed"]
+    assert code != 0
+    assert "cannot reach the others" in output
+    verify_checkpoint(list_checkpoints(folder)[-1])
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("plugin", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_what_spreads_one_model_is_refused_by_name(configure, monkeypatch, plugin):
+    monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
+    with pytest.raises(ConfigError, match=ranks.REFUSED[plugin]):
+        train(configure("spread"))
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(configure, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"2 processes .* has joined 1.*ACCELERATE_USE_CPU"):
+        train(configure("apart"))
