@@ -27,7 +27,8 @@ FOREIGN |= {"quick", "arms", "seeds", "cells", "all_points"}  # of benchmarks/me
 # Flags of diffusers' scripts that the launcher runs.
 FOREIGN |= {"do_edm_style_training", "use_dora", "output_kohya_format"}
 # Flags of the programs that start several processes.
-FOREIGN |= {"nproc_per_node", "nnodes", "standalone", "multi_gpu"}
+FOREIGN |= {"nproc_per_node", "nnodes", "standalone", "multi_gpu", "rdzv_id"}
+FOREIGN |= {"signals_to_handle", "shutdown_timeout", "rdzv_backend", "rdzv_endpoint"}
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
