@@ -182,11 +182,11 @@ def report(results: dict[str, list[list[dict[str, Any]]]], differences: dict[str
     sent = results["two shards"][0][0]["sent"]
     batch = results["two batch"][0][0]
     steps = len(batch["times"]["step"])
-    means = sent["mean of weights"]
+    means = sent["mean of weights"] / (NUM_ROUNDS + 1) / 1e6
     others = {name: sent[name] for name in ("meetings", "progress", "ledger", "banks", "queues", "distances")}
     lines += [
         f"{num_weights:,} weights. Handed over by each process, of two:",
-        f"- shards, within a round: 0 bytes per step; per round {means / (NUM_ROUNDS + 1) / 1e6:.1f} MB of means (float64, "
+        f"- shards, within a round: 0 bytes per step; per round {means:.1f} MB of means (float64, "
         f"8 bytes a weight; one more for the model at the end) and {sum(others.values()) / NUM_ROUNDS / 1e3:.1f} kB of "
         "counts, banks, queues and progress",
         f"- batch: {batch['sent']['batch'] / steps:.0f} bytes per step of losses, timesteps and ids, and "
