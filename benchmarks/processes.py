@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SHARDS, STEPS_PER_ROUND, NUM_ROUNDS, BATCH_SIZE = 4, 6, 2, 16
+SHARDS, STEPS_PER_ROUND, NUM_ROUNDS, BATCH_SIZE = 4, 4, 2, 16
 SETTINGS = {
     "one shards": (1, "on", BATCH_SIZE),
     "two shards": (2, "on", BATCH_SIZE),
@@ -48,7 +48,7 @@ def settings_of(arm: str, folder: Path) -> dict[str, Any]:
     return {
         "pretrained_model_name_or_path": "bundled",
         "train_data_dir": "bundled",
-        "max_train_samples": 256,
+        "max_train_samples": 128,
         "output_dir": str(folder),
         "memguard": memguard,
         "resolution": 64,
