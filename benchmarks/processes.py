@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SHARDS, STEPS_PER_ROUND, NUM_ROUNDS, BATCH_SIZE = 4, 5, 4, 16
+SHARDS, STEPS_PER_ROUND, NUM_ROUNDS, BATCH_SIZE = 4, 4, 2, 16
 SETTINGS = {
     "one shards": (1, "on", BATCH_SIZE),
     "two shards": (2, "on", BATCH_SIZE),
@@ -48,6 +48,7 @@ def settings_of(arm: str, folder: Path) -> dict[str, Any]:
     return {
         "pretrained_model_name_or_path": "bundled",
         "train_data_dir": "bundled",
+        "max_train_samples": 128,
         "output_dir": str(folder),
         "memguard": memguard,
         "resolution": 64,
@@ -181,12 +182,12 @@ def report(results: dict[str, list[list[dict[str, Any]]]], differences: dict[str
     sent = results["two shards"][0][0]["sent"]
     batch = results["two batch"][0][0]
     steps = len(batch["times"]["step"])
-    means = sent["mean of weights"]
+    means = sent["mean of weights"] / (NUM_ROUNDS + 1) / 1e6
     others = {name: sent[name] for name in ("meetings", "progress", "ledger", "banks", "queues", "distances")}
     lines += [
         f"{num_weights:,} weights. Handed over by each process, of two:",
-        f"- shards, within a round: 0 bytes per step; per round {means / NUM_ROUNDS / 1e6:.1f} MB of means (float64, 8 "
-        f"bytes a weight; one more for the model at the end) and {sum(others.values()) / NUM_ROUNDS / 1e3:.1f} kB of "
+        f"- shards, within a round: 0 bytes per step; per round {means:.1f} MB of means (float64, "
+        f"8 bytes a weight; one more for the model at the end) and {sum(others.values()) / NUM_ROUNDS / 1e3:.1f} kB of "
         "counts, banks, queues and progress",
         f"- batch: {batch['sent']['batch'] / steps:.0f} bytes per step of losses, timesteps and ids, and "
         f"{4 * num_weights / 1e6:.1f} MB of gradients (reckoned: 4 bytes a weight)",

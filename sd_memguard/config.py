@@ -42,6 +42,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "default": {},
         # The method as published (arXiv 2502.09434), pinned so that it stays put when the defaults move.
         "paper": {
+            "num_shards": 4,
             "skip_threshold": 0.8,
             "augment_threshold": 1.2,
             "bank_decay": 0.8,
@@ -66,7 +67,7 @@ class GuardConfig:
     num_shards: int | Literal["auto"] = setting(
         "auto",
         GUARD,
-        "shards, one proxy each; auto: different pictures // 64, from 1 to 4; 1: no ensemble",
+        "shards, one proxy each; auto: one per 30 passes over the pictures, at most 4, of 64 or more",
         POSITIVE_COUNT,
     )
     steps_per_round: int | Literal["auto"] = setting(
@@ -76,7 +77,7 @@ class GuardConfig:
         0.8, GUARD, "skip a sample whose loss ratio is below this; 0: skip none", NOT_NEGATIVE
     )
     augment_threshold: float = setting(
-        1.2, GUARD, "below this, train an augmented copy instead; at most skip_threshold: never", NOT_NEGATIVE
+        0.0, GUARD, "below this (1.2), train an augmented copy instead; at most skip_threshold: never", NOT_NEGATIVE
     )
     bank_decay: float = setting(0.8, GUARD, "decay of the running mean of the loss at each timestep", BELOW_ONE)
     bank_mode: Literal["paper", "corrected", "smoothed"] = setting(
@@ -92,7 +93,7 @@ class GuardConfig:
         "keep", GUARD, "what happens to samples that wait for augmentation beyond one batch"
     )
     group_duplicates: Literal["off", "shard", "balance"] = setting(
-        "shard", GUARD, "near-identical pictures share a shard and move together; balance: and count as one picture"
+        "balance", GUARD, "near-identical pictures share a shard, move together and count as one; shard: count each"
     )
     seed: int | None = setting(None, *SEED)
 

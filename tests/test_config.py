@@ -20,8 +20,9 @@ def make(**settings: Any) -> TrainConfig:
 def test_guard_defaults():
     guard = GuardConfig()
     assert (guard.num_shards, guard.steps_per_round, guard.seed) == ("auto", "auto", None)
-    assert (guard.skip_threshold, guard.augment_threshold, guard.bank_decay) == (0.8, 1.2, 0.8)
+    assert (guard.skip_threshold, guard.augment_threshold, guard.bank_decay) == (0.8, 0.0, 0.8)
     assert (guard.bank_mode, guard.redistribute_fraction) == ("smoothed", 0.25)
+    assert guard.group_duplicates == "balance"
     assert (guard.shard_weights, guard.augment_surplus) == ("size", "keep")
 
 
@@ -29,6 +30,8 @@ def test_guard_presets():
     assert GuardConfig.preset("default") == GuardConfig()
     paper = GuardConfig.preset("paper", bank_decay=0.5)
     assert paper == GuardConfig(
+        num_shards=4,
+        augment_threshold=1.2,
         bank_mode="paper",
         shard_weights="equal",
         augment_surplus="drop",

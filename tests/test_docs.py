@@ -26,6 +26,11 @@ FOREIGN = {"plot", "work_dir", "num_processes", "images_per_caption", "steps", "
 FOREIGN |= {"quick", "arms", "seeds", "cells", "all_points"}  # of benchmarks/memorization
 # Flags of diffusers' scripts that the launcher runs.
 FOREIGN |= {"do_edm_style_training", "use_dora", "output_kohya_format"}
+FOREIGN |= {"base_channels", "profile", "size", "upstream_script", "turns", "device", "shards", "clock"}
+# Flags of the programs that start several processes.
+FOREIGN |= {"nproc_per_node", "nnodes", "standalone", "multi_gpu", "rdzv_id"}
+FOREIGN |= {"signals_to_handle", "shutdown_timeout", "rdzv_backend", "rdzv_endpoint"}
+FOREIGN |= {"signal", "time", "nodes", "gpus-per-node", "job-name", "cpus-per-task", "ntasks-per-node"}
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)

@@ -14,7 +14,8 @@ NUM_SAMPLES, NUM_TIMESTEPS = 20, 6
 
 def make_guard(**settings):
     extra = {name: settings.pop(name) for name in ("exclude", "groups", "augments") if name in settings}
-    config = GuardConfig(**{"num_shards": 2, "bank_mode": "paper", "seed": 0, **settings})
+    defaults = {"num_shards": 2, "augment_threshold": 1.2, "bank_mode": "paper", "group_duplicates": "shard", "seed": 0}
+    config = GuardConfig(**{**defaults, **settings})
     return MemorizationGuard(config, NUM_SAMPLES, num_timesteps=NUM_TIMESTEPS, **extra)
 
 
@@ -190,8 +191,8 @@ def test_aggregation_weights_are_sizes_or_equal():
 
 def test_number_of_shards_is_resolved_from_the_usable_samples():
     exclude = torch.arange(1)
-    assert MemorizationGuard(GuardConfig(seed=0), 128).num_shards == 2
-    assert MemorizationGuard(GuardConfig(seed=0), 128, exclude=exclude).num_shards == 1
+    assert MemorizationGuard(GuardConfig(num_shards="auto", seed=0), 128).num_shards == 2
+    assert MemorizationGuard(GuardConfig(num_shards="auto", seed=0), 128, exclude=exclude).num_shards == 1
 
 
 def test_groups_stay_together():

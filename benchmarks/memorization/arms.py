@@ -47,15 +47,18 @@ ARMS = {
     "iet_agc_taa": Arm("IET, AGC, TAA", FULL | IET | AGC | TAA),
     "iet_agc_taa_msr": Arm("IET, AGC, TAA, MSR", FULL | IET | AGC | TAA | MSR),
     "shard": Arm(
-        "the default: IET, AGC, TAA, MSR, duplicates in one shard",
+        "the same, duplicates in one shard",
         FULL | IET | AGC | TAA | MSR | {"group_duplicates": "shard"},
     ),
     "balance": Arm(
-        "the default, but duplicates counted as one", FULL | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}
+        "the same, duplicates counted as one", FULL | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}
     ),
     "paper": Arm("`--preset paper`, 4 shards", FULL | {"preset": "paper", "num_shards": 4}),
     "agc": Arm("AGC, one model", FULL | OFF | AGC),
-    "agc_balance": Arm("AGC, one model, duplicates counted as one", FULL | OFF | AGC | BALANCE),
+    "agc_balance": Arm("AGC, one model, duplicates counted as one: the default", FULL | OFF | AGC | BALANCE),
+    "two_balance": Arm(
+        "two shards, AGC, MSR, duplicates counted as one", FULL | IET | AGC | MSR | BALANCE | {"num_shards": 2}
+    ),
     "plain_distinct": Arm("plain, duplicates removed", FULL | {"memguard": "off"}, data="distinct"),
     "plain_augmented": Arm("plain, RandAugment on everything", FULL | {"memguard": "off"}, data="augmented"),
     "lora_plain": Arm("LoRA, plain", LORA | {"memguard": "off"}),

@@ -1,6 +1,7 @@
 """IET: the samples are split in disjoint shards, one for each proxy (arXiv 2407.15328, section 4.1)."""
 
 import heapq
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from sd_memguard.core.seeding import permutation
 
 NO_SHARD = -1
+PASSES_PER_SHARD = 30
+"""Passes over the pictures for each of which `auto` takes another shard."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,19 @@ class Moves(NamedTuple):
         ]
 
 
-def auto_num_shards(num_samples: int) -> int:
+def auto_num_shards(num_samples: int, passes: float | None = None) -> int:
     """Return the default number of shards: one for each 64 samples, at least 1 and at most 4.
 
-    Smaller shards are memorized sooner (the time to memorize grows with their size, Bonnaire et al. 2025).
+    Smaller shards are memorized sooner (the time to memorize grows with their size, Bonnaire et al. 2025). Where the
+    length of the training is known, there is one for each `PASSES_PER_SHARD` passes at most: a short training gains
+    nothing from an ensemble, of which each proxy takes a part of the steps (docs/results.md).
+
+    Args:
+        num_samples: different pictures.
+        passes: over them, that one model would take; unknown by default.
     """
-    return min(max(num_samples // 64, 1), 4)
+    most = min(max(num_samples // 64, 1), 4)
+    return most if passes is None else min(most, max(math.ceil(passes / PASSES_PER_SHARD), 1))
 
 
 def count_pictures(num_samples: int, groups: Tensor | None = None, exclude: Tensor | None = None) -> int:

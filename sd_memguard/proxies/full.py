@@ -139,12 +139,13 @@ class FullProxies:
                 pass
             yield
             return
-        own = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
+        key = self._put(WEIGHTS, self._resident_part(WEIGHTS))  # on disk that takes no memory
         try:
             self._load_aggregate(self.averaged_parts[-1], weights, self._resident_part(WEIGHTS))
             yield
         finally:
-            copy_tensors(own, self.parameters)
+            self._load(WEIGHTS, self._store.get(key))
+            self._store.drop(key)
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write all proxies to a folder (hard links where the store has them) and return their JSON-ready index.

@@ -13,6 +13,7 @@ from sd_memguard.config import TrainConfig
 from sd_memguard.core.host_copy import to_device
 from sd_memguard.core.seeding import Address, draw_normal
 from sd_memguard.core.visits import Visit
+from sd_memguard.proxies.exchange import Exchange
 from sd_memguard.training.captions import Captions
 from sd_memguard.training.encoders import Encoders
 from sd_memguard.training.encoding_cache import Cache, embedding_cache, latent_caches
@@ -45,6 +46,7 @@ class BatchSource:
         seed: seed of the run.
         progress: whether to show a bar while the caches are filled.
         cache: whether there are caches at all.
+        exchange: the processes that fill them together; by default this one.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class BatchSource:
         *,
         progress: bool = False,
         cache: bool = True,
+        exchange: Exchange | None = None,
     ) -> None:
         self.samples, self.encoders, self.seed, self.config = samples, encoders, seed, config
         self.preprocess = Preprocess(config, seed)
@@ -65,8 +68,9 @@ class BatchSource:
         self._latents: list[Cache] = []
         self._embeddings: Cache | None = None
         if cache:
-            self._latents = latent_caches(samples, encoders, self.preprocess, config, progress=progress)
-            self._embeddings = embedding_cache(self.captions, encoders, config, progress=progress)
+            crew = Exchange(alone=True) if exchange is None else exchange
+            self._latents = latent_caches(samples, encoders, self.preprocess, config, crew, progress=progress)
+            self._embeddings = embedding_cache(self.captions, encoders, config, crew, progress=progress)
 
     def batches(self, visits: Iterable[list[Visit]]) -> Iterator[tuple[list[Visit], Batch]]:
         """Yield the batch of each list of visits, and the visits in it.

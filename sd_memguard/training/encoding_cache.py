@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from sd_memguard.config import ConfigError, TrainConfig
 from sd_memguard.errors import UserError
+from sd_memguard.proxies.exchange import Exchange
 from sd_memguard.training.captions import Captions
 from sd_memguard.training.encoders import Encoders, fingerprint, tokenizer_fingerprint
 from sd_memguard.training.encoding_store import MISSING, EncodingStore
@@ -133,8 +134,32 @@ def cache_folder(config: TrainConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd_memguard"
 
 
+def choose_place_together(need: Need, config: TrainConfig, exchange: Exchange) -> Literal["memory", "disk", "off"]:
+    """Return where a cache goes in all processes: where the main one has room for it.
+
+    Raises:
+        CacheError: see ``choose_place``.
+    """
+    with exchange.agreed():
+        place = choose_place(need, config)
+    shared: Literal["memory", "disk", "off"] = exchange.share(place, "cache")
+    return shared
+
+
+def own_part(rows: Rows, exchange: Exchange) -> Rows:
+    """Return what this process computes for the disk: the processes of a machine, which share it, divide the work."""
+    if exchange.size == 1:
+        return rows
+    return rows[int(os.environ.get("LOCAL_RANK", "0")) :: processes_here()]
+
+
+def processes_here() -> int:
+    """Return the number of processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def choose_place(need: Need, config: TrainConfig) -> Literal["memory", "disk", "off"]:
-    """Return where a cache goes; ``auto`` takes memory while it suffices, then the disk.
+    """Return where a cache goes; ``auto`` takes memory while it suffices, for each process its own, then the disk.
 
     Raises:
         CacheError: ``disk`` was asked for and has no room.
@@ -142,7 +167,7 @@ def choose_place(need: Need, config: TrainConfig) -> Literal["memory", "disk", "
     mode: Literal["auto", "memory", "disk", "off"] = getattr(config, need.setting)
     if mode in {"memory", "off"}:
         return mode
-    if mode == "auto" and need.size <= MEMORY_SHARE * psutil.virtual_memory().available:
+    if mode == "auto" and need.size * processes_here() <= MEMORY_SHARE * psutil.virtual_memory().available:
         return "memory"
     folder = cache_folder(config)
     free = shutil.disk_usage(nearest_folder(folder)).free
@@ -157,11 +182,17 @@ def choose_place(need: Need, config: TrainConfig) -> Literal["memory", "disk", "
 
 
 def latent_caches(
-    samples: Samples, encoders: Encoders, preprocess: Preprocess, config: TrainConfig, *, progress: bool
+    samples: Samples,
+    encoders: Encoders,
+    preprocess: Preprocess,
+    config: TrainConfig,
+    exchange: Exchange,
+    *,
+    progress: bool,
 ) -> list[Cache]:
     """Return the moments of all pictures as they are and, where pictures are mirrored, mirrored; empty without cache.
 
-    The rows of each are those of ``samples.sample_ids``.
+    The rows of each are those of ``samples.sample_ids``. All processes call it together.
     """
     if not latents_are_exact(samples, config):
         return []
@@ -169,7 +200,8 @@ def latent_caches(
     channels, factor = encoders.moments_shape
     side = config.resolution // factor
     shape = (channels, side, side)
-    place = choose_place(Need("cache_latents", len(flips) * len(samples.sample_ids), shape, encoders.dtype), config)
+    need = Need("cache_latents", len(flips) * len(samples.sample_ids), shape, encoders.dtype)
+    place = choose_place_together(need, config, exchange)
     if place == "off":
         return []
     batch = max(1, min(64, PIXELS_AT_ONCE // config.resolution**2))
@@ -190,24 +222,29 @@ def latent_caches(
         "crop": "center",
         **_circumstances(encoders, batch),
     }
-    with _named_faults("cache_latents", config):
+    with exchange.agreed(), _named_faults("cache_latents", config):
         folder = cache_folder(config)
         stores = [EncodingStore(folder, "latents", {**context, "mirrored": f}, shape, encoders.dtype) for f in flips]
         keys = samples.content_keys()
         missing = np.any([store.find(keys) == MISSING for store in stores], axis=0)
         _, first = np.unique(keys, return_index=True)
-        todo = np.sort(first[missing[first]])
+        todo = own_part(np.sort(first[missing[first]]), exchange)
         for positions, read_keys, moments in encoded(todo):
             keys[positions] = read_keys  # of the very bytes that were encoded
             for store, rows in zip(stores, moments, strict=True):
                 store.add(read_keys, rows)
-        return [_found(store, keys, len(todo), "latents") for store in stores]
+        for store in stores:
+            store.flush()
+    with _named_faults("cache_latents", config):
+        return [_found(store, keys, len(todo), "latents", exchange) for store in stores]
 
 
-def embedding_cache(captions: Captions, encoders: Encoders, config: TrainConfig, *, progress: bool) -> Cache | None:
-    """Return the embeddings of all captions by their numbers, None without cache."""
+def embedding_cache(
+    captions: Captions, encoders: Encoders, config: TrainConfig, exchange: Exchange, *, progress: bool
+) -> Cache | None:
+    """Return the embeddings of all captions by their numbers, None without cache. All processes call it together."""
     need = Need("cache_text_embeddings", len(captions.texts), encoders.embedding_shape, encoders.dtype)
-    place = choose_place(need, config)
+    place = choose_place_together(need, config, exchange)
     if place == "off":
         return None
     if place == "memory":
@@ -220,13 +257,16 @@ def embedding_cache(captions: Captions, encoders: Encoders, config: TrainConfig,
         "tokenizer": tokenizer_fingerprint(encoders.tokenizer),
         **_circumstances(encoders, CAPTIONS_AT_ONCE),
     }
-    with _named_faults("cache_text_embeddings", config):
+
+    with exchange.agreed(), _named_faults("cache_text_embeddings", config):
         store = EncodingStore(cache_folder(config), "captions", context, need.shape, need.dtype)
         keys = captions.keys()
-        todo = np.flatnonzero(store.find(keys) == MISSING)
+        todo = own_part(np.flatnonzero(store.find(keys) == MISSING), exchange)
         for numbers, embedded in _embed(captions, todo, encoders, progress):
             store.add(keys[numbers].tolist(), embedded)
-        return _found(store, keys, len(todo), "text embeddings")
+        store.flush()
+    with _named_faults("cache_text_embeddings", config):
+        return _found(store, keys, len(todo), "text embeddings", exchange)
 
 
 def _circumstances(encoders: Encoders, batch: int) -> dict[str, object]:
@@ -281,8 +321,11 @@ def _in_full(encode: Callable[[Tensor], Tensor], pixels: Tensor, batch: int) -> 
     return encode(filled)[: len(pixels)].cpu()
 
 
-def _found(store: EncodingStore, keys: npt.NDArray[np.bytes_], num_computed: int, what: str) -> DiskCache:
-    store.flush()
+def _found(
+    store: EncodingStore, keys: npt.NDArray[np.bytes_], num_computed: int, what: str, exchange: Exchange
+) -> DiskCache:
+    if exchange.size > 1:
+        store.refresh()
     place = store.find(keys)
     if (place == MISSING).any():
         raise SampleError("pictures were changed while they were read; start again when nothing writes to them")

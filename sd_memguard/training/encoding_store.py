@@ -71,13 +71,9 @@ class EncodingStore:
         self._waiting_keys: list[bytes] = []
         self._waiting_rows: list[Tensor] = []
         self._files: list[_File] = []
+        self._names: set[str] = set()
         self._remove_abandoned()
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                self._files.append(self._open(path))
-            except (DamagedError, OSError, SafetensorError, ValueError, KeyError) as error:
-                logger.warning("%s is not used, and what it should hold is computed again: %s", path, error)
-        self._index()
+        self.refresh()
 
     @property
     def row_bytes(self) -> int:
@@ -106,6 +102,18 @@ class EncodingStore:
         if len(self._waiting_keys) * self.row_bytes >= FILE_BYTES:
             self._write()
 
+    def refresh(self) -> None:
+        """Take in the files that are there, or that others have written since."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name in self._names:
+                continue
+            try:
+                self._files.append(self._open(path))
+                self._names.add(path.name)
+            except (DamagedError, OSError, SafetensorError, ValueError, KeyError) as error:
+                logger.warning("%s is not used, and what it should hold is computed again: %s", path, error)
+        self._index()
+
     def flush(self) -> None:
         """Write what was added."""
         if self._waiting_keys:
@@ -120,6 +128,7 @@ class EncodingStore:
         self._place(path, lambda temporary: save_file({"keys": keys, "values": values}, temporary, metadata))
         self._waiting_keys, self._waiting_rows = [], []
         self._files.append(self._open(path, verify=False))
+        self._names.add(path.name)
 
     def _place(self, path: Path, write: Callable[[Path], object]) -> None:
         """Write a file under a name of its own, then give it its name, whatever other runs are doing."""

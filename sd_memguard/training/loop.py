@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from signal import Signals
 from typing import Any, NamedTuple, NoReturn
@@ -123,7 +124,10 @@ class Trainer:
 
         # Pictures and captions.
         encoders = Encoders(models, accelerator.device, dtype)
-        self.source = BatchSource(plan.samples, encoders, config, plan.seed, progress=self.ranks.is_main)
+        processes = self.ranks.exchange
+        self.source = BatchSource(
+            plan.samples, encoders, config, plan.seed, progress=processes.is_main, exchange=processes
+        )
         num_timesteps = models.noise_scheduler.config.num_train_timesteps
         self.noising = Noising(plan.seed, num_timesteps, config.noise_offset, config.input_perturbation)
         dream = config.dream_detail_preservation if config.dream_training else None
@@ -134,7 +138,7 @@ class Trainer:
         unusable = torch.ones(plan.samples.num_rows, dtype=torch.bool)
         unusable[plan.samples.sample_ids] = False
         self.guard = MemorizationGuard(
-            config.guard,
+            replace(config.guard, num_shards=self.schedule.num_shards),
             plan.samples.num_rows,
             num_timesteps=num_timesteps,
             groups=None if plan.samples.groups is None else torch.from_numpy(plan.samples.groups),

@@ -150,9 +150,7 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: KnownPictures 
     if heldout_folder:
         heldout = _load_pictures(config, heldout_folder, None, None, checked=None if known is None else known.heldout)
     pipeline = find_pipeline(config)
-    schedule = plan_rounds(config, samples, num_processes)
-    if guard.steps_per_round == "auto" and "steps_per_round" in recorded:  # of a run that may now go on for longer
-        schedule = replace(schedule, steps_per_round=recorded["steps_per_round"])
+    schedule = plan_rounds(config, samples, num_processes, recorded)
     sizes = footprint(pipeline, config, schedule)
     if known is None:
         check_space(sizes, config)
@@ -176,15 +174,27 @@ def num_different(samples: Samples) -> int:
     return len(np.unique(samples.groups[samples.sample_ids]))
 
 
-def plan_rounds(config: TrainConfig, samples: Samples, num_processes: int = 1) -> RoundSchedule:
+def plan_rounds(
+    config: TrainConfig, samples: Samples, num_processes: int = 1, recorded: Mapping[str, Any] | None = None
+) -> RoundSchedule:
     """Return the schedule, with ``auto`` and a number of epochs resolved.
+
+    Args:
+        config: of the run.
+        samples: what it is trained on.
+        num_processes: processes that train together.
+        recorded: the settings of the run that is resumed, maybe for longer: what ``auto`` was stays.
 
     Raises:
         ConfigError: more shards than different pictures, or than steps.
     """
+    recorded = {} if recorded is None else recorded
     guard = config.guard
     num_pictures = num_different(samples)
-    num_shards = auto_num_shards(num_pictures) if guard.num_shards == "auto" else guard.num_shards
+    num_shards = guard.num_shards
+    if num_shards == "auto":
+        passes = _passes(config, num_pictures, num_processes)
+        num_shards = int(recorded.get("num_shards", auto_num_shards(num_pictures, passes)))
     if num_shards > num_pictures:
         what = "samples" if samples.groups is None else "samples, near-identical ones counted as one"
         raise ConfigError(
@@ -200,7 +210,18 @@ def plan_rounds(config: TrainConfig, samples: Samples, num_processes: int = 1) -
             f"`--max_train_steps` must be at least the number of shards ({num_shards}), got {total_steps}; "
             "each proxy needs a step"
         )
-    return RoundSchedule.plan(total_steps, num_shards, guard.steps_per_round, guard.redistribute_fraction > 0)
+    steps_per_round = guard.steps_per_round
+    if steps_per_round == "auto":
+        steps_per_round = recorded.get("steps_per_round", "auto")
+    return RoundSchedule.plan(total_steps, num_shards, steps_per_round, guard.redistribute_fraction > 0)
+
+
+def _passes(config: TrainConfig, num_pictures: int, num_processes: int) -> float:
+    """Return how often one model would pass over the different pictures."""
+    if config.max_train_steps is None:
+        return config.num_train_epochs
+    batch = config.train_batch_size * batch_slices(num_processes, 1) * config.gradient_accumulation_steps
+    return config.max_train_steps * batch / num_pictures
 
 
 def _unbundle(folder: str | None, bundled: Path) -> str | None:

@@ -96,6 +96,12 @@ def test_auto(num_samples, expected):
     assert auto_num_shards(num_samples) == expected
 
 
+@pytest.mark.parametrize(("passes", "expected"), [(0.1, 1), (30, 1), (30.1, 2), (90, 3), (91, 4), (1000, 4)])
+def test_auto_takes_more_shards_for_a_longer_training(passes, expected):
+    assert auto_num_shards(9999, passes) == expected
+    assert auto_num_shards(150, passes) == min(expected, 2)
+
+
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(0, 30))
 def test_singles_go_to_the_emptiest_shard_one_by_one(sizes, count):
     fill, expected = list(sizes), []

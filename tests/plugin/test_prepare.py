@@ -247,8 +247,8 @@ def test_the_drop_in_script_and_a_loop_of_ones_own_give_the_same(run, configure,
     if config.proxy == "lora":
         add_adapter(unet, config.rank, plan.seed, torch.float32)
     named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(named, plan.config, accelerator.device)
-    optimizer.param_groups[0]["lr"] = base_learning_rate(config)
+    optimizer = make_optimizer(named, plan.config, accelerator.device, plan.batch_size)
+    optimizer.param_groups[0]["lr"] = base_learning_rate(config, plan.batch_size)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=4, num_training_steps=config.max_train_steps)
     source = BatchSource(plan.samples, Encoders(models, accelerator.device, torch.float32), plan.config, plan.seed)
     num_timesteps = models.noise_scheduler.config.num_train_timesteps

@@ -301,3 +301,24 @@ def test_the_store_holds_the_resting_proxies_alone(trained, tmp_path):
     assert len(store._entries) == 1 + (NUM_SHARDS - 1)
     proxies.activate((proxies.resident + 1) % NUM_SHARDS)
     assert len(store._entries) == 2 + (NUM_SHARDS - 1)  # the one that trained alone is no longer shared
+
+
+def test_the_resident_weights_wait_in_the_store_while_the_mean_is_in_their_place(trained, store, monkeypatch):
+    model = trained()
+    proxies = make_proxies(model, store)
+    train_round(proxies, model, 0)
+    own = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
+    kept, put = [], store.put
+    monkeypatch.setattr(store, "put", lambda key, tensors: (kept.append(key), put(key, tensors)))
+
+    def fail_while_averaged():
+        with proxies.averaged(WEIGHTS):
+            assert all(torch.equal(store.get(kept[0])[name], tensor) for name, tensor in own.items())
+            raise RuntimeError("drawing failed")
+
+    with pytest.raises(RuntimeError, match="drawing"):
+        fail_while_averaged()
+    assert all(torch.equal(parameter, own[name]) for name, parameter in model.parameters.items())
+    (key,) = kept
+    with pytest.raises((KeyError, FileNotFoundError)):
+        store.drop(key)

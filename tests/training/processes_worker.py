@@ -2,14 +2,15 @@
 
     python -m tests.training.processes_worker JOBS RANK SIZE
 
-A job is `settings` (of the run), `port` (where the processes meet), and what happens to it: `signals`, by rank the
-number of its own step at which a SIGTERM arrives, and `loses`, samples that cannot be read. How it ended is written to
-`outcome-RANK.json` of its output folder's parent.
+A job is `name`, `settings` (of the run), `port` (where the processes meet), and what happens to it: `signals`, by rank
+the number of its own step and the signal that arrives in it; `loses`, samples that cannot be read; `copy`, a folder to
+copy the run to when it has ended. How it ended is written to `NAME-outcome-RANK.json` beside the output folder.
 """
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -39,8 +40,8 @@ def run_job(job: dict, rank: int, size: int) -> dict:
     def step(trainer, *args):
         number[0] += 1
         trainers[:] = [trainer]
-        if signals.get(str(rank)) == number[0]:
-            signal.raise_signal(signal.SIGTERM)
+        if signals.get(str(rank), [None])[0] == number[0]:
+            signal.raise_signal(signals[str(rank)][1])
         return take_step(trainer, *args)
 
     def draw(noising, addresses, *args, **options):
@@ -76,8 +77,9 @@ def main(jobs_file: str, rank: int, size: int) -> None:
     for job in json.loads(Path(jobs_file).read_text()):
         outcome = run_job(job, rank, size)
         folder = Path(job["settings"]["output_dir"])
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        (folder.parent / f"{folder.name}-outcome-{rank}.json").write_text(json.dumps(outcome))
+        (folder.parent / f"{job['name']}-outcome-{rank}.json").write_text(json.dumps(outcome))
+        if "copy" in job and rank == 0:
+            shutil.copytree(folder, job["copy"])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from sd_memguard.training import ranks
 from sd_memguard.training.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
 from sd_memguard.training.interrupt import Interrupted
 from sd_memguard.training.loop import Trainer, train
+from sd_memguard.training.samples import SampleError, Samples
 from tests.conftest import short_run
 
 ROOT = Path(__file__).parents[2]
@@ -28,12 +29,14 @@ TOLERANCE = 2e-6
 EPSILON = {"adam_epsilon": 1e-4}
 """AdamW's epsilon where sums are taken in another order: with 1e-8 it blows the rounding of tiny gradients up."""
 
+TERM = int(signal.SIGTERM)
+
 # Each process its own shards. Uneven ones: 22 steps over four shards are 6, 6, 5 and 5, in rounds of three.
 SHARDS = {"num_shards": 4, "steps_per_round": 3, "max_train_steps": 22, "checkpointing_steps": 9, **EPSILON}
 EMA = {"num_shards": 2, "max_train_steps": 8, "use_ema": True, "proxy_store": "disk", **EPSILON}
 EMA |= {"gradient_accumulation_steps": 2}
-LORA = {"num_shards": 2, "max_train_steps": 8, "proxy": "lora", "rank": 2, "learning_rate": 1e-2}
-LORA |= {"skip_threshold": 1.0}
+LORA = {"num_shards": 2, "proxy": "lora", "rank": 2, "learning_rate": 1e-2}
+LORA |= {"skip_threshold": 0.97, "steps_per_round": 3, "max_train_steps": 12}
 # All processes one batch. A threshold this high leaves steps without a clean sample.
 BATCH = {"num_shards": 3, "max_train_steps": 18, "proxy_store": "disk", **EPSILON}
 PLAIN = {"memguard": "off", "max_train_steps": 6, "gradient_accumulation_steps": 2, "cache_latents": "off", **EPSILON}
@@ -53,24 +56,24 @@ def configure(pipeline, pictures, home):
 
 def job(config: TrainConfig, **happens) -> dict:
     """Return a job for the worker."""
+    happens = {"name": Path(config.output_dir).name, **happens}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return {"settings": config.to_dict(), "port": free.getsockname()[1], **happens}
 
 
-def launch(folder: Path, jobs: list[dict], size: int = 2) -> None:
-    """Run the jobs in several processes."""
-    file = folder / f"jobs-{len(jobs)}.json"
+def launch(folder: Path, jobs: list[dict]) -> None:
+    """Run the jobs in two processes."""
+    file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "tests.training.processes_worker", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    with (folder / "output.txt").open("a") as output:
+    with (folder / "output.txt").open("w") as output:
         started = [
-            subprocess.Popen([*command, str(rank), str(size)], cwd=ROOT, env=environment, stderr=output)
-            for rank in range(size)
+            subprocess.Popen([*command, rank, "2"], cwd=ROOT, env=environment, stderr=output) for rank in ("0", "1")
         ]
         for process in started:
-            process.wait(timeout=400)
+            process.wait(timeout=1200)
 
 
 def stopped_run(config: TrainConfig, step: int) -> None:
@@ -106,24 +109,25 @@ def two(configure, home, wide_pictures, one):
     again = {"resume_from_checkpoint": "latest"}
     jobs = [
         job(configure("two-shards", **shards)),
-        job(configure("two-stopped", **shards), signals={"1": 4}),
+        job(configure("two-stopped", **shards), signals={"1": [4, TERM]}, copy=str(home / "two-then-one"), name="stop"),
         job(configure("two-stopped", **shards, **again)),
         job(configure("one-then-two", **shards, **again)),
-        job(configure("two-then-one", **shards), signals={"0": 4, "1": 8}),
-        job(configure("two-ema", **EMA)),
+        job(configure("two-ema", **EMA, cache_latents="disk", encoding_cache_dir=str(home / "cache"))),
         job(configure("two-lora", **LORA)),
         job(configure("two-batch", **BATCH, **half)),
-        job(configure("batch-then-one", **BATCH, **half), signals={"1": 7}),
+        job(configure("batch-then-one", **BATCH, **half), signals={"1": [7, TERM]}),
         job(configure("two-plain", **PLAIN, **half), loses=LOST),
         job(configure("refused", **BATCH, **half, resume_from_checkpoint="checkpoint-1")),
         job(configure("refused-elsewhere", pretrained_model_name_or_path=str(home / "nothing"))),
+        # The last one: it takes its process with it.
+        job(configure("killed", **{**SHARDS, "checkpointing_steps": 2}), signals={"1": [4, int(signal.SIGKILL)]}),
     ]
     launch(home, jobs)
     return {path.name.removeprefix("two-"): path for path in home.iterdir() if path.is_dir()}
 
 
 def outcomes(folder: Path) -> list[dict]:
-    """Return how the run in a folder ended in each process."""
+    """Return how the job of this name, beside the folder of its run, ended in each process."""
     return [json.loads((folder.parent / f"{folder.name}-outcome-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -175,6 +179,12 @@ def test_shards_side_by_side_give_what_one_process_gives(one, two, arm):
     assert all(shard["distance"] > 0 for row in history for shard in row["shards"])
 
 
+def test_caches_on_disk_are_filled_by_all_and_found_by_all(two, home):
+    (latents,) = (home / "cache").glob("latents-*")
+    sizes = [len(load_file(file)["keys"]) for file in latents.glob("*.safetensors")]
+    assert sizes == [12, 12]
+
+
 def test_nothing_is_sent_within_a_round(two):
     first, second = outcomes(two["shards"])
     assert (first["steps"], second["steps"]) == (11, 11)
@@ -207,15 +217,12 @@ def test_checkpoints_come_in_time_and_whole(two):
 
 
 def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_to_the_same_bytes(two):
+    assert [outcome["exit"] for outcome in outcomes(two["stopped"].with_name("stop"))] == [143, 143]
     assert bytes_of(two["stopped"]) == bytes_of(two["shards"])
-    # What the second one was asked for in its fourth step is met by the first one at the end of its round, or before.
-    assert list_checkpoints(two["stopped"])
 
 
 def test_another_number_of_processes_goes_on(one, two, configure, wide_pictures):
     assert_same_run(one["shards"], two["one-then-two"])
-    stopped = two["then-one"]
-    assert [outcome["exit"] for outcome in outcomes(stopped)] == [143, 143]
     heldout = {"validation_data_dir": str(wide_pictures), "center_crop": True}
     resumed = train(configure("two-then-one", **SHARDS, **heldout, resume_from_checkpoint="latest"))
     assert_same_run(one["shards"], resumed.output_dir)
@@ -242,71 +249,60 @@ def test_a_batch_in_slices_stops_together_and_goes_on_in_one_process(one, two, c
     assert_same_run(one["batch"], resumed.output_dir)
 
 
-def test_plain_training_with_lost_pictures_gives_what_one_process_gives(two, configure, home):
-    launch(home, [job(configure("one-plain", **PLAIN), loses=LOST)], size=1)
-    assert_same_run(home / "one-plain", two["plain"])
-    first, second = (json.loads((f / "memguard/summary.json").read_text()) for f in (home / "one-plain", two["plain"]))
-    assert first["lost_visits"] == second["lost_visits"] > 0
-    assert first["picture_forwards"] == second["picture_forwards"]
+def test_plain_training_with_lost_pictures_gives_what_one_process_gives(two, configure, monkeypatch):
+    take, read, begun = Trainer.step, Samples.image, []
+
+    def image(samples, sample_id):
+        if begun and sample_id in LOST:
+            raise SampleError("gone")
+        return read(samples, sample_id)
+
+    monkeypatch.setattr(Samples, "image", image)
+    monkeypatch.setattr(Trainer, "step", lambda *args: begun.append(1) or take(*args))
+    alone = train(configure("one-plain", **PLAIN))
+    assert_same_run(alone.output_dir, two["plain"])
+    summary = json.loads((two["plain"] / "memguard/summary.json").read_text())
+    assert summary["lost_visits"] == alone.summary["lost_visits"] > 0
+    assert summary["picture_forwards"] == alone.summary["picture_forwards"]
 
 
 # What ends a run.
 
 
 def test_an_error_of_the_user_ends_all_and_is_said_once(two, home):
-    ends = [json.loads((home / f"refused-elsewhere-outcome-{rank}.json").read_text()) for rank in range(2)]
-    assert "nothing" in ends[0]["error"]
-    assert ends[1]["exit"] == 2
-    first, second = (json.loads((home / f"refused-outcome-{rank}.json").read_text()) for rank in range(2))
+    first, second = outcomes(home / "refused-elsewhere")
+    assert "nothing" in first["error"]
+    assert second["exit"] == 2
+    first, second = outcomes(home / "refused")
     assert "checkpoint-1" in first["error"]
     assert second["exit"] == 2
 
 
-@pytest.fixture(scope="module")
-def ended(home, pipeline, pictures):
-    """Return the folders, exit codes and output of two runs under torchrun: one gets a SIGTERM, one loses a process."""
+def test_a_killed_process_ends_the_other_and_leaves_a_whole_checkpoint(two, home):
+    assert "cannot reach the others" in json.loads((home / "killed-outcome-0.json").read_text())["error"]
+    assert not (home / "killed-outcome-1.json").exists()
+    verify_checkpoint(list_checkpoints(two["killed"])[-1])
+
+
+def test_a_sigterm_to_the_launcher_saves_once_and_ends_all(home, pipeline, pictures):
     flags = {"pretrained": pipeline, "train_data_dir": pictures, "resolution": 32, "max_train_steps": 100000}
     flags |= {"train_batch_size": 4, "checkpointing_steps": 10, "checkpoints_total_limit": 1, "num_shards": 2}
+    arguments = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += ["-m", "sd_memguard.train", *arguments, "--output_dir", str(home / "terminated")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    started = {}
-    for name in ("terminated", "killed"):
-        arguments = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-        command += ["-m", "sd_memguard.train", *arguments, "--output_dir", str(home / name)]
-        output = (home / f"{name}.txt").open("w")
-        started[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=output)
-    ends = {}
-    for name, process in started.items():
-        deadline = time.monotonic() + 240
-        while not list_checkpoints(home / name) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-        if name == "terminated":
-            process.terminate()
-        else:
-            holder = json.loads((home / name / "memguard/lock.json").read_text())["process"]
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            (other,) = (int(child) for child in children if int(child) != holder)
-            os.kill(other, signal.SIGKILL)
-        process.wait(timeout=120)
-        ends[name] = (home / name, process.returncode, (home / f"{name}.txt").read_text())
-    return ends
-
-
-def test_a_sigterm_to_the_launcher_saves_once_and_ends_all(ended):
-    folder, code, output = ended["terminated"]
-    assert code != 0
-    assert output.count("SIGTERM: saved step") == 1
-    (kept,) = list_checkpoints(folder)
+    with (home / "terminated.txt").open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file)
+    deadline = time.monotonic() + 600
+    while not list_checkpoints(home / "terminated") and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(timeout=120) == 1
+    output = (home / "terminated.txt").read_text()
+    (kept,) = list_checkpoints(home / "terminated")
     verify_checkpoint(kept)
-    saved = int(output.split("SIGTERM: saved step ")[1].split(";")[0])
-    assert kept.name == f"checkpoint-{saved}"
-
-
-def test_a_killed_process_ends_the_run_and_leaves_a_whole_checkpoint(ended):
-    folder, code, output = ended["killed"]
-    assert code != 0
-    assert "cannot reach the others" in output
-    verify_checkpoint(list_checkpoints(folder)[-1])
+    assert output.count(f"SIGTERM: saved step {kept.name.removeprefix('checkpoint-')};") == 1
+    assert output.count("SIGTERM: saved step") == 1
 
 
 # What is refused.
