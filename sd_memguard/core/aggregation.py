@@ -8,6 +8,9 @@ from torch import Tensor
 
 State = Mapping[str, Tensor]
 
+TOGETHER = 2**22
+"""Numbers from which on tensors are combined over processes at once: an exchange of each small one would cost more."""
+
 
 def aggregate(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return the weighted mean of states, on the CPU.
@@ -43,8 +46,8 @@ def iterate_aggregate(
         weights: as there.
         names: the order of the tensors; by default that of the first state.
         total: what the weights are divided by; by default their sum.
-        combine: takes the float64 sum over these states and returns that over all states of all processes, which must
-            then give the same ``names`` and ``total``.
+        combine: takes float64 sums over these states, (n,), and returns those over all states of all processes, which
+            must then give the same ``names`` and ``total``.
     """
     total = math.fsum(weights) if total is None else total
     if not states or len(states) != len(weights) or min(weights) < 0 or not 0 < total < math.inf:
@@ -53,12 +56,29 @@ def iterate_aggregate(
     for state in states:
         if set(state) != set(names):
             raise ValueError(f"the states differ in their names: {sorted(set(state) ^ set(names))[:3]}")
+    waiting: dict[str, tuple[Tensor, torch.dtype]] = {}
     for name in names:
         first = states[0][name]
         mean = torch.zeros(first.shape, dtype=torch.float64)
         for state, weight in zip(states, weights, strict=True):
             mean.add_(state[name].to("cpu", torch.float64), alpha=weight / total)
-        yield name, (mean if combine is None else combine(mean)).to(first.dtype)
+        if combine is None:
+            yield name, mean.to(first.dtype)
+            continue
+        waiting[name] = mean, first.dtype
+        if name == names[-1] or sum(partial.numel() for partial, _ in waiting.values()) >= TOGETHER:
+            yield from _combined(waiting, combine)
+            waiting = {}
+
+
+def _combined(
+    partial: Mapping[str, tuple[Tensor, torch.dtype]], combine: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors combined in one call, each cast to its kind."""
+    flat = combine(torch.cat([tensor.flatten() for tensor, _ in partial.values()]))
+    pieces = flat.split([tensor.numel() for tensor, _ in partial.values()])
+    for (name, (tensor, dtype)), piece in zip(partial.items(), pieces, strict=True):
+        yield name, piece.view(tensor.shape).to(dtype)
 
 
 def distance(state: State, mean: State) -> float:

@@ -28,7 +28,7 @@ class FullProxies:
     that the store holds K - 1 proxies, and during a switch one part more.
 
     With several processes, process r of n has the proxies r, r + n, r + 2n, ... and never sees the others: a mean is a
-    sum of partial sums, exchanged tensor by tensor. All processes then call each method that speaks of all proxies.
+    sum of partial sums, exchanged some tensors at a time. All processes call each method that speaks of all proxies.
 
     Args:
         parameters: the trained parameters of the resident model by name.

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_memguard.core.aggregation import aggregate, distance
+from sd_memguard.core import aggregation
+from sd_memguard.core.aggregation import aggregate, distance, iterate_aggregate
 from tests.reference.slow_guard import slow_average
 
 
@@ -71,3 +72,23 @@ def test_distance_is_euclidean():
     zero = {"a": torch.zeros(2), "b": torch.zeros(1, 1)}
     assert distance({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[2.0]])}, zero) == 3
     assert distance(zero, zero) == 0
+
+
+@pytest.mark.parametrize(("together", "num_exchanges"), [(1, 3), (4, 2), (10**6, 1)])
+def test_partial_sums_of_processes_give_the_aggregate_of_all(monkeypatch, together, num_exchanges):
+    monkeypatch.setattr(aggregation, "TOGETHER", together)
+    states, weights = random_states(4), [1.0, 2.0, 3.0, 0.5]
+    names = sorted(states[0])
+    told: list[torch.Tensor] = []
+    other = iterate_aggregate(
+        states[1::2], weights[1::2], names=names, total=6.5, combine=lambda s: told.append(s) or s
+    )
+    assert [name for name, _ in other] == names
+    parts = iter(told)
+    own = iterate_aggregate(states[::2], weights[::2], names=names, total=6.5, combine=lambda s: s + next(parts))
+    expected = aggregate(states, weights)
+    for name, mean in own:
+        torch.testing.assert_close(mean, expected[name], rtol=1e-6, atol=1e-7)
+        assert mean.dtype == expected[name].dtype
+    assert len(told) == num_exchanges
+    assert next(parts, None) is None
