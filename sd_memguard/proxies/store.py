@@ -101,6 +101,8 @@ class DiskStore:
 class SharedDiskStore(DiskStore):
     """A disk store of processes that all have the same proxies: the main one writes, and the others wait for it.
 
+    All processes put, drop and adopt the same entries in the same order.
+
     Args:
         folder: the folder, seen by all of them.
         exchange: the processes.

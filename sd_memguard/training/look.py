@@ -47,12 +47,10 @@ class Look:
     ) -> dict[str, MeanLoss]:
         """Return the probes' losses of the aggregate, and draw with it when that is due.
 
-        All processes call it where they share the proxies out: the aggregate is made of all of them.
+        All processes call it: they share the proxies, or the store where these rest.
         """
         draws = self._drawing_is_due(state, records)
         if self.plan.heldout is None and not draws:
-            return {}
-        if ranks.by_batch and not ranks.is_main:
             return {}
         # Not compiled: these few forwards are not worth another compilation.
         averaged = state.proxies.averaged(state.guard.aggregation_weights())

@@ -65,10 +65,8 @@ class RunState:
     def aggregate(self) -> Iterator[UNet2DConditionModel | None]:
         """Give the aggregate as a plain UNet in float32, for as long as the block lasts; to the main process alone."""
         weights, is_main = self.guard.aggregation_weights(), self.ranks.is_main
-        if self.ranks.by_batch and not is_main:
-            yield None
-        elif isinstance(self.proxies, LoraProxies):
-            merged = self.proxies.merged(weights)
+        if isinstance(self.proxies, LoraProxies):
+            merged = {} if self.ranks.by_batch and not is_main else self.proxies.merged(weights)
             yield merge(load_unet(self.plan.pipeline, self.config), merged) if is_main else None
         else:
             with self.proxies.averaged(weights):
@@ -82,6 +80,9 @@ class RunState:
             prune_checkpoints(output_dir, self.config.checkpoints_total_limit)
         elif self.ranks.by_shard:
             self._write(temporary_folder(output_dir, step))
+        else:
+            with self.aggregate():  # the resident weights rest in a store that the processes share
+                pass
         self.ranks.exchange.wait("checkpoint")
 
     def _write(self, folder: Path) -> None:

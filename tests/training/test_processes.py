@@ -38,7 +38,7 @@ EMA |= {"gradient_accumulation_steps": 2}
 LORA = {"num_shards": 2, "proxy": "lora", "rank": 2, "learning_rate": 1e-2}
 LORA |= {"skip_threshold": 0.97, "steps_per_round": 3, "max_train_steps": 12}
 # All processes one batch. A threshold this high leaves steps without a clean sample.
-BATCH = {"num_shards": 3, "max_train_steps": 18, "proxy_store": "disk", **EPSILON}
+BATCH = {"num_shards": 3, "max_train_steps": 18, "proxy_store": "disk", "checkpointing_steps": 9, **EPSILON}
 PLAIN = {"memguard": "off", "max_train_steps": 6, "gradient_accumulation_steps": 2, "cache_latents": "off", **EPSILON}
 LOST = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13]
 
@@ -95,7 +95,7 @@ def stopped_run(config: TrainConfig, step: int) -> None:
 def one(configure, wide_pictures):
     """Return the folders of the runs in one process, by name."""
     heldout = {"validation_data_dir": str(wide_pictures), "center_crop": True}
-    arms = {"shards": {**SHARDS, **heldout}, "ema": EMA, "lora": LORA, "batch": BATCH}
+    arms = {"shards": {**SHARDS, **heldout}, "ema": EMA, "lora": LORA, "batch": {**BATCH, **heldout}}
     return {name: train(configure(f"one-{name}", **settings)).output_dir for name, settings in arms.items()}
 
 
@@ -114,8 +114,14 @@ def two(configure, home, wide_pictures, one):
         job(configure("one-then-two", **shards, **again)),
         job(configure("two-ema", **EMA, cache_latents="disk", encoding_cache_dir=str(home / "cache"))),
         job(configure("two-lora", **LORA)),
-        job(configure("two-batch", **BATCH, **half)),
-        job(configure("batch-then-one", **BATCH, **half), signals={"1": [7, TERM]}),
+        job(configure("two-batch", **BATCH, **heldout, **half)),
+        job(
+            configure("batch-stopped", **BATCH, **heldout, **half),
+            signals={"1": [7, TERM]},
+            copy=str(home / "batch-then-one"),
+            name="batch-stop",
+        ),
+        job(configure("batch-stopped", **BATCH, **heldout, **half, **again)),
         job(configure("two-plain", **PLAIN, **half), loses=LOST),
         job(configure("refused", **BATCH, **half, resume_from_checkpoint="checkpoint-1")),
         job(configure("refused-elsewhere", pretrained_model_name_or_path=str(home / "nothing"))),
@@ -239,13 +245,19 @@ def test_a_batch_in_slices_gives_what_one_process_gives(one, two):
     assert all("batch" in outcome["sent"] for outcome in outcomes(two["batch"]))
 
 
-def test_a_batch_in_slices_stops_together_and_goes_on_in_one_process(one, two, configure):
-    stopped = two["batch-then-one"]
-    assert [outcome["exit"] for outcome in outcomes(stopped)] == [143, 143]
-    assert [path.name for path in list_checkpoints(stopped)] == ["checkpoint-7"]
+def test_a_batch_in_slices_stops_together_and_goes_on_to_the_same_bytes(two):
+    stopped = two["batch-stopped"]
+    assert [outcome["exit"] for outcome in outcomes(stopped.with_name("batch-stop"))] == [143, 143]
+    assert (two["batch-then-one"] / "checkpoint-7").is_dir()
+    assert bytes_of(stopped) == bytes_of(two["batch"])
+
+
+def test_a_batch_in_slices_goes_on_in_one_process_of_as_many_samples(one, two, configure, wide_pictures):
+    settings = {**BATCH, "validation_data_dir": str(wide_pictures), "center_crop": True}
+    settings["resume_from_checkpoint"] = "latest"
     with pytest.raises(CheckpointError, match="train_batch_size"):
-        train(configure("batch-then-one", **BATCH, train_batch_size=2, resume_from_checkpoint="latest"))
-    resumed = train(configure("batch-then-one", **BATCH, resume_from_checkpoint="latest"))
+        train(configure("batch-then-one", **settings, train_batch_size=2))
+    resumed = train(configure("batch-then-one", **settings))
     assert_same_run(one["batch"], resumed.output_dir)
 
 
