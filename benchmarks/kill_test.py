@@ -101,16 +101,18 @@ def survive(
     seconds = time.monotonic() - began
     resumed = make_train_config(**settings, output_dir=str(folder / "killed"), resume_from_checkpoint="latest")
     kills = in_save = early = 0
-    while kills < num_kills and early < num_kills:
+    span = seconds
+    while kills < num_kills and early < 10 + num_kills:
         processes = start(resumed, size)
-        time.sleep(chance.uniform(0.1, 0.9) * seconds)
+        time.sleep(chance.uniform(0.1, 0.9) * span)
         for process in processes:
             os.kill(process, signal.SIGKILL)
         if -signal.SIGKILL in wait_for(processes):
             kills += 1
             in_save += any((folder / "killed").glob("writing-*"))
-        else:  # it had finished: begin anew, so that every kill hits a run at work
+        else:  # it had finished: begin anew and kill sooner, so that every kill hits a run at work
             early += 1
+            span *= 0.7
             shutil.rmtree(folder / "killed")
     finish(start(resumed, size))
     same = {name: (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes() for name in RESULTS}
