@@ -72,8 +72,12 @@ def launch(folder: Path, jobs: list[dict]) -> None:
         started = [
             subprocess.Popen([*command, rank, "2"], cwd=ROOT, env=environment, stderr=output) for rank in ("0", "1")
         ]
-        for process in started:
-            process.wait(timeout=1200)
+        try:
+            for process in started:
+                process.wait(timeout=1200)
+        finally:
+            for process in started:
+                process.kill()
 
 
 def stopped_run(config: TrainConfig, step: int) -> None:
