@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 from sd_memguard.config import TrainConfig, make_train_config
 from sd_memguard.training.loop import train
@@ -78,6 +79,7 @@ def train_as(rank: int, size: int, port: int, config: TrainConfig) -> None:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
         os.environ |= {name: str(number) for name, number in numbers.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+        AcceleratorState._reset_state(reset_partial_state=True)  # of the process this one is a copy of
     train(config)
 
 
