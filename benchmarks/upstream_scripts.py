@@ -28,7 +28,7 @@ from sd_memguard import assets
 STEPS, HALF, NUM_PICTURES = 24, 12, 48
 NUM_TIMESTEPS = 50
 """Few, so that the memory bank has seen enough of each for decisions after a few steps."""
-GUARD = ["--num_shards", "2", "--steps_per_round", "4", "--skip_threshold", "0.95"]
+GUARD = ["--num_shards", "2", "--steps_per_round", "4", "--skip_threshold", "0.95", "--augment_threshold", "1.2"]
 NEUTRAL = ["--memguard", "off"]
 UNET, LORA = "unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"
 

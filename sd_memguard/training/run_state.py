@@ -136,7 +136,7 @@ class RunState:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.records.restore_rounds(state["rounds"])
-        self.run_id = state["run_id"]
+        self.run_id = state.get("run_id", self.run_id)  # older checkpoints have none
         logger.info("going on from %s", folder)
         before, now = state["config"]["max_train_steps"], self.config.max_train_steps
         if before != now and not self.config.lr_scheduler.startswith("constant"):
