@@ -42,6 +42,7 @@ class Arm(NamedTuple):
 ARMS = {
     "base": Arm("the model before any fine-tune", {}),
     "plain": Arm("plain with EMA", FULL | {"memguard": "off"}),
+    "plain_raw": Arm("plain without EMA", FULL | {"memguard": "off", "use_ema": False}),
     "iet": Arm("IET", FULL | IET),
     "iet_agc": Arm("IET, AGC", FULL | IET | AGC),
     "iet_agc_taa": Arm("IET, AGC, TAA", FULL | IET | AGC | TAA),
@@ -56,6 +57,10 @@ ARMS = {
     "paper": Arm("`--preset paper`, 4 shards", FULL | {"preset": "paper", "num_shards": 4}),
     "agc": Arm("AGC, one model", FULL | OFF | AGC),
     "agc_balance": Arm("AGC, one model, duplicates counted as one: the default", FULL | OFF | AGC | BALANCE),
+    "agc_balance_raw": Arm("the default without EMA", FULL | OFF | AGC | BALANCE | {"use_ema": False}),
+    "agc_6_balance": Arm("the default, threshold 0.6", FULL | OFF | BALANCE | {"skip_threshold": 0.6}),
+    "agc_9_balance": Arm("the default, threshold 0.9", FULL | OFF | BALANCE | {"skip_threshold": 0.9}),
+    "iet_2_balance": Arm("two shards, duplicates counted as one", FULL | IET | BALANCE | {"num_shards": 2}),
     "two_balance": Arm(
         "two shards, AGC, MSR, duplicates counted as one", FULL | IET | AGC | MSR | BALANCE | {"num_shards": 2}
     ),
@@ -66,6 +71,8 @@ ARMS = {
     "lora_iet_agc": Arm("LoRA, IET, AGC", LORA | IET | AGC),
     "lora_iet_agc_taa": Arm("LoRA, IET, AGC, TAA", LORA | IET | AGC | TAA),
     "lora_iet_agc_taa_msr": Arm("LoRA, IET, AGC, TAA, MSR", LORA | IET | AGC | TAA | MSR),
+    "lora_paper": Arm("LoRA, `--preset paper`, 4 shards", LORA | {"preset": "paper", "num_shards": 4}),
+    "lora_agc_balance": Arm("LoRA, AGC, one model, duplicates counted as one: the default", LORA | OFF | AGC | BALANCE),
     "lora_balance": Arm(
         "LoRA, the same, duplicates counted as one", LORA | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}
     ),
