@@ -61,11 +61,19 @@ ARMS = {
     "agc_6_balance": Arm("the default, threshold 0.6", FULL | OFF | BALANCE | {"skip_threshold": 0.6}),
     "agc_9_balance": Arm("the default, threshold 0.9", FULL | OFF | BALANCE | {"skip_threshold": 0.9}),
     "iet_2_balance": Arm("two shards, duplicates counted as one", FULL | IET | BALANCE | {"num_shards": 2}),
+    "two_6_balance": Arm(
+        "two shards, AGC with threshold 0.6, duplicates counted as one",
+        FULL | IET | BALANCE | {"num_shards": 2, "skip_threshold": 0.6},
+    ),
+    "agc_taa_balance": Arm("the default with TAA", FULL | OFF | AGC | TAA | BALANCE),
     "two_balance": Arm(
         "two shards, AGC, MSR, duplicates counted as one", FULL | IET | AGC | MSR | BALANCE | {"num_shards": 2}
     ),
     "plain_distinct": Arm("plain, duplicates removed", FULL | {"memguard": "off"}, data="distinct"),
     "plain_augmented": Arm("plain, RandAugment on everything", FULL | {"memguard": "off"}, data="augmented"),
+    "plain_distinct_augmented": Arm(
+        "plain, duplicates removed, RandAugment on everything", FULL | {"memguard": "off"}, data="distinct_augmented"
+    ),
     "lora_plain": Arm("LoRA, plain", LORA | {"memguard": "off"}),
     "lora_iet": Arm("LoRA, IET", LORA | IET),
     "lora_iet_agc": Arm("LoRA, IET, AGC", LORA | IET | AGC),

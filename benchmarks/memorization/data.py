@@ -18,14 +18,15 @@ def training_folder(name: str, work_dir: Path) -> Path:
     """Return the folder of a set, made in ``work_dir`` where it is not there yet.
 
     ``demo`` is the bundled one; ``distinct`` has each of its pictures once; ``augmented`` has RandAugment versions of
-    every row in its place, so that no picture is seen as it is.
+    every row in its place, so that no picture is seen as it is; ``distinct_augmented`` has both.
     """
     if name == "demo":
         return demo_data_path()
     folder = work_dir / f"data-{name}"
     if not (folder / "metadata.jsonl").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        {"distinct": _write_distinct, "augmented": _write_augmented}[name](folder)
+        rows = _distinct(_rows()) if name.startswith("distinct") else _rows()
+        (_write_augmented if name.endswith("augmented") else _write_as_they_are)(folder, rows)
     return folder
 
 
@@ -34,19 +35,22 @@ def _rows() -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
-def _write_distinct(folder: Path) -> None:
+def _distinct(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     # Each copy of a repeated picture is a file of its own: it is the content that tells.
-    rows = list({(demo_data_path() / row["file_name"]).read_bytes(): row for row in reversed(_rows())}.values())
+    return list({(demo_data_path() / row["file_name"]).read_bytes(): row for row in reversed(rows)}.values())
+
+
+def _write_as_they_are(folder: Path, rows: list[dict[str, str]]) -> None:
     for row in rows:
         (folder / row["file_name"]).write_bytes((demo_data_path() / row["file_name"]).read_bytes())
     _write_metadata(folder, rows)
 
 
-def _write_augmented(folder: Path) -> None:
+def _write_augmented(folder: Path, rows: list[dict[str, str]]) -> None:
     augment, written = RandAugment(num_ops=2, magnitude=MAGNITUDE, fill=[255, 255, 255]), []
     torch.manual_seed(0)
     random.seed(0)
-    for number, row in enumerate(_rows()):
+    for number, row in enumerate(rows):
         with Image.open(demo_data_path() / row["file_name"]) as image:
             picture = image.convert("RGB")
         for copy in range(COPIES):
