@@ -172,7 +172,9 @@ class TrainConfig:
         "auto", "Data", "compute the embeddings of the captions once; auto: in memory, else on disk"
     )
     encoding_cache_dir: str | None = setting(
-        None, "Data", "folder of the caches on disk, shared by runs; sd_memguard in the user's cache if not given"
+        None,
+        "Data",
+        "folder that runs share: caches on disk (else in the user's cache), checked pictures (else in output_dir)",
     )
     dataloader_num_workers: int = setting(0, "Data", "processes that read pictures; 0: the main one", NOT_NEGATIVE)
 

@@ -7,9 +7,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sd_memguard.core.seeding import Address, draw_integers, draw_uniform
+from sd_memguard.training.encoding_store import KEY
 from sd_memguard.training.samples import Samples
 
-KEY = "S16"
 """A content hash of 16 bytes in numpy."""
 _TEXTS_AT_ONCE = 10_000
 

@@ -1,4 +1,4 @@
-"""Latents and text embeddings on disk, keyed by what they were made of, and shared by runs.
+"""Rows on disk (latents, text embeddings, checked pictures), keyed by what they were made of, and shared by runs.
 
 A folder holds rows of one kind that were made in one way (its *context*: network, preprocessing, precision, versions).
 It consists of safetensors files with ``keys`` (n, 16) uint8, the hashes of the pictures or captions, and ``values``
@@ -25,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd_memguard.training.captions import KEY
-
 logger = logging.getLogger(__name__)
 
+KEY = "S16"
+"""Type of a hash in numpy."""
 Keys = npt.NDArray[np.bytes_]
 TEMPORARY_PREFIX = "writing-"
 ABANDONED_AFTER = 24 * 3600

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from sd_memguard.core.duplicates import THUMBNAIL_SIDE
 from sd_memguard.errors import UserError
+from sd_memguard.training.check_cache import CheckCache, Seen
 
 _MAX_LISTED = 20
 _ROWS_PER_TASK, _MAX_TASKS = 32, 20_000
@@ -164,8 +165,9 @@ def check_pictures(
     num_workers: int | None = None,
     progress: bool = True,
     thumbnails: npt.NDArray[np.uint8] | None = None,
+    cache: CheckCache | None = None,
 ) -> tuple[npt.NDArray[np.int32], dict[int, str]]:
-    """Decode every picture once, in threads, and return their sizes and what is wrong with them.
+    """Decode every picture that is not in the cache, in threads, and return the sizes and what is wrong with them.
 
     Args:
         pictures: where the pictures are read from.
@@ -173,6 +175,7 @@ def check_pictures(
         num_workers: number of threads; one per CPU core by default.
         progress: show a progress bar that disappears when it is full.
         thumbnails: (N, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), filled with small versions of the good pictures if given.
+        cache: what earlier checks have found; takes in what this one finds, also where it is interrupted.
 
     Returns:
         (N, 2) width and height after EXIF rotation (0, 0 where the picture is bad), and the fault of each bad row.
@@ -186,13 +189,13 @@ def check_pictures(
         task = rows[start : start + per_task]
         for position, row in enumerate(task.tolist(), start):
             try:
-                picture = decode_picture(pictures.read(row))
+                seen = _look_at(pictures.read(row), cache, with_thumbnail=thumbnails is not None)
             except PictureError as error:
                 faults[row] = printable(str(error))
                 continue
-            sizes[position] = picture.size
-            if thumbnails is not None:
-                thumbnails[position] = thumbnail(picture)
+            sizes[position] = seen.size
+            if thumbnails is not None and seen.thumbnail is not None:
+                thumbnails[position] = seen.thumbnail
         return len(task)
 
     executor = ThreadPoolExecutor(num_workers or os.cpu_count())
@@ -202,7 +205,29 @@ def check_pictures(
                 bar.update(num_checked)
     finally:
         executor.shutdown(cancel_futures=True)  # an interrupt does not wait for the pictures still queued
+        if cache is not None:
+            cache.flush()
     return sizes, faults
+
+
+def _look_at(stored: Mapping[str, object], cache: CheckCache | None, *, with_thumbnail: bool) -> Seen:
+    """Return what is known of a picture, which is decoded where nothing is."""
+    if cache is None:
+        return _decoded(stored, with_thumbnail)
+    try:
+        key = content_key(stored)
+    except OSError:
+        return _decoded(stored, with_thumbnail)  # which finds it all the same, or names the fault
+    seen = cache.find(key)
+    if seen is None:
+        seen = _decoded(stored, with_thumbnail)
+        cache.add(key, seen)
+    return seen
+
+
+def _decoded(stored: Mapping[str, object], with_thumbnail: bool) -> Seen:
+    picture = decode_picture(stored)
+    return Seen(picture.size, thumbnail(picture) if with_thumbnail else None)
 
 
 def first_names(names: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ import PIL.Image
 import pyarrow as pa
 
 from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups
+from sd_memguard.training.check_cache import CheckCache
 from sd_memguard.training.sample_check import (
     BadSample,
     PictureError,
@@ -142,6 +143,7 @@ def load_samples(
     num_workers: int | None = None,
     progress: bool = True,
     checked: Checked | None = None,
+    cache: CheckCache | None = None,
 ) -> Samples:
     """Return the captioned pictures of a folder or data set, with every row in use read and every picture decoded.
 
@@ -162,6 +164,7 @@ def load_samples(
         num_workers: threads that decode; one per CPU core by default.
         progress: show a progress bar.
         checked: what a check of the same rows has found; no picture is opened then.
+        cache: what earlier checks have found about the same files, which are not decoded again.
 
     Raises:
         SampleError: the data cannot be found or understood, or samples are bad; names all that is wrong with them.
@@ -181,7 +184,7 @@ def load_samples(
         raise SampleError("there are no data to train on: give `--train_data_dir FOLDER` or `--dataset_name NAME`")
     num_rows = len(source.rows.files)
     chosen = _choose_rows(num_rows, max_train_samples, seed)
-    sizes, bad, groups = checked or _check(source, chosen, num_workers, progress, find_duplicates)
+    sizes, bad, groups = checked or _check(source, chosen, num_workers, progress, find_duplicates, cache)
     if bad:
         _report_bad(source.name, bad, len(chosen), on_bad_sample)
     sample_ids = np.setdiff1d(chosen, [one.sample_id for one in bad], assume_unique=True).astype(np.int64)
@@ -215,7 +218,12 @@ def _choose_rows(num_rows: int, max_train_samples: int | None, seed: int) -> npt
 
 
 def _check(
-    source: Source, rows: npt.NDArray[np.int64], num_workers: int | None, progress: bool, find_duplicates: bool
+    source: Source,
+    rows: npt.NDArray[np.int64],
+    num_workers: int | None,
+    progress: bool,
+    find_duplicates: bool,
+    cache: CheckCache | None,
 ) -> Checked:
     """Return the sizes of all pictures, the bad samples among the rows with all that is wrong, and the groups."""
     files, _, row_faults, caption_faults = source.rows
@@ -223,7 +231,7 @@ def _check(
     shape = (len(readable), THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)
     thumbnails = np.empty(shape, dtype=np.uint8) if find_duplicates else None
     checked, picture_faults = check_pictures(
-        source.pictures, readable, num_workers=num_workers, progress=progress, thumbnails=thumbnails
+        source.pictures, readable, num_workers=num_workers, progress=progress, thumbnails=thumbnails, cache=cache
     )
     sizes = np.zeros((len(files), 2), dtype=np.int32)
     sizes[readable] = checked

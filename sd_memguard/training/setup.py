@@ -28,6 +28,7 @@ from sd_memguard.errors import UserError
 from sd_memguard.proxies.full import FullProxies
 from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore, SharedDiskStore
+from sd_memguard.training.check_cache import CheckCache
 from sd_memguard.training.duplicates import describe_duplicates
 from sd_memguard.training.encoding_cache import refuse_inexact_cache
 from sd_memguard.training.footprint import Footprint, check_space, footprint, rests_in_ram
@@ -256,6 +257,7 @@ def _load_pictures(
             on_bad_sample=config.on_bad_sample,
             find_duplicates=find_duplicates,
             checked=checked,
+            cache=_check_cache(config, find_duplicates) if checked is None else None,
         )
     except SampleError as error:
         if not error.bad or config.dry_run:
@@ -265,6 +267,14 @@ def _load_pictures(
     if samples.bad and not config.dry_run and checked is None:
         logger.warning("the bad samples are listed in %s", write_bad_samples(Path(config.output_dir), samples.bad))
     return samples
+
+
+def _check_cache(config: TrainConfig, thumbnails: bool) -> CheckCache | None:
+    """Return what earlier checks have found, in the run folder or a named folder that runs share."""
+    if config.dry_run:
+        return None  # writes nothing
+    named = config.encoding_cache_dir
+    return CheckCache(Path(config.output_dir) / FOLDER if named is None else Path(named), thumbnails=thumbnails)
 
 
 def write_bad_samples(output_dir: Path, bad: Sequence[BadSample]) -> Path:

@@ -312,10 +312,11 @@ def test_auto_takes_memory_then_disk_then_nothing(configure, monkeypatch, tmp_pa
         choose_place(need, configure(cache_latents="disk"))
 
 
-def test_a_folder_that_cannot_be_used_is_named(make_source, tmp_path):
+def test_a_folder_that_cannot_be_used_is_named(make_source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(CacheError, match=r"`--cache_latents` cannot use .*file.*--encoding_cache_dir"):
-        make_source(**DISK, encoding_cache_dir=str(tmp_path / "file"))
+        make_source(**DISK, encoding_cache_dir=None)
 
 
 def test_the_folder_is_the_users_cache_unless_set(configure, monkeypatch, tmp_path):
