@@ -131,10 +131,15 @@ def fall_texts(found: Fall | None) -> list[str]:
     """Return plain training's share of copies and the fall, as text."""
     if found is None:
         return ["0%", "-"]
-    text = f"{found.value:.0%} ({found.low:.0%} to {found.high:.0%})"
+    text = f"{percent(found.value)} ({percent(found.low)} to {percent(found.high)})"
     if len(found.by_seed) > 1:
-        text += f", by seed {', '.join(f'{one:.0%}' for one in found.by_seed)}"
+        text += f", by seed {', '.join(map(percent, found.by_seed))}"
     return [f"{found.share:.0%}{'' if found.reached else '*'}", text]
+
+
+def percent(value: float) -> str:
+    """Return a fall as text; one far below zero, beside next to no copies of plain training, says no more than that."""
+    return f"{value:.0%}" if value > -10 else "under -1000%"
 
 
 def _line(values: Sequence[object]) -> str:
