@@ -74,6 +74,9 @@ ARMS = {
     "plain_distinct_augmented": Arm(
         "plain, duplicates removed, RandAugment on everything", FULL | {"memguard": "off"}, data="distinct_augmented"
     ),
+    "plain_distinct_moved": Arm(
+        "plain, duplicates removed, pictures moved a little", FULL | {"memguard": "off"}, data="distinct_moved"
+    ),
     "lora_plain": Arm("LoRA, plain", LORA | {"memguard": "off"}),
     "lora_iet": Arm("LoRA, IET", LORA | IET),
     "lora_iet_agc": Arm("LoRA, IET, AGC", LORA | IET | AGC),

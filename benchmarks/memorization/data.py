@@ -6,19 +6,25 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torchvision.transforms import RandAugment
+from torchvision.transforms import RandAugment, RandomAffine
 
 from sd_memguard.assets import demo_data_path
 
 COPIES, MAGNITUDE = 4, 5
-"""RandAugment versions of each picture, and their magnitude, of 30 (the method's own go up to 5)."""
+"""Changed versions of each picture, and the magnitude of RandAugment, of 30 (the method's own go up to 5)."""
+WHITE = [255, 255, 255]
+CHANGES = {
+    "augmented": RandAugment(num_ops=2, magnitude=MAGNITUDE, fill=WHITE),
+    "moved": RandomAffine(degrees=5, translate=(0.06, 0.06), scale=(0.9, 1.1), fill=WHITE),
+}
+"""What is done to the pictures of a set whose name ends so: RandAugment, or shifts, turns and scales without colours."""
 
 
 def training_folder(name: str, work_dir: Path) -> Path:
     """Return the folder of a set, made in ``work_dir`` where it is not there yet.
 
-    ``demo`` is the bundled one; ``distinct`` has each of its pictures once; ``augmented`` has RandAugment versions of
-    every row in its place, so that no picture is seen as it is; ``distinct_augmented`` has both.
+    ``demo`` is the bundled one; ``distinct`` has each of its pictures once; ``augmented`` has changed versions of every
+    row in its place, so that no picture is seen as it is; ``distinct_augmented`` and ``distinct_moved`` have both.
     """
     if name == "demo":
         return demo_data_path()
@@ -26,7 +32,8 @@ def training_folder(name: str, work_dir: Path) -> Path:
     if not (folder / "metadata.jsonl").exists():
         folder.mkdir(parents=True, exist_ok=True)
         rows = _distinct(_rows()) if name.startswith("distinct") else _rows()
-        (_write_augmented if name.endswith("augmented") else _write_as_they_are)(folder, rows)
+        change = CHANGES.get(name.rpartition("_")[2])
+        _write_as_they_are(folder, rows) if change is None else _write_changed(folder, rows, change)
     return folder
 
 
@@ -46,8 +53,8 @@ def _write_as_they_are(folder: Path, rows: list[dict[str, str]]) -> None:
     _write_metadata(folder, rows)
 
 
-def _write_augmented(folder: Path, rows: list[dict[str, str]]) -> None:
-    augment, written = RandAugment(num_ops=2, magnitude=MAGNITUDE, fill=[255, 255, 255]), []
+def _write_changed(folder: Path, rows: list[dict[str, str]], change: torch.nn.Module) -> None:
+    written = []
     torch.manual_seed(0)
     random.seed(0)
     for number, row in enumerate(rows):
@@ -55,7 +62,7 @@ def _write_augmented(folder: Path, rows: list[dict[str, str]]) -> None:
             picture = image.convert("RGB")
         for copy in range(COPIES):
             name = f"{number:04}-{copy}.png"
-            augment(picture).save(folder / name)
+            change(picture).save(folder / name)
             written.append({"file_name": name, "text": row["text"]})
     _write_metadata(folder, written)
 
