@@ -17,7 +17,7 @@ CHANGES = {
     "augmented": RandAugment(num_ops=2, magnitude=MAGNITUDE, fill=WHITE),
     "moved": RandomAffine(degrees=5, translate=(0.06, 0.06), scale=(0.9, 1.1), fill=WHITE),
 }
-"""What is done to the pictures of a set whose name ends so: RandAugment, or shifts, turns and scales without colours."""
+"""What is done to the pictures of a set whose name ends so; the second leaves their colours alone."""
 
 
 def training_folder(name: str, work_dir: Path) -> Path:
