@@ -125,7 +125,7 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: KnownPictures 
         known: what another process has found out about the pictures, so that they need no second look.
 
     Raises:
-        UserError: see its subclasses; no model was loaded, and nothing written but what the check of the pictures found.
+        UserError: see its subclasses; no model was loaded, and nothing written but what the pictures were found to be.
     """
     recorded = _recorded(config)
     seed = config.seed if config.seed is not None else recorded.get("seed", secrets.randbits(31))
