@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from benchmarks.memorization.compare import quality
 from benchmarks.memorization.table import Points, is_judged, share, title
 
-SHOWN = ("plain", "plain_augmented", "plain_distinct", "iet", "iet_agc", "paper", "shard", "agc", "agc_balance")
+SHOWN = ("plain", "plain_distinct_moved", "plain_distinct", "iet", "iet_agc", "paper", "shard", "agc", "agc_balance")
 """Arms of full weights; more would hide each other."""
 
 
