@@ -29,7 +29,7 @@ class CheckCacheError(UserError):
     """What was found out about the pictures cannot be kept."""
 
 
-class Seen(NamedTuple):
+class GoodPicture(NamedTuple):
     """A good picture: width and height after EXIF rotation, and its thumbnail where these are kept."""
 
     size: tuple[int, int]
@@ -56,16 +56,18 @@ class CheckCache:
         self._folder = folder
         self._adding = Lock()
 
-    def find(self, key: bytes) -> Seen | None:
+    def find(self, key: bytes) -> GoodPicture | None:
         """Return what is known of the picture with this hash, None where it was not seen yet."""
         place = self._store.find(np.array([key], KEY))
         if place[0] == MISSING:
             return None
         row = self._store.read(place)[0].numpy()
         width, height = row[:_SIZE_BYTES].view(np.int32).tolist()
-        return Seen((width, height), None if self._thumbnail is None else row[_SIZE_BYTES:].reshape(self._thumbnail))
+        return GoodPicture(
+            (width, height), None if self._thumbnail is None else row[_SIZE_BYTES:].reshape(self._thumbnail)
+        )
 
-    def add(self, key: bytes, seen: Seen) -> None:
+    def add(self, key: bytes, seen: GoodPicture) -> None:
         """Take in a good picture, to be found after the next ``flush``."""
         size = np.array(seen.size, np.int32).view(np.uint8)
         row = size if seen.thumbnail is None else np.concatenate((size, seen.thumbnail.reshape(-1)))

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from sd_memguard.core.duplicates import THUMBNAIL_SIDE
 from sd_memguard.errors import UserError
-from sd_memguard.training.check_cache import CheckCache, Seen
+from sd_memguard.training.check_cache import CheckCache, GoodPicture
 
 _MAX_LISTED = 20
 _ROWS_PER_TASK, _MAX_TASKS = 32, 20_000
@@ -210,7 +210,7 @@ def check_pictures(
     return sizes, faults
 
 
-def _look_at(stored: Mapping[str, object], cache: CheckCache | None, *, with_thumbnail: bool) -> Seen:
+def _look_at(stored: Mapping[str, object], cache: CheckCache | None, *, with_thumbnail: bool) -> GoodPicture:
     """Return what is known of a picture, which is decoded where nothing is."""
     if cache is None:
         return _decoded(stored, with_thumbnail)
@@ -225,9 +225,9 @@ def _look_at(stored: Mapping[str, object], cache: CheckCache | None, *, with_thu
     return seen
 
 
-def _decoded(stored: Mapping[str, object], with_thumbnail: bool) -> Seen:
+def _decoded(stored: Mapping[str, object], with_thumbnail: bool) -> GoodPicture:
     picture = decode_picture(stored)
-    return Seen(picture.size, thumbnail(picture) if with_thumbnail else None)
+    return GoodPicture(picture.size, thumbnail(picture) if with_thumbnail else None)
 
 
 def first_names(names: Iterable[str]) -> str:

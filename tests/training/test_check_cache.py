@@ -6,7 +6,7 @@ import pytest
 
 from sd_memguard.config import make_train_config
 from sd_memguard.training import sample_check
-from sd_memguard.training.check_cache import CheckCache, CheckCacheError, Seen
+from sd_memguard.training.check_cache import CheckCache, CheckCacheError, GoodPicture
 from sd_memguard.training.samples import load_samples
 from sd_memguard.training.setup import make_plan
 
@@ -96,7 +96,7 @@ def test_a_damaged_file_of_the_cache_is_named_and_made_anew(folder, tmp_path, de
 def test_a_row_comes_back_as_it_was(tmp_path):
     cache = CheckCache(tmp_path, thumbnails=True)
     thumbnail = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-    cache.add(b"key", Seen((70_000, 3), thumbnail))
+    cache.add(b"key", GoodPicture((70_000, 3), thumbnail))
     cache.flush()
     found = CheckCache(tmp_path, thumbnails=True).find(b"key")
     assert found is not None
