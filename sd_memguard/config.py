@@ -28,6 +28,7 @@ __all__ = ["PRESETS", "ConfigError", "GuardConfig", "TrainConfig", "make_train_c
 
 GUARD = "Memorization guard"  # the heading of its flags
 MULTIPLE_OF_8 = Rule("a positive multiple of 8", lambda pixels: pixels > 0 and pixels % 8 == 0)
+AFFINE = Rule("between 0 and 0.2", lambda share: 0 <= share <= 0.2)
 RANK = Rule("-1 or more", lambda rank: rank >= -1)
 SEED = (
     "Training",
@@ -164,6 +165,9 @@ class TrainConfig:
     ] = setting("lanczos", "Data", "filter that resizes the pictures")
     center_crop: bool = setting(False, "Data", "crop the middle of each picture rather than a random part")
     random_flip: bool = setting(False, "Data", "mirror half of the pictures at random")
+    random_affine: float = setting(
+        0.0, "Data", "shift, turn and zoom each picture at random, each by up to this share of its side (0.05)", AFFINE
+    )
     caption_dropout: float = setting(0.0, "Data", "share of captions replaced by an empty one", PROBABILITY)
     cache_latents: Literal["auto", "memory", "disk", "off"] = setting(
         "auto", "Data", "compute the latents of the pictures once; auto: where that is exact, in memory, else on disk"

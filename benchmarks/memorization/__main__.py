@@ -119,7 +119,7 @@ def judge_base(options: argparse.Namespace, exam: Exam) -> None:
 
 def is_complete(file: Path) -> bool:
     """Return whether a cell is there with all that is judged now."""
-    return file.exists() and "kid_latents" in json.loads(file.read_text(encoding="utf-8"))
+    return file.exists() and "recognized" in json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_cell(file: Path, cell: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ IET = OFF | {"num_shards": 4}
 AGC = {"skip_threshold": 0.8}
 TAA = {"augment_threshold": 1.2}
 BALANCE = {"group_duplicates": "balance"}
+AFFINE = {"random_affine": 0.05}
 MSR = {"redistribute_fraction": 0.25}
 
 
@@ -76,6 +77,18 @@ ARMS = {
     ),
     "plain_distinct_moved": Arm(
         "plain, duplicates removed, pictures moved a little", FULL | {"memguard": "off"}, data="distinct_moved"
+    ),
+    "plain_affine": Arm("plain, random affine maps", FULL | {"memguard": "off"} | AFFINE),
+    "plain_distinct_affine": Arm(
+        "plain, duplicates removed, random affine maps", FULL | {"memguard": "off"} | AFFINE, data="distinct"
+    ),
+    "balance_affine": Arm("duplicates counted as one, random affine maps", FULL | OFF | BALANCE | AFFINE),
+    "agc_balance_affine": Arm("the default, random affine maps", FULL | OFF | AGC | BALANCE | AFFINE),
+    "agc_balance_affine_half": Arm(
+        "the default, random affine maps of half the strength", FULL | OFF | AGC | BALANCE | {"random_affine": 0.025}
+    ),
+    "agc_6_balance_affine": Arm(
+        "the default, threshold 0.6, random affine maps", FULL | OFF | BALANCE | {"skip_threshold": 0.6} | AFFINE
     ),
     "lora_plain": Arm("LoRA, plain", LORA | {"memguard": "off"}),
     "lora_iet": Arm("LoRA, IET", LORA | IET),

@@ -23,6 +23,8 @@ from sd_memguard.core.seeding import derive_seed, generator_for
 SIZE = 64
 NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 20, 2.5
 NUM_CAPTIONS = {"repeated": 32, "single": 96}
+RECOGNIZED = 0.7
+"""Cosine of descriptors; 2% of the untouched model's drawings are as like the picture of their caption."""
 DRAWINGS = {"repeated": 4, "single": 1}
 """Drawings of each caption, by kind."""
 
@@ -68,7 +70,7 @@ def prepare_exam() -> Exam:
 
 
 def judge(exam: Exam, unet_folder: Path, drawings: Path, description: str) -> dict[str, Any]:
-    """Return copies by kind, mean losses by set, and the KID of the drawings, of the UNet in a folder.
+    """Return copies by kind and measure, mean losses by set, and the KID of the drawings, of the UNet in a folder.
 
     Args:
         exam: what it is asked.
@@ -83,6 +85,7 @@ def judge(exam: Exam, unet_folder: Path, drawings: Path, description: str) -> di
     distances = {name: kernel_distance(features[name], exam.unseen[name], generator_for(0, "kid")) for name in features}
     return {
         "copies": {kind: _copies(exam, kind, pixels) for kind, pixels in drawn.items()},
+        "recognized": {kind: _recognized(exam, kind, pixels) for kind, pixels in drawn.items()},
         "losses": {name: _mean(denoising_losses(unet, encoded)) for name, encoded in exam.encoded.items()},
         **{
             name: {"mean": round(kid.value, 5), "low": round(kid.low, 5), "high": round(kid.high, 5)}
@@ -125,17 +128,32 @@ def _draw(exam: Exam, kind: str, description: str) -> Tensor:
 
 
 def _copies(exam: Exam, kind: str, pixels: Tensor) -> dict[str, Any]:
-    rows, drawings = exam.rows[kind], DRAWINGS[kind]
     found = find_copies(as_rows(pixels), as_rows(exam.pictures.pixels))
-    is_copy = found.is_copy.view(len(rows), drawings)
+    return _counted(exam, kind, found.is_copy) | {"mean_ratio": round(float(found.ratio.mean()), 4)}
+
+
+def _recognized(exam: Exam, kind: str, pixels: Tensor) -> dict[str, Any]:
+    """Return drawings that the descriptor takes for the picture of their caption, be it moved, turned or recolored."""
+    own = exam.pictures.pixels[[row for row in exam.rows[kind] for _ in range(DRAWINGS[kind])]]
+    likeness = (_descriptors(pixels, exam.extractor) * _descriptors(own, exam.extractor)).sum(1)
+    return _counted(exam, kind, likeness >= RECOGNIZED) | {"mean_likeness": round(float(likeness.mean()), 4)}
+
+
+def _counted(exam: Exam, kind: str, is_copy: Tensor) -> dict[str, Any]:
+    by_caption = is_copy.view(len(exam.rows[kind]), DRAWINGS[kind])
     return {
-        "captions": len(rows),
-        "drawings": int(is_copy.numel()),
-        "copies": int(is_copy.sum()),
-        "captions_copied": int(is_copy.any(1).sum()),
-        "mean_ratio": round(float(found.ratio.mean()), 4),
-        "copies_by_caption": "".join(map(str, is_copy.sum(1).tolist())),  # a digit for each
+        "captions": len(by_caption),
+        "drawings": by_caption.numel(),
+        "copies": int(by_caption.sum()),
+        "captions_copied": int(by_caption.any(1).sum()),
+        "copies_by_caption": "".join(map(str, by_caption.sum(1).tolist())),  # a digit for each
     }
+
+
+@torch.no_grad()
+def _descriptors(pixels: Tensor, extractor: Extractor) -> Tensor:
+    """Return the copy descriptors of pictures, (N, D) of length 1."""
+    return torch.cat([extractor.embed(part) for part in pixels.split(BATCH_SIZE)])
 
 
 def _mean(losses: Tensor) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """What the frozen networks make of pictures and captions, computed once: in memory, or in a folder that runs share.
 
 A latent is exact to keep when the crop is the same at every visit: with `--center_crop`, or where all pictures are
-square. Otherwise each visit draws a crop of its own, and the VAE runs at each visit: a few kept crops would be seen
-again and again, which is what the guard is there to prevent. Mean and log variance are kept, so that the latent itself
-is drawn anew at each visit; both mirror images are kept where pictures are mirrored.
+square, and without `--random_affine`. Otherwise each visit sees the picture in another way, and the VAE runs at each
+visit: a few kept crops would be seen again and again, which is what the guard is there to prevent. Mean and log
+variance are kept, so that the latent itself is drawn anew at each visit; both mirror images are kept where pictures are
+mirrored.
 
 Every batch that goes through a network here has the same size, the last one too, so that what is kept depends on the
 picture or caption alone, not on what else was missing.
@@ -109,8 +110,10 @@ class Need(NamedTuple):
 
 
 def latents_are_exact(samples: Samples, config: TrainConfig) -> bool:
-    """Say whether every visit to a picture sees the same crop."""
+    """Say whether every visit to a picture sees the same crop, unmoved."""
     sizes = samples.sizes[samples.sample_ids]
+    if config.random_affine:
+        return False
     return config.center_crop or bool((sizes[:, 0] == sizes[:, 1]).all())
 
 
@@ -120,11 +123,17 @@ def refuse_inexact_cache(samples: Samples, config: TrainConfig) -> None:
     Raises:
         ConfigError: names the way out.
     """
-    if config.cache_latents in {"memory", "disk"} and not latents_are_exact(samples, config):
+    if config.cache_latents not in {"memory", "disk"} or latents_are_exact(samples, config):
+        return
+    if config.random_affine:
         raise ConfigError(
-            f"`--cache_latents {config.cache_latents}` needs `--center_crop` (or square pictures): with random crops "
-            "each visit has another latent; add `--center_crop`, or use `--cache_latents off`"
+            f"`--cache_latents {config.cache_latents}` must not be given together with `--random_affine`, which gives "
+            "each visit another latent; use `--cache_latents auto`, or `--random_affine 0`"
         )
+    raise ConfigError(
+        f"`--cache_latents {config.cache_latents}` needs `--center_crop` (or square pictures): with random crops "
+        "each visit has another latent; add `--center_crop`, or use `--cache_latents off`"
+    )
 
 
 def cache_folder(config: TrainConfig) -> Path:

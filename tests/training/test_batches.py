@@ -44,6 +44,15 @@ def test_random_crops_are_not_cached(make_source, wide_pictures):
     assert not make_source(train_data_dir=str(wide_pictures)).caches_latents
 
 
+def test_moved_pictures_are_not_cached(make_source):
+    moved, still = make_source(random_affine=0.05), make_source()
+    assert still.caches_latents
+    assert not moved.caches_latents
+    assert moved.caches_embeddings
+    for (_, ours), (_, theirs) in zip(moved.batches(VISITS), still.batches(VISITS), strict=True):
+        assert not torch.allclose(ours.latents, theirs.latents, rtol=0, atol=1e-3)
+
+
 def test_augmented_copies_neither_come_from_the_cache_nor_enter_it(make_source):
     cached, computed = make_source(cache_latents="memory"), make_source(cache_latents="off")
     ((_, before),) = cached.batches(VISITS[:1])

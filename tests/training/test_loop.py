@@ -70,6 +70,7 @@ def stop_at(monkeypatch, step: int) -> None:
         pytest.param(9, {"use_ema": True}, id="ema"),
         pytest.param(9, {"gradient_accumulation_steps": 2}, id="accumulation"),
         pytest.param(9, {"caption_dropout": 0.3, "cache_latents": "off", "random_flip": True}, id="uncached"),
+        pytest.param(9, {"random_affine": 0.05, "augment_threshold": 1.2}, id="affine"),
         pytest.param(9, {"num_shards": 1}, id="one-shard"),
         pytest.param(9, {"memguard": "off"}, id="plain"),
     ],
@@ -241,6 +242,12 @@ def test_impossible_settings_are_refused(run, settings, error, words):
 def test_a_cache_that_would_not_be_exact_is_refused(run, wide_pictures):
     with pytest.raises(ConfigError, match="center_crop"):
         run(train_data_dir=str(wide_pictures), cache_latents="memory")
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_a_cache_of_moved_pictures_is_refused(run, place):
+    with pytest.raises(ConfigError, match="random_affine"):
+        run(random_affine=0.05, cache_latents=place)
 
 
 def test_the_folder_of_another_run_is_refused(run):
