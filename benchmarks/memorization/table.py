@@ -76,22 +76,21 @@ def table(points: Points) -> Iterable[str]:
         "steps",
         "seeds",
         *(f"copies, {kind}" for kind in KINDS),
+        *(f"recognized, {kind}" for kind in KINDS),
         "loss unseen",
         "loss single",
         "KID",
         "KID of latents",
     ]
-    columns += ["extra steps", "picture-forwards", "CPU seconds"]
+    columns += ["picture-forwards", "CPU seconds"]
     yield _line(columns)
     yield "|---" * len(columns) + "|"
     for (arm, step), cells in points.items():
-        shares = [share_text([cell["copies"][kind] for cell in cells]) for kind in KINDS]
+        shares = [share_text(cells, measure, kind) for measure in ("copies", "recognized") for kind in KINDS]
         losses = [f"{mean_loss(cells, name):.4f}" for name in ("heldout", "single")]
         kids = [kid_text(cells, name) for name in ("kid", "kid_latents")]
-        costs = [
-            f"{sum(cell[name] for cell in cells) / len(cells):,.0f}" for name in ("extra_steps", "picture_forwards")
-        ]
-        yield _line([title(arm), step, len(cells), *shares, *losses, *kids, *costs, seconds_text(cells)])
+        forwards = f"{sum(cell['picture_forwards'] for cell in cells) / len(cells):,.0f}"
+        yield _line([title(arm), step, len(cells), *shares, *losses, *kids, forwards, seconds_text(cells)])
 
 
 def equal_quality_table(points: Points) -> Iterable[str]:
@@ -177,9 +176,12 @@ def share(copies: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
     return float(by_caption.mean()), low, high
 
 
-def share_text(copies: Sequence[dict[str, Any]]) -> str:
-    """Return the share of copies with its interval, as text."""
-    value, low, high = share(copies)
+def share_text(cells: Sequence[Cell], measure: str, kind: str) -> str:
+    """Return the share of copies by pixels ("copies") or by descriptor ("recognized") with its interval, as text."""
+    found = [cell[measure][kind] for cell in cells if measure in cell]
+    if not found:
+        return "-"
+    value, low, high = share(found)
     return f"{value:.0%} ({low:.0%} to {high:.0%})"
 
 
