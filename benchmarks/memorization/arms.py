@@ -82,6 +82,7 @@ ARMS = {
     "plain_distinct_affine": Arm(
         "plain, duplicates removed, random affine maps", FULL | {"memguard": "off"} | AFFINE, data="distinct"
     ),
+    "agc_affine": Arm("AGC, one model, random affine maps", FULL | OFF | AGC | AFFINE),
     "balance_affine": Arm("duplicates counted as one, random affine maps", FULL | OFF | BALANCE | AFFINE),
     "agc_balance_affine": Arm("the default, random affine maps", FULL | OFF | AGC | BALANCE | AFFINE),
     "agc_balance_affine_half": Arm(
