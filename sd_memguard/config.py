@@ -28,7 +28,9 @@ __all__ = ["PRESETS", "ConfigError", "GuardConfig", "TrainConfig", "make_train_c
 
 GUARD = "Memorization guard"  # the heading of its flags
 MULTIPLE_OF_8 = Rule("a positive multiple of 8", lambda pixels: pixels > 0 and pixels % 8 == 0)
-AFFINE = Rule("between 0 and 0.2", lambda share: 0 <= share <= 0.2)
+AFFINE = 0.05
+"""Share of a picture's side that random affine maps take by default."""
+AFFINE_RULE = Rule("between 0 and 0.2", lambda share: 0 <= share <= 0.2)
 RANK = Rule("-1 or more", lambda rank: rank >= -1)
 SEED = (
     "Training",
@@ -118,6 +120,12 @@ class GuardConfig:
             group_duplicates="off",
         )
 
+    @property
+    def is_neutral(self) -> bool:
+        """Whether this trains like no guard at all, where there are no duplicates to count as one."""
+        augments = self.augment_threshold > self.skip_threshold
+        return self.num_shards == 1 and self.skip_threshold == 0 and not augments
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -165,9 +173,6 @@ class TrainConfig:
     ] = setting("lanczos", "Data", "filter that resizes the pictures")
     center_crop: bool = setting(False, "Data", "crop the middle of each picture rather than a random part")
     random_flip: bool = setting(False, "Data", "mirror half of the pictures at random")
-    random_affine: float = setting(
-        0.0, "Data", "shift, turn and zoom each picture at random, each by up to this share of its side (0.05)", AFFINE
-    )
     caption_dropout: float = setting(0.0, "Data", "share of captions replaced by an empty one", PROBABILITY)
     cache_latents: Literal["auto", "memory", "disk", "off"] = setting(
         "auto", "Data", "compute the latents of the pictures once; auto: where that is exact, in memory, else on disk"
@@ -185,6 +190,12 @@ class TrainConfig:
     memguard: Literal["on", "off"] = setting("on", GUARD, "off: plain fine-tuning by the same loop")
     preset: Literal["default", "paper"] = setting(
         "default", GUARD, "values for the guard's settings that are not given one by one"
+    )
+    random_affine: float | Literal["auto"] = setting(
+        "auto",
+        GUARD,
+        "shift, turn and zoom pictures anew at each visit, by up to this share of a side; auto: 0.05 if guarded",
+        AFFINE_RULE,
     )
     proxy: Literal["full", "lora"] = setting(
         "full", GUARD, "what each shard trains: all UNet weights, or a LoRA adapter"
@@ -276,6 +287,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Fill in what depends on other settings, then check each one, then all together."""
         self._settle_by_proxy()
+        self._settle_affine()
         check_settings(self)
         _check_together(self)
         self._set("non_ema_revision", self.non_ema_revision or self.revision)
@@ -300,6 +312,13 @@ class TrainConfig:
             elif self.proxy not in declared.by_proxy:
                 owner = " or ".join(f"`--proxy {proxy}`" for proxy in declared.by_proxy)
                 raise ConfigError(f"`--{declared.name}` belongs to {owner}, got `--proxy {self.proxy}`; leave it out")
+
+    def _settle_affine(self) -> None:
+        """Move pictures where the guard is on, but in the paper's method and where latents are to be kept."""
+        if self.random_affine == "auto":
+            guarded = self.memguard == "on" and self.preset == "default" and not self.guard.is_neutral
+            kept = self.cache_latents in {"memory", "disk"}
+            self._set("random_affine", AFFINE if guarded and not kept else 0.0)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

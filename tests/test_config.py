@@ -51,6 +51,28 @@ def test_guard_off_turns_every_part_off():
 
 
 @pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({}, 0.05),
+        ({"num_shards": 1, "augment_threshold": 1.2}, 0.05),
+        ({"num_shards": 1, "skip_threshold": 0.0}, 0.0),
+        ({"num_shards": 2, "skip_threshold": 0.0}, 0.05),
+        ({"memguard": "off"}, 0.0),
+        ({"memguard": "off", "random_affine": 0.1}, 0.1),
+        ({"preset": "paper"}, 0.0),
+        ({"preset": "paper", "random_affine": 0.1}, 0.1),
+        ({"cache_latents": "disk"}, 0.0),
+        ({"cache_latents": "off"}, 0.05),
+        ({"random_affine": 0}, 0.0),
+    ],
+)
+def test_pictures_are_moved_where_the_guard_is_on(settings, share):
+    config = make_train_config(pretrained="model", train_data_dir="pictures", **settings)
+    assert config.random_affine == share
+    assert make_train_config(**config.to_dict()).random_affine == share
+
+
+@pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
         ("num_shards", 0, "1 or more, got 0"),

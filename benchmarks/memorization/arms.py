@@ -23,6 +23,7 @@ OFF = {
     "augment_threshold": 0.0,
     "redistribute_fraction": 0.0,
     "group_duplicates": "off",
+    "random_affine": 0.0,
 }
 IET = OFF | {"num_shards": 4}
 AGC = {"skip_threshold": 0.8}
@@ -83,6 +84,9 @@ ARMS = {
         "plain, duplicates removed, random affine maps", FULL | {"memguard": "off"} | AFFINE, data="distinct"
     ),
     "agc_affine": Arm("AGC, one model, random affine maps", FULL | OFF | AGC | AFFINE),
+    "agc_6_affine": Arm(
+        "AGC with threshold 0.6, one model, random affine maps", FULL | OFF | {"skip_threshold": 0.6} | AFFINE
+    ),
     "balance_affine": Arm("duplicates counted as one, random affine maps", FULL | OFF | BALANCE | AFFINE),
     "agc_balance_affine": Arm("the default, random affine maps", FULL | OFF | AGC | BALANCE | AFFINE),
     "agc_balance_affine_half": Arm(
@@ -98,6 +102,10 @@ ARMS = {
     "lora_iet_agc_taa_msr": Arm("LoRA, IET, AGC, TAA, MSR", LORA | IET | AGC | TAA | MSR),
     "lora_paper": Arm("LoRA, `--preset paper`, 4 shards", LORA | {"preset": "paper", "num_shards": 4}),
     "lora_agc_balance": Arm("LoRA, AGC, one model, duplicates counted as one: the default", LORA | OFF | AGC | BALANCE),
+    "lora_agc_6_balance_affine": Arm(
+        "LoRA, AGC with threshold 0.6, one model, duplicates counted as one, random affine maps",
+        LORA | OFF | BALANCE | {"skip_threshold": 0.6} | AFFINE,
+    ),
     "lora_balance": Arm(
         "LoRA, the same, duplicates counted as one", LORA | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}
     ),

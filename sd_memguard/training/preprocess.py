@@ -25,7 +25,7 @@ class Preprocess:
 
     def __init__(self, config: TrainConfig, seed: int) -> None:
         self.resolution, self.center_crop, self.random_flip = config.resolution, config.center_crop, config.random_flip
-        self.random_affine = config.random_affine
+        self.random_affine = float(config.random_affine)  # `auto` is settled by now
         self.interpolation = InterpolationMode[config.image_interpolation_mode.upper()]
         self.seed = seed
 
