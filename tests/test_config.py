@@ -61,8 +61,6 @@ def test_guard_off_turns_every_part_off():
         ({"memguard": "off", "random_affine": 0.1}, 0.1),
         ({"preset": "paper"}, 0.0),
         ({"preset": "paper", "random_affine": 0.1}, 0.1),
-        ({"cache_latents": "disk"}, 0.0),
-        ({"cache_latents": "off"}, 0.05),
         ({"random_affine": 0}, 0.0),
     ],
 )

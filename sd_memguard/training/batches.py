@@ -46,6 +46,7 @@ class BatchSource:
         seed: seed of the run.
         progress: whether to show a bar while the caches are filled.
         cache: whether there are caches at all.
+        num_visits: of the whole run, where known: pictures that are seen less often than encoded are not kept.
         exchange: the processes that fill them together; by default this one.
     """
 
@@ -58,6 +59,7 @@ class BatchSource:
         *,
         progress: bool = False,
         cache: bool = True,
+        num_visits: int | None = None,
         exchange: Exchange | None = None,
     ) -> None:
         self.samples, self.encoders, self.seed, self.config = samples, encoders, seed, config
@@ -69,7 +71,9 @@ class BatchSource:
         self._embeddings: Cache | None = None
         if cache:
             crew = Exchange(alone=True) if exchange is None else exchange
-            self._latents = latent_caches(samples, encoders, self.preprocess, config, crew, progress=progress)
+            self._latents = latent_caches(
+                samples, encoders, self.preprocess, config, crew, num_visits=num_visits, progress=progress
+            )
             self._embeddings = embedding_cache(self.captions, encoders, config, crew, progress=progress)
 
     def batches(self, visits: Iterable[list[Visit]]) -> Iterator[tuple[list[Visit], Batch]]:
@@ -153,7 +157,7 @@ class BatchSource:
         rows = np.searchsorted(self.samples.sample_ids, [visit.sample_id for visit in visits])
         if len(self._latents) == 1:
             return to_device(self._latents[0].read(rows), self.encoders.device)
-        flips = self.preprocess.flips([visit_address(visit) for visit in visits]).numpy()
-        moments = torch.cat([cache.read(rows[flips == flip]) for flip, cache in enumerate(self._latents)])
-        order = np.argsort(np.concatenate([np.flatnonzero(flips == flip) for flip in range(len(self._latents))]))
+        views = self.preprocess.draw_views([visit_address(visit) for visit in visits]).numpy()
+        moments = torch.cat([cache.read(rows[views == view]) for view, cache in enumerate(self._latents)])
+        order = np.argsort(np.concatenate([np.flatnonzero(views == view) for view in range(len(self._latents))]))
         return to_device(moments[torch.from_numpy(order)], self.encoders.device)

@@ -1,10 +1,9 @@
 """What the frozen networks make of pictures and captions, computed once: in memory, or in a folder that runs share.
 
 A latent is exact to keep when the crop is the same at every visit: with `--center_crop`, or where all pictures are
-square, and without `--random_affine`. Otherwise each visit sees the picture in another way, and the VAE runs at each
-visit: a few kept crops would be seen again and again, which is what the guard is there to prevent. Mean and log
-variance are kept, so that the latent itself is drawn anew at each visit; both mirror images are kept where pictures are
-mirrored.
+square. Otherwise each visit draws a crop of its own, and the VAE runs at each visit: a few kept crops would be seen
+again and again, which is what the guard is there to prevent. Mean and log variance are kept, so that the latent itself
+is drawn anew at each visit. Where pictures are mirrored or moved, every view of each picture is kept.
 
 Every batch that goes through a network here has the same size, the last one too, so that what is kept depends on the
 picture or caption alone, not on what else was missing.
@@ -36,7 +35,7 @@ from sd_memguard.training.captions import Captions
 from sd_memguard.training.encoders import Encoders, fingerprint, tokenizer_fingerprint
 from sd_memguard.training.encoding_store import MISSING, EncodingStore
 from sd_memguard.training.footprint import gigabytes, nearest_folder
-from sd_memguard.training.preprocess import Preprocess
+from sd_memguard.training.preprocess import Preprocess, View
 from sd_memguard.training.samples import SampleError, Samples
 
 logger = logging.getLogger(__name__)
@@ -96,12 +95,16 @@ class DiskCache:
 
 
 class Need(NamedTuple):
-    """A cache that is to be made: the setting that asks for it, its number of rows, their shape and precision."""
+    """A cache that is to be made: the setting that asks for it, its number of rows, their shape and precision.
+
+    ``num_reads`` says how often a row will be read in all, where that is known.
+    """
 
     setting: Literal["cache_latents", "cache_text_embeddings"]
     num_rows: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    num_reads: int | None = None
 
     @property
     def size(self) -> int:
@@ -110,10 +113,8 @@ class Need(NamedTuple):
 
 
 def latents_are_exact(samples: Samples, config: TrainConfig) -> bool:
-    """Say whether every visit to a picture sees the same crop, unmoved."""
+    """Say whether every visit to a picture sees the same crop."""
     sizes = samples.sizes[samples.sample_ids]
-    if config.random_affine:
-        return False
     return config.center_crop or bool((sizes[:, 0] == sizes[:, 1]).all())
 
 
@@ -123,17 +124,11 @@ def refuse_inexact_cache(samples: Samples, config: TrainConfig) -> None:
     Raises:
         ConfigError: names the way out.
     """
-    if config.cache_latents not in {"memory", "disk"} or latents_are_exact(samples, config):
-        return
-    if config.random_affine:
+    if config.cache_latents in {"memory", "disk"} and not latents_are_exact(samples, config):
         raise ConfigError(
-            f"`--cache_latents {config.cache_latents}` must not be given together with `--random_affine`, which gives "
-            "each visit another latent; use `--cache_latents auto`, or `--random_affine 0`"
+            f"`--cache_latents {config.cache_latents}` needs `--center_crop` (or square pictures): with random crops "
+            "each visit has another latent; add `--center_crop`, or use `--cache_latents off`"
         )
-    raise ConfigError(
-        f"`--cache_latents {config.cache_latents}` needs `--center_crop` (or square pictures): with random crops "
-        "each visit has another latent; add `--center_crop`, or use `--cache_latents off`"
-    )
 
 
 def cache_folder(config: TrainConfig) -> Path:
@@ -170,12 +165,16 @@ def processes_here() -> int:
 def choose_place(need: Need, config: TrainConfig) -> Literal["memory", "disk", "off"]:
     """Return where a cache goes; ``auto`` takes memory while it suffices, for each process its own, then the disk.
 
+    Where more would be computed for it than without it, ``auto`` takes none.
+
     Raises:
         CacheError: ``disk`` was asked for and has no room.
     """
     mode: Literal["auto", "memory", "disk", "off"] = getattr(config, need.setting)
     if mode in {"memory", "off"}:
         return mode
+    if mode == "auto" and need.num_reads is not None and need.num_reads < need.num_rows:
+        return "off"
     if mode == "auto" and need.size * processes_here() <= MEMORY_SHARE * psutil.virtual_memory().available:
         return "memory"
     folder = cache_folder(config)
@@ -197,30 +196,31 @@ def latent_caches(
     config: TrainConfig,
     exchange: Exchange,
     *,
+    num_visits: int | None,
     progress: bool,
 ) -> list[Cache]:
-    """Return the moments of all pictures as they are and, where pictures are mirrored, mirrored; empty without cache.
+    """Return the moments of all pictures in each of the views of ``preprocess``; empty without cache.
 
     The rows of each are those of ``samples.sample_ids``. All processes call it together.
     """
     if not latents_are_exact(samples, config):
         return []
-    flips = (False, True) if config.random_flip else (False,)
+    views = preprocess.views
     channels, factor = encoders.moments_shape
     side = config.resolution // factor
     shape = (channels, side, side)
-    need = Need("cache_latents", len(flips) * len(samples.sample_ids), shape, encoders.dtype)
+    need = Need("cache_latents", len(views) * len(samples.sample_ids), shape, encoders.dtype, num_visits)
     place = choose_place_together(need, config, exchange)
     if place == "off":
         return []
     batch = max(1, min(64, PIXELS_AT_ONCE // config.resolution**2))
 
     def encoded(positions: Rows) -> Iterator[tuple[Rows, list[bytes], list[Tensor]]]:
-        for chunk, keys, pixels in _read_pictures(samples, positions, preprocess, flips, batch, progress):
+        for chunk, keys, pixels in _read_pictures(samples, positions, preprocess, batch, progress):
             yield chunk, keys, [_in_full(encoders.moments, one, batch) for one in pixels]
 
     if place == "memory":
-        rows = torch.empty(len(flips), len(samples.sample_ids), *shape, dtype=encoders.dtype)
+        rows = torch.empty(len(views), len(samples.sample_ids), *shape, dtype=encoders.dtype)
         for positions, _, moments in encoded(np.arange(len(samples.sample_ids))):
             rows[:, torch.from_numpy(positions)] = torch.stack(moments)
         return [MemoryCache(one) for one in rows]
@@ -233,7 +233,10 @@ def latent_caches(
     }
     with exchange.agreed(), _named_faults("cache_latents", config):
         folder = cache_folder(config)
-        stores = [EncodingStore(folder, "latents", {**context, "mirrored": f}, shape, encoders.dtype) for f in flips]
+        stores = [
+            EncodingStore(folder, "latents", {**context, **_view_context(view, config)}, shape, encoders.dtype)
+            for view in views
+        ]
         keys = samples.content_keys()
         missing = np.any([store.find(keys) == MISSING for store in stores], axis=0)
         _, first = np.unique(keys, return_index=True)
@@ -278,6 +281,12 @@ def embedding_cache(
         return _found(store, keys, len(todo), "text embeddings", exchange)
 
 
+def _view_context(view: View, config: TrainConfig) -> dict[str, object]:
+    """Return what tells the latents of a view from those of others."""
+    moved = {"random_affine": config.random_affine, "map": view.map} if config.random_affine else {}
+    return {"mirrored": view.flip, **moved}
+
+
 def _circumstances(encoders: Encoders, batch: int) -> dict[str, object]:
     """Return what changes results by a rounding: device, batch and the versions of libraries."""
     return {
@@ -289,17 +298,17 @@ def _circumstances(encoders: Encoders, batch: int) -> dict[str, object]:
 
 
 def _read_pictures(
-    samples: Samples, positions: Rows, preprocess: Preprocess, flips: tuple[bool, ...], batch: int, progress: bool
+    samples: Samples, positions: Rows, preprocess: Preprocess, batch: int, progress: bool
 ) -> Iterator[tuple[Rows, list[bytes], list[Tensor]]]:
     """Yield the pictures at positions among the usable samples in batches, read in threads and a batch ahead.
 
     Yields:
-        Positions (B,), the hashes of the files, and for each flip the pictures (B, 3, resolution, resolution).
+        Positions (B,), the hashes of the files, and for each view the pictures (B, 3, resolution, resolution).
     """
 
     def read(position: int) -> tuple[bytes, list[Tensor]]:
         key, image = samples.keyed_image(int(samples.sample_ids[position]))
-        return key, [preprocess.fixed(image, flip=flip) for flip in flips]
+        return key, [preprocess.centered(image, key, view) for view in preprocess.views]
 
     chunks = np.split(positions, range(batch, len(positions), batch)) if len(positions) else []
     bar = tqdm(total=len(positions), desc="caching latents", disable=not progress, leave=False)

@@ -93,6 +93,8 @@ class EncodingStore:
         files = np.searchsorted(self._starts, rows, side="right") - 1
         for position, (file, row) in enumerate(zip(files.tolist(), rows.tolist(), strict=True)):
             values[position] = self._files[file].values[row - self._starts[file]]
+        if not len(rows):  # numpy gives an array without rows no strides that `view` could work with
+            return torch.empty(0, *self.shape, dtype=self.dtype)
         return torch.from_numpy(values).view(self.dtype).unflatten(-1, self.shape)
 
     def add(self, keys: Sequence[bytes], rows: Tensor) -> None:

@@ -126,7 +126,13 @@ class Trainer:
         encoders = Encoders(models, accelerator.device, dtype)
         processes = self.ranks.exchange
         self.source = BatchSource(
-            plan.samples, encoders, config, plan.seed, progress=processes.is_main, exchange=processes
+            plan.samples,
+            encoders,
+            config,
+            plan.seed,
+            progress=processes.is_main,
+            num_visits=plan.schedule.total_steps * plan.visits_per_step,
+            exchange=processes,
         )
         num_timesteps = models.noise_scheduler.config.num_train_timesteps
         self.noising = Noising(plan.seed, num_timesteps, config.noise_offset, config.input_perturbation)

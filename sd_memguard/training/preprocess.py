@@ -1,6 +1,8 @@
 """From pictures to tensors: resized, cropped, moved, mirrored and augmented; every random choice has an address."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -14,12 +16,22 @@ from sd_memguard.core.seeding import Address, derive_seed, draw_integers, genera
 from sd_memguard.core.visits import Visit
 from sd_memguard.training.samples import SampleError, Samples
 
+NUM_MAPS = 8
+"""Affine maps of each picture under ``--random_affine``: so few that the latents of all can be kept."""
+
+
+class View(NamedTuple):
+    """A way in which a picture is seen: by which of its affine maps, and whether mirrored."""
+
+    map: int
+    flip: bool
+
 
 class Preprocess:
     """Resize, crop, move, flip and normalize one picture; every random choice has an address.
 
     Args:
-        config: resolution, crop, random affine map, flip and interpolation.
+        config: resolution, crop, random affine maps, flip and interpolation.
         seed: seed of the run.
     """
 
@@ -28,17 +40,32 @@ class Preprocess:
         self.random_affine = float(config.random_affine)  # `auto` is settled by now
         self.interpolation = InterpolationMode[config.image_interpolation_mode.upper()]
         self.seed = seed
+        maps, flips = range(NUM_MAPS if self.random_affine else 1), (False, True) if self.random_flip else (False,)
+        self.views = [View(number, flip) for number in maps for flip in flips]
 
-    def __call__(self, image: Image, address: Address, magnitude: int | None = None) -> Tensor:
-        """Return the picture at an address, (3, resolution, resolution) in [-1, 1]; with a magnitude by RandAugment."""
+    def __call__(self, image: Image, key: bytes, address: Address, magnitude: int | None = None) -> Tensor:
+        """Return the picture at an address, (3, resolution, resolution) in [-1, 1]; with a magnitude by RandAugment.
+
+        Args:
+            image: the picture.
+            key: hash of its file, by which its affine maps are drawn: they are the same in every run.
+            address: of the visit, by which crop and view are drawn.
+            magnitude: of RandAugment, of 30; None for the picture as it is.
+        """
         image = self.resize(image)
         if magnitude is not None:
             image = self._augment(image, address, magnitude)
-        return self.normalize(self._crop(image, address), flip=bool(self.flips([address])[0]))
+        view = self.views[int(self.draw_views([address])[0])]
+        return self._seen(image, key, self._place(image, address), view)
 
-    def fixed(self, image: Image, *, flip: bool = False) -> Tensor:
-        """Return the picture center-cropped, (3, resolution, resolution) in [-1, 1]."""
-        return self.normalize(TF.center_crop(self.resize(image), [self.resolution]), flip=flip)
+    def centered(self, image: Image, key: bytes, view: View) -> Tensor:
+        """Return the middle of a picture in one view, (3, resolution, resolution) in [-1, 1]."""
+        image = self.resize(image)
+        return self._seen(image, key, self._middle(image), view)
+
+    def fixed(self, image: Image) -> Tensor:
+        """Return the middle of a picture as it is, (3, resolution, resolution) in [-1, 1]."""
+        return self.normalize(TF.center_crop(self.resize(image), [self.resolution]), flip=False)
 
     def resize(self, image: Image) -> Image:
         """Return the picture with its shorter side at the resolution."""
@@ -49,37 +76,46 @@ class Preprocess:
         tensor = TF.pil_to_tensor(image).float() / 127.5 - 1
         return tensor.flip(-1) if flip else tensor
 
-    def flips(self, addresses: list[Address]) -> Tensor:
-        """Return which pictures are mirrored, (B,) int64 of 0 and 1."""
-        if not self.random_flip:
-            return torch.zeros(len(addresses), dtype=torch.int64)
-        return draw_integers(self.seed, "flip", addresses, 2)
-
-    def _crop(self, image: Image, address: Address) -> Image:
-        left, top = self._place(image, address)
-        side = self.resolution
-        if not self.random_affine:
-            return TF.crop(image, top, left, side, side)
-        return self._move(image, left, top, address)
+    def draw_views(self, addresses: list[Address]) -> Tensor:
+        """Return in which of the views pictures are seen, (B,) int64."""
+        flips = maps = torch.zeros(len(addresses), dtype=torch.int64)
+        if self.random_flip:
+            flips = draw_integers(self.seed, "flip", addresses, 2)
+        if self.random_affine:
+            maps = draw_integers(self.seed, "map", addresses, NUM_MAPS)
+        return maps * (2 if self.random_flip else 1) + flips
 
     def _place(self, image: Image, address: Address) -> tuple[int, int]:
         """Return the left and upper edge of the square to take."""
-        right, down = image.width - self.resolution, image.height - self.resolution
-        if self.center_crop:
-            return round(right / 2), round(down / 2)  # where torchvision's center crop is
-        return self._draw("crop_left", right, address), self._draw("crop_top", down, address)
+        if self.center_crop or image.width == image.height:
+            return self._middle(image)
+        left, top = (
+            int(draw_integers(self.seed, purpose, [address], extent - self.resolution + 1))
+            for purpose, extent in (("crop_left", image.width), ("crop_top", image.height))
+        )
+        return left, top
 
-    def _draw(self, purpose: str, highest: int, address: Address) -> int:
-        return int(draw_integers(self.seed, purpose, [address], highest + 1)) if highest else 0
+    def _middle(self, image: Image) -> tuple[int, int]:
+        """Return the left and upper edge of torchvision's center crop."""
+        return round((image.width - self.resolution) / 2), round((image.height - self.resolution) / 2)
 
-    def _move(self, image: Image, left: int, top: int, address: Address) -> Image:
+    def _seen(self, image: Image, key: bytes, place: tuple[int, int], view: View) -> Tensor:
+        """Return the square at a place in one view."""
+        left, top = place
+        if self.random_affine:
+            square = self._move(image, left, top, self._map(key, view.map))
+        else:
+            square = TF.crop(image, top, left, self.resolution, self.resolution)
+        return self.normalize(square, flip=view.flip)
+
+    def _move(self, image: Image, left: int, top: int, moved_by: Sequence[float]) -> Image:
         """Return the square at a place, shifted, turned and zoomed about its middle.
 
         What lies around it in the picture comes in, and beyond the picture its mirror image: no corner is left empty,
         which a model would learn to draw.
         """
         side = self.resolution
-        right, down, turn, zoom = self._affine(address)
+        right, down, turn, zoom = moved_by
         margin = math.ceil(_reach(self.random_affine) * side) + 2  # what bicubic interpolation takes in
         around = TF.crop(TF.pad(image, [margin], padding_mode="reflect"), top, left, *[side + 2 * margin] * 2)
         moved = TF.affine(
@@ -92,10 +128,10 @@ class Preprocess:
         )
         return TF.center_crop(moved, [side])
 
-    def _affine(self, address: Address) -> list[float]:
+    def _map(self, key: bytes, number: int) -> list[float]:
         """Return by which share of its side the edge of a picture moves: to the right, down, by a turn, by a zoom."""
-        draws = torch.rand(4, generator=generator_for(self.seed, "affine", *address), dtype=torch.float64)
-        shares: list[float] = ((2 * draws - 1) * self.random_affine).tolist()
+        generator = generator_for(0, "affine", int.from_bytes(key), number)
+        shares: list[float] = ((2 * torch.rand(4, generator=generator) - 1) * self.random_affine).tolist()
         return shares
 
     def _augment(self, image: Image, address: Address, magnitude: int) -> Image:
@@ -118,17 +154,18 @@ class PixelDataset(Dataset[Tensor | str]):
     def read(self, sample_id: int, address: Address, magnitude: int | None = None) -> Tensor | str:
         """Return the picture at an address, by RandAugment where there is a magnitude."""
         try:
-            return self.preprocess(self.samples.image(sample_id), address, magnitude)
+            key, image = self.samples.keyed_image(sample_id)
         except SampleError as error:
             return str(error)
+        return self.preprocess(image, key, address, magnitude)
+
+
+def visit_address(visit: Visit) -> Address:
+    """Return the address of a visit's draws."""
+    return (visit.shard_index, visit.pass_index, visit.sample_id)
 
 
 def _reach(share: float) -> float:
     """Return how far beyond a square, in its sides, the source of a pixel can lie under the largest affine map."""
     turn, zoom = 2 * share, 1 - 2 * share
     return (0.5 + share) * (math.cos(turn) + math.sin(turn)) / zoom - 0.5
-
-
-def visit_address(visit: Visit) -> Address:
-    """Return the address of a visit's draws."""
-    return (visit.shard_index, visit.pass_index, visit.sample_id)

@@ -23,6 +23,7 @@ from sd_memguard.training.encoders import Encoders, fingerprint
 from sd_memguard.training.encoding_cache import CacheError, Need, cache_folder, choose_place
 from sd_memguard.training.encoding_store import EncodingStore
 from sd_memguard.training.models import load_models
+from sd_memguard.training.preprocess import NUM_MAPS
 from sd_memguard.training.setup import make_plan
 
 DISK = {"cache_latents": "disk", "cache_text_embeddings": "disk"}
@@ -204,6 +205,20 @@ def test_mirrored_pictures_are_added_to_those_that_are_there(make_source, work, 
     assert_same(mirrored, make_source(**OFF, random_flip=True), rtol=0, atol=1e-5)
 
 
+def test_moved_pictures_are_kept_by_their_content_and_by_how_far_they_move(make_source, own_pictures, work, tmp_path):
+    make_source(**DISK)
+    before = files(tmp_path)
+    moved = make_source(**DISK, random_affine=0.05, seed=1)
+    assert set(before) < set(files(tmp_path))
+    assert_same(moved, make_source(**OFF, random_affine=0.05, seed=1), rtol=0, atol=1e-5)
+    work()
+    make_source(**DISK, random_affine=0.05, seed=2, train_data_dir=str(own_pictures))
+    assert work()["moments"] == 0
+    further = make_source(**DISK, random_affine=0.1, seed=1)
+    assert work()["moments"] == NUM_MAPS * 64
+    assert_same(further, make_source(**OFF, random_affine=0.1, seed=1), rtol=0, atol=1e-5)
+
+
 def test_the_tokenizer_counts(make_source, pipeline, tmp_path, work):
     make_source(**DISK)
     work()
@@ -336,6 +351,11 @@ def test_only_the_owner_can_look(make_source, tmp_path):
 
 
 # Its parts.
+
+
+def test_no_rows_can_be_read(tmp_path):
+    store = EncodingStore(tmp_path, "rows", {}, (2, 3), torch.float32)
+    assert store.read(np.array([], dtype=np.int64)).shape == (0, 2, 3)
 
 
 def test_keys_that_end_in_zeros_are_found(tmp_path):

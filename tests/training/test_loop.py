@@ -244,12 +244,6 @@ def test_a_cache_that_would_not_be_exact_is_refused(run, wide_pictures):
         run(train_data_dir=str(wide_pictures), cache_latents="memory")
 
 
-@pytest.mark.parametrize("place", ["memory", "disk"])
-def test_a_cache_of_moved_pictures_is_refused(run, place):
-    with pytest.raises(ConfigError, match="random_affine"):
-        run(random_affine=0.05, cache_latents=place)
-
-
 def test_the_folder_of_another_run_is_refused(run):
     run(max_train_steps=3)
     with pytest.raises(RunFolderError, match="another run"):
