@@ -27,6 +27,7 @@ OFF = {
 }
 IET = OFF | {"num_shards": 4}
 AGC = {"skip_threshold": 0.8}
+AGC_6 = {"skip_threshold": 0.6}
 TAA = {"augment_threshold": 1.2}
 BALANCE = {"group_duplicates": "balance"}
 AFFINE = {"random_affine": 0.05}
@@ -60,12 +61,12 @@ ARMS = {
     "agc": Arm("AGC, one model", FULL | OFF | AGC),
     "agc_balance": Arm("AGC, one model, duplicates counted as one: the default", FULL | OFF | AGC | BALANCE),
     "agc_balance_raw": Arm("the default without EMA", FULL | OFF | AGC | BALANCE | {"use_ema": False}),
-    "agc_6_balance": Arm("the default, threshold 0.6", FULL | OFF | BALANCE | {"skip_threshold": 0.6}),
+    "agc_6_balance": Arm("the default, threshold 0.6", FULL | OFF | AGC_6 | BALANCE),
     "agc_9_balance": Arm("the default, threshold 0.9", FULL | OFF | BALANCE | {"skip_threshold": 0.9}),
     "iet_2_balance": Arm("two shards, duplicates counted as one", FULL | IET | BALANCE | {"num_shards": 2}),
     "two_6_balance": Arm(
         "two shards, AGC with threshold 0.6, duplicates counted as one",
-        FULL | IET | BALANCE | {"num_shards": 2, "skip_threshold": 0.6},
+        FULL | IET | AGC_6 | BALANCE | {"num_shards": 2},
     ),
     "agc_taa_balance": Arm("the default with TAA", FULL | OFF | AGC | TAA | BALANCE),
     "two_balance": Arm(
@@ -84,16 +85,17 @@ ARMS = {
         "plain, duplicates removed, random affine maps", FULL | {"memguard": "off"} | AFFINE, data="distinct"
     ),
     "agc_affine": Arm("AGC, one model, random affine maps", FULL | OFF | AGC | AFFINE),
-    "agc_6_affine": Arm(
-        "AGC with threshold 0.6, one model, random affine maps", FULL | OFF | {"skip_threshold": 0.6} | AFFINE
-    ),
+    "agc_6_affine": Arm("AGC with threshold 0.6, one model, random affine maps", FULL | OFF | AGC_6 | AFFINE),
     "balance_affine": Arm("duplicates counted as one, random affine maps", FULL | OFF | BALANCE | AFFINE),
-    "agc_balance_affine": Arm("the default, random affine maps", FULL | OFF | AGC | BALANCE | AFFINE),
-    "agc_balance_affine_half": Arm(
-        "the default, random affine maps of half the strength", FULL | OFF | AGC | BALANCE | {"random_affine": 0.025}
+    "agc_balance_affine": Arm(
+        "AGC, duplicates counted as one, random affine maps", FULL | OFF | AGC | BALANCE | AFFINE
     ),
     "agc_6_balance_affine": Arm(
-        "the default, threshold 0.6, random affine maps", FULL | OFF | BALANCE | {"skip_threshold": 0.6} | AFFINE
+        "AGC with threshold 0.6, duplicates counted as one, random affine maps", FULL | OFF | AGC_6 | BALANCE | AFFINE
+    ),
+    "two_6_balance_affine": Arm(
+        "two shards, AGC with threshold 0.6, duplicates counted as one, random affine maps",
+        FULL | IET | AGC_6 | BALANCE | AFFINE | {"num_shards": 2},
     ),
     "lora_plain": Arm("LoRA, plain", LORA | {"memguard": "off"}),
     "lora_iet": Arm("LoRA, IET", LORA | IET),
@@ -104,7 +106,7 @@ ARMS = {
     "lora_agc_balance": Arm("LoRA, AGC, one model, duplicates counted as one: the default", LORA | OFF | AGC | BALANCE),
     "lora_agc_6_balance_affine": Arm(
         "LoRA, AGC with threshold 0.6, one model, duplicates counted as one, random affine maps",
-        LORA | OFF | BALANCE | {"skip_threshold": 0.6} | AFFINE,
+        LORA | OFF | AGC_6 | BALANCE | AFFINE,
     ),
     "lora_balance": Arm(
         "LoRA, the same, duplicates counted as one", LORA | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}
