@@ -26,7 +26,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from sd_memguard.assets import demo_data_path
 
@@ -69,21 +72,10 @@ class PeakMemory(threading.Thread):
             time.sleep(0.005)
 
 
-def make_pipeline(folder: Path, base_channels: int, *, real: bool = False) -> None:
-    """Write a pipeline whose UNet is that of SD 1.5 (``base_channels`` 320), with random weights.
+def make_networks(base_channels: int, *, real: bool) -> "tuple[UNet2DConditionModel, AutoencoderKL]":
+    """Return UNet and VAE with random weights, see ``make_pipeline``."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    Args:
-        folder: of the pipeline.
-        base_channels: channels of the UNet's first level.
-        real: whether the VAE and the text encoder have the sizes of SD 1.5, too, rather than small ones that fit.
-    """
-    import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    from sd_memguard import assets
-
-    torch.manual_seed(0)
     down, up = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
     unet = UNet2DConditionModel(
         sample_size=64,
@@ -103,6 +95,25 @@ def make_pipeline(folder: Path, base_channels: int, *, real: bool = False) -> No
         layers_per_block=2 if real else 1,
         latent_channels=4,
     )
+    return unet, vae
+
+
+def make_pipeline(folder: Path, base_channels: int, *, real: bool = False) -> None:
+    """Write a pipeline whose UNet is that of SD 1.5 (``base_channels`` 320), with random weights.
+
+    Args:
+        folder: of the pipeline.
+        base_channels: channels of the UNet's first level.
+        real: whether the VAE and the text encoder have the sizes of SD 1.5, too, rather than small ones that fit.
+    """
+    import torch
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from sd_memguard import assets
+
+    torch.manual_seed(0)
+    unet, vae = make_networks(base_channels, real=real)
     layers, inner = (12, 3072) if real else (1, 768)
     text = CLIPTextConfig(
         hidden_size=768, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=12, eos_token_id=49407

@@ -29,6 +29,7 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
     rows = {
         "samples": f"{len(plan.samples.sample_ids):,} usable of {plan.samples.num_rows:,}",
         "duplicates": duplicates(plan),
+        "pictures": plan.affine_maps,
         "processes": plan.division,
         "shards": f"{schedule.num_shards} (one proxy each)",
         "optimizer steps": f"{schedule.total_steps:,} over all proxies, {plan.visits_per_step} pictures each",

@@ -69,6 +69,8 @@ class RunLog:
         )
         if plan.num_processes > 1:
             logger.info("%s", plan.division)
+        if plan.config.random_affine:
+            logger.info("pictures are shown %s", plan.affine_maps)
         passes = passes_per_round(plan)
         if schedule.num_shards > 1 and passes > MANY_PASSES:
             logger.warning(

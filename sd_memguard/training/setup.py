@@ -34,6 +34,7 @@ from sd_memguard.training.encoding_cache import refuse_inexact_cache
 from sd_memguard.training.footprint import Footprint, check_space, footprint, rests_in_ram
 from sd_memguard.training.lora import add_adapter, base_weights
 from sd_memguard.training.models import Models, find_pipeline, load_models
+from sd_memguard.training.preprocess import NUM_MAPS
 from sd_memguard.training.ranks import Ranks, batch_slices, check_joined, check_launch, divides, process_handlers
 from sd_memguard.training.run_folder import FOLDER, PROXIES_FOLDER, replace_text
 from sd_memguard.training.samples import BadSample, Checked, SampleError, Samples, load_samples
@@ -109,6 +110,14 @@ class Plan:
             f"{processes} processes, each takes {self.config.train_batch_size} of the {self.batch_size} samples of a "
         )
         return f"{share}batch" + (f"; {way}" if way else "")
+
+    @property
+    def affine_maps(self) -> str:
+        """In what form pictures are shown, in words."""
+        share = float(self.config.random_affine)
+        if not share:
+            return "as they are"
+        return f"shifted, turned and zoomed by up to {share:.1%} of their side, each in {NUM_MAPS} ways"
 
     @property
     def shaping(self) -> dict[str, Any]:

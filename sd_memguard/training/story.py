@@ -87,6 +87,8 @@ def describe_guard(run: RunFolder) -> str:
     parts.append(f"augments below {augment}" if augment > skip > 0 else "augments nothing")
     if run.num_shards > 1:
         parts.append(f"moves up to {moved:.0%} of a shard" if moved else "moves nothing")
+    if share := get("random_affine"):
+        parts.append(f"shows pictures shifted, turned and zoomed by up to {share:.1%}")
     bank = f"memory bank {get('bank_mode')}, decay {get('bank_decay')}"
     return f"preset {get('preset')}: {', '.join(parts)}; {bank}"
 
