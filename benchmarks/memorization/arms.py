@@ -59,16 +59,16 @@ ARMS = {
     ),
     "paper": Arm("`--preset paper`, 4 shards", FULL | {"preset": "paper", "num_shards": 4}),
     "agc": Arm("AGC, one model", FULL | OFF | AGC),
-    "agc_balance": Arm("AGC, one model, duplicates counted as one: the default", FULL | OFF | AGC | BALANCE),
-    "agc_balance_raw": Arm("the default without EMA", FULL | OFF | AGC | BALANCE | {"use_ema": False}),
-    "agc_6_balance": Arm("the default, threshold 0.6", FULL | OFF | AGC_6 | BALANCE),
-    "agc_9_balance": Arm("the default, threshold 0.9", FULL | OFF | BALANCE | {"skip_threshold": 0.9}),
+    "agc_balance": Arm("AGC, one model, duplicates counted as one", FULL | OFF | AGC | BALANCE),
+    "agc_balance_raw": Arm("the same without EMA", FULL | OFF | AGC | BALANCE | {"use_ema": False}),
+    "agc_6_balance": Arm("the same, threshold 0.6", FULL | OFF | AGC_6 | BALANCE),
+    "agc_9_balance": Arm("the same, threshold 0.9", FULL | OFF | BALANCE | {"skip_threshold": 0.9}),
     "iet_2_balance": Arm("two shards, duplicates counted as one", FULL | IET | BALANCE | {"num_shards": 2}),
     "two_6_balance": Arm(
         "two shards, AGC with threshold 0.6, duplicates counted as one",
         FULL | IET | AGC_6 | BALANCE | {"num_shards": 2},
     ),
-    "agc_taa_balance": Arm("the default with TAA", FULL | OFF | AGC | TAA | BALANCE),
+    "agc_taa_balance": Arm("the same with TAA", FULL | OFF | AGC | TAA | BALANCE),
     "two_balance": Arm(
         "two shards, AGC, MSR, duplicates counted as one", FULL | IET | AGC | MSR | BALANCE | {"num_shards": 2}
     ),
@@ -80,21 +80,21 @@ ARMS = {
     "plain_distinct_moved": Arm(
         "plain, duplicates removed, pictures moved a little", FULL | {"memguard": "off"}, data="distinct_moved"
     ),
-    "plain_affine": Arm("plain, random affine maps", FULL | {"memguard": "off"} | AFFINE),
+    "plain_affine": Arm("plain, affine maps", FULL | {"memguard": "off"} | AFFINE),
     "plain_distinct_affine": Arm(
-        "plain, duplicates removed, random affine maps", FULL | {"memguard": "off"} | AFFINE, data="distinct"
+        "plain, duplicates removed, affine maps", FULL | {"memguard": "off"} | AFFINE, data="distinct"
     ),
-    "agc_affine": Arm("AGC, one model, random affine maps", FULL | OFF | AGC | AFFINE),
-    "agc_6_affine": Arm("AGC with threshold 0.6, one model, random affine maps", FULL | OFF | AGC_6 | AFFINE),
-    "balance_affine": Arm("duplicates counted as one, random affine maps", FULL | OFF | BALANCE | AFFINE),
+    "agc_affine": Arm("AGC, one model, affine maps", FULL | OFF | AGC | AFFINE),
+    "agc_6_affine": Arm("AGC with threshold 0.6, one model, affine maps", FULL | OFF | AGC_6 | AFFINE),
+    "balance_affine": Arm("duplicates counted as one, affine maps", FULL | OFF | BALANCE | AFFINE),
     "agc_balance_affine": Arm(
-        "AGC, duplicates counted as one, random affine maps", FULL | OFF | AGC | BALANCE | AFFINE
+        "AGC, one model, duplicates counted as one, affine maps: the default", FULL | OFF | AGC | BALANCE | AFFINE
     ),
     "agc_6_balance_affine": Arm(
-        "AGC with threshold 0.6, duplicates counted as one, random affine maps", FULL | OFF | AGC_6 | BALANCE | AFFINE
+        "AGC with threshold 0.6, duplicates counted as one, affine maps", FULL | OFF | AGC_6 | BALANCE | AFFINE
     ),
     "two_6_balance_affine": Arm(
-        "two shards, AGC with threshold 0.6, duplicates counted as one, random affine maps",
+        "two shards, AGC with threshold 0.6, duplicates counted as one, affine maps",
         FULL | IET | AGC_6 | BALANCE | AFFINE | {"num_shards": 2},
     ),
     "lora_plain": Arm("LoRA, plain", LORA | {"memguard": "off"}),
@@ -103,10 +103,9 @@ ARMS = {
     "lora_iet_agc_taa": Arm("LoRA, IET, AGC, TAA", LORA | IET | AGC | TAA),
     "lora_iet_agc_taa_msr": Arm("LoRA, IET, AGC, TAA, MSR", LORA | IET | AGC | TAA | MSR),
     "lora_paper": Arm("LoRA, `--preset paper`, 4 shards", LORA | {"preset": "paper", "num_shards": 4}),
-    "lora_agc_balance": Arm("LoRA, AGC, one model, duplicates counted as one: the default", LORA | OFF | AGC | BALANCE),
-    "lora_agc_6_balance_affine": Arm(
-        "LoRA, AGC with threshold 0.6, one model, duplicates counted as one, random affine maps",
-        LORA | OFF | AGC_6 | BALANCE | AFFINE,
+    "lora_agc_balance": Arm("LoRA, AGC, one model, duplicates counted as one", LORA | OFF | AGC | BALANCE),
+    "lora_agc_balance_affine": Arm(
+        "LoRA, AGC, one model, duplicates counted as one, affine maps: the default", LORA | OFF | AGC | BALANCE | AFFINE
     ),
     "lora_balance": Arm(
         "LoRA, the same, duplicates counted as one", LORA | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}

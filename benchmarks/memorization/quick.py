@@ -7,7 +7,7 @@ import torch
 from benchmarks.memorization.compare import Cell, quality, shares_by_caption
 from benchmarks.memorization.table import Points, last_points, share, title
 
-QUICK_ARMS = ("plain", "plain_distinct", "paper", "shard", "agc", "agc_balance")
+QUICK_ARMS = ("plain", "plain_distinct", "paper", "shard", "agc", "agc_balance_affine")
 SMALLEST_MARGIN = 0.0005
 """Of a loss: where the seeds published agree by chance, another machine's rounding still moves it by about this."""
 
