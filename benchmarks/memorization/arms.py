@@ -60,15 +60,19 @@ ARMS = {
     "paper": Arm("`--preset paper`, 4 shards", FULL | {"preset": "paper", "num_shards": 4}),
     "agc": Arm("AGC, one model", FULL | OFF | AGC),
     "agc_balance": Arm("AGC, one model, duplicates counted as one", FULL | OFF | AGC | BALANCE),
-    "agc_balance_raw": Arm("the same without EMA", FULL | OFF | AGC | BALANCE | {"use_ema": False}),
-    "agc_6_balance": Arm("the same, threshold 0.6", FULL | OFF | AGC_6 | BALANCE),
-    "agc_9_balance": Arm("the same, threshold 0.9", FULL | OFF | BALANCE | {"skip_threshold": 0.9}),
+    "agc_balance_raw": Arm(
+        "AGC, duplicates counted as one, without EMA", FULL | OFF | AGC | BALANCE | {"use_ema": False}
+    ),
+    "agc_6_balance": Arm("AGC with threshold 0.6, duplicates counted as one", FULL | OFF | AGC_6 | BALANCE),
+    "agc_9_balance": Arm(
+        "AGC with threshold 0.9, duplicates counted as one", FULL | OFF | BALANCE | {"skip_threshold": 0.9}
+    ),
     "iet_2_balance": Arm("two shards, duplicates counted as one", FULL | IET | BALANCE | {"num_shards": 2}),
     "two_6_balance": Arm(
         "two shards, AGC with threshold 0.6, duplicates counted as one",
         FULL | IET | AGC_6 | BALANCE | {"num_shards": 2},
     ),
-    "agc_taa_balance": Arm("the same with TAA", FULL | OFF | AGC | TAA | BALANCE),
+    "agc_taa_balance": Arm("AGC, TAA, one model, duplicates counted as one", FULL | OFF | AGC | TAA | BALANCE),
     "two_balance": Arm(
         "two shards, AGC, MSR, duplicates counted as one", FULL | IET | AGC | MSR | BALANCE | {"num_shards": 2}
     ),
