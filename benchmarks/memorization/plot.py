@@ -6,7 +6,17 @@ from typing import Any, NamedTuple
 from benchmarks.memorization.compare import quality
 from benchmarks.memorization.table import Points, is_judged, share, title
 
-SHOWN = ("plain", "plain_distinct_moved", "plain_distinct", "iet", "iet_agc", "paper", "shard", "agc", "agc_balance")
+SHOWN = (
+    "plain",
+    "plain_distinct",
+    "plain_distinct_moved",
+    "iet",
+    "iet_agc",
+    "paper",
+    "agc",
+    "agc_balance",
+    "agc_balance_affine",
+)
 """Arms of full weights; more would hide each other."""
 
 
