@@ -1,14 +1,22 @@
 """The benchmark's tables: interpolation along plain training, falls at equal quality, and what --quick says."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.memorization.compare import fall, find_place, shares_at
+from benchmarks.memorization.judge import _copies, _recognized
 from benchmarks.memorization.plot import plot
 from benchmarks.memorization.quick import loss_interval, report
 from benchmarks.memorization.table import along, equal_quality_table, read_cells, share, table
+from sd_memguard.assets import demo_data_path
+from sd_memguard.audit.features import make_extractor
+from sd_memguard.audit.pictures import load_pictures
+from sd_memguard.config import make_train_config
+from sd_memguard.training.preprocess import Preprocess
 
 
 def make_cell(arm, step, seed, copies, loss, kid=0.1):
@@ -112,7 +120,26 @@ def test_shares_and_rows(cells):
     assert share([make_cell("agc", 300, 0, "4000", 1.0)["copies"]["repeated"]])[0] == 0.25
     rows = list(table(points))
     assert rows[-1].startswith("| AGC, one model | 300 | 1 | 6% (")
-    assert rows[-1].endswith("| 3.0000 | 3.0000 | 0.100 | 0.100 | 0 | 1,600 | 12 |")
+    assert rows[-1].endswith("| - | - | 3.0000 | 3.0000 | 0.100 | 0.100 | 1,600 | 12 |")
+    judged = make_cell("agc", 300, 0, "1000", 3.0)
+    recognized = make_cell("agc", 300, 0, "4000", 3.0)["copies"]
+    (row,) = list(table({("agc", 300): [judged | {"recognized": recognized}]}))[2:]
+    assert [text.split(" ")[0] for text in row.split(" | ")[3:7]] == ["6%", "0%", "25%", "0%"]
+
+
+def test_pictures_under_affine_maps_are_recognized_where_pixels_miss_most():
+    pictures, ids = load_pictures(demo_data_path(), 64), list(range(0, 900, 9))
+    extractor = make_extractor("bundled", None, torch.device("cpu"))
+    exam = SimpleNamespace(pictures=pictures, rows={"single": ids}, extractor=extractor)
+    config = make_train_config(pretrained="bundled", train_data_dir="bundled", resolution=64, random_affine=0.05)
+    preprocess = Preprocess(config, 0)
+    images = [Image.fromarray(pictures.pixels[row].numpy()) for row in ids]
+    seen = [preprocess.centered(image, bytes([n] * 16), preprocess.views[0]) for n, image in enumerate(images)]
+    moved = ((torch.stack(seen) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert _copies(exam, "single", moved)["copies"] < 0.5 * len(ids)
+    assert _recognized(exam, "single", moved)["copies"] >= 0.97 * len(ids)
+    others = pictures.pixels[[ids[-1], *ids[:-1]]]
+    assert _recognized(exam, "single", others)["copies"] <= 0.03 * len(ids)
 
 
 @pytest.mark.parametrize(
