@@ -44,6 +44,7 @@ MEMORY_SHARE = 0.25
 """Share of the free host memory that each cache may take under ``auto``."""
 DISK_SHARE = 0.5
 """Share of the free disk that each cache may take under ``auto``."""
+CHANGED = "pictures were changed while they were read; start again when nothing writes to them"
 CAPTIONS_AT_ONCE = 64
 PIXELS_AT_ONCE = 2**21
 """Of the pictures that the VAE encodes at once, at most 64 of them: 8 of 512 pixels."""
@@ -67,15 +68,16 @@ class MemoryCache:
     """Rows in memory, in the precision of the network.
 
     Args:
-        rows: (N, ...).
+        rows: (M, ...), equal ones once.
+        place: (N,) where each row is among them.
     """
 
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
+    def __init__(self, rows: Tensor, place: Rows) -> None:
+        self.rows, self.place = rows, place
 
     def read(self, rows: Rows) -> Tensor:
         """Return rows, (B, ...)."""
-        return self.rows[torch.from_numpy(rows)]
+        return self.rows[torch.from_numpy(self.place[rows])]
 
 
 class DiskCache:
@@ -220,10 +222,14 @@ def latent_caches(
             yield chunk, keys, [_in_full(encoders.moments, one, batch) for one in pixels]
 
     if place == "memory":
-        rows = torch.empty(len(views), len(samples.sample_ids), *shape, dtype=encoders.dtype)
-        for positions, _, moments in encoded(np.arange(len(samples.sample_ids))):
-            rows[:, torch.from_numpy(positions)] = torch.stack(moments)
-        return [MemoryCache(one) for one in rows]
+        keys = samples.content_keys()
+        _, first, slots = np.unique(keys, return_index=True, return_inverse=True)
+        rows = torch.empty(len(views), len(first), *shape, dtype=encoders.dtype)
+        for positions, read_keys, moments in encoded(np.sort(first)):
+            if (keys[positions] != np.array(read_keys, keys.dtype)).any():
+                raise SampleError(CHANGED)
+            rows[:, torch.from_numpy(slots[positions])] = torch.stack(moments)
+        return [MemoryCache(one, slots) for one in rows]
     context = {
         "vae": fingerprint(encoders.vae),
         "resolution": config.resolution,
@@ -263,7 +269,7 @@ def embedding_cache(
         rows = torch.empty(need.num_rows, *need.shape, dtype=need.dtype)
         for numbers, embedded in _embed(captions, np.arange(need.num_rows), encoders, progress):
             rows[torch.from_numpy(numbers)] = embedded
-        return MemoryCache(rows)
+        return MemoryCache(rows, np.arange(need.num_rows))
     context = {
         "text_encoder": fingerprint(encoders.text_encoder),
         "tokenizer": tokenizer_fingerprint(encoders.tokenizer),
@@ -346,7 +352,7 @@ def _found(
         store.refresh()
     place = store.find(keys)
     if (place == MISSING).any():
-        raise SampleError("pictures were changed while they were read; start again when nothing writes to them")
+        raise SampleError(CHANGED)
     logger.info("%s: %d computed, the others found in %s", what, num_computed, store.folder)
     return DiskCache(store, place)
 

@@ -121,6 +121,18 @@ def test_a_later_run_computes_only_what_is_missing(make_source, own_pictures, wo
     assert_same(whole, make_source(cache_latents="memory", cache_text_embeddings="memory"))
 
 
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_copies_of_a_picture_are_encoded_once(make_source, own_pictures, work, place):
+    for number in range(1, 24):
+        shutil.copy(own_pictures / "secret-00.png", own_pictures / f"secret-{number:02}.png")
+    Image.effect_noise((32, 32), 80).convert("RGB").save(own_pictures / "secret-05.png")
+    settings = {"train_data_dir": str(own_pictures), "random_affine": 0.05, "num_shards": 1}
+    settings["cache_text_embeddings"] = "off"
+    source = make_source(cache_latents=place, **settings)
+    assert work()["moments"] == NUM_MAPS * 64  # one batch of two pictures, filled up
+    assert_same(source, make_source(**settings, cache_latents="off"), rtol=0, atol=1e-5)
+
+
 def test_what_is_kept_does_not_depend_on_what_was_missing(make_source, tmp_path):
     make_source(**DISK, max_train_samples=7)
     grown = make_source(**DISK)
