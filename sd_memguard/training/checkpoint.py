@@ -26,7 +26,8 @@ PREFIX = "checkpoint-"
 TEMPORARY_PREFIX = "writing-"
 MANIFEST = "manifest.json"
 
-
+BEFORE = {"random_affine": 0.0}
+"""What was done before there was a setting for it, where its default is to do otherwise."""
 FREE_TO_CHANGE = {
     *("resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "output_dir", "logging_dir"),
     *(
@@ -175,8 +176,8 @@ def refuse_changes(saved: dict[str, Any], present: dict[str, Any], folder: Path)
     Raises:
         CheckpointError: names the settings that differ.
     """
-    # A setting that the version of the checkpoint did not have yet was at its default.
-    saved = {name: setting.default for name, setting in SETTINGS.items()} | saved
+    # A setting that the version of the checkpoint did not have yet was at its default, or what there was before it.
+    saved = {name: setting.default for name, setting in SETTINGS.items()} | BEFORE | saved
     differing = [name for name in present if name not in FREE_TO_CHANGE and saved.get(name) != present[name]]
     changed = [name for name in differing if not _grows(name, saved, present)]
     if changed:
