@@ -97,9 +97,9 @@ ARMS = {
     "agc_6_balance_affine": Arm(
         "AGC with threshold 0.6, duplicates counted as one, affine maps", FULL | OFF | AGC_6 | BALANCE | AFFINE
     ),
-    "two_6_balance_affine": Arm(
-        "two shards, AGC with threshold 0.6, duplicates counted as one, affine maps",
-        FULL | IET | AGC_6 | BALANCE | AFFINE | {"num_shards": 2},
+    "two_balance_affine": Arm(
+        "two shards, AGC, MSR, duplicates counted as one, affine maps",
+        FULL | IET | AGC | MSR | BALANCE | AFFINE | {"num_shards": 2},
     ),
     "lora_plain": Arm("LoRA, plain", LORA | {"memguard": "off"}),
     "lora_iet": Arm("LoRA, IET", LORA | IET),
