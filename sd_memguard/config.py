@@ -194,7 +194,7 @@ class TrainConfig:
     random_affine: float | Literal["auto"] = setting(
         "auto",
         GUARD,
-        "show pictures shifted, turned and zoomed by up to this share of a side; auto: 0.05 if guarded",
+        "show pictures shifted, turned and zoomed by up to this share of a side; auto: 0.05 for guarded full weights",
         AFFINE_RULE,
     )
     proxy: Literal["full", "lora"] = setting(
@@ -314,10 +314,10 @@ class TrainConfig:
                 raise ConfigError(f"`--{declared.name}` belongs to {owner}, got `--proxy {self.proxy}`; leave it out")
 
     def _settle_affine(self) -> None:
-        """Move pictures where the guard is on, but in the paper's method."""
+        """Move pictures where the guard trains full weights: adapters learn less by heart; the paper has no maps."""
         if self.random_affine == "auto":
             guarded = self.memguard == "on" and self.preset == "default" and not self.guard.is_neutral
-            self._set("random_affine", AFFINE if guarded else 0.0)
+            self._set("random_affine", AFFINE if guarded and self.proxy == "full" else 0.0)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

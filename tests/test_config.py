@@ -61,6 +61,8 @@ def test_guard_off_turns_every_part_off():
         ({"memguard": "off", "random_affine": 0.1}, 0.1),
         ({"preset": "paper"}, 0.0),
         ({"preset": "paper", "random_affine": 0.1}, 0.1),
+        ({"proxy": "lora"}, 0.0),
+        ({"proxy": "lora", "random_affine": 0.1}, 0.1),
         ({"random_affine": 0}, 0.0),
     ],
 )

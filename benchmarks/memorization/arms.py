@@ -107,9 +107,9 @@ ARMS = {
     "lora_iet_agc_taa": Arm("LoRA, IET, AGC, TAA", LORA | IET | AGC | TAA),
     "lora_iet_agc_taa_msr": Arm("LoRA, IET, AGC, TAA, MSR", LORA | IET | AGC | TAA | MSR),
     "lora_paper": Arm("LoRA, `--preset paper`, 4 shards", LORA | {"preset": "paper", "num_shards": 4}),
-    "lora_agc_balance": Arm("LoRA, AGC, one model, duplicates counted as one", LORA | OFF | AGC | BALANCE),
+    "lora_agc_balance": Arm("LoRA, AGC, one model, duplicates counted as one: the default", LORA | OFF | AGC | BALANCE),
     "lora_agc_balance_affine": Arm(
-        "LoRA, AGC, one model, duplicates counted as one, affine maps: the default", LORA | OFF | AGC | BALANCE | AFFINE
+        "LoRA, AGC, one model, duplicates counted as one, affine maps", LORA | OFF | AGC | BALANCE | AFFINE
     ),
     "lora_balance": Arm(
         "LoRA, the same, duplicates counted as one", LORA | IET | AGC | TAA | MSR | {"group_duplicates": "balance"}
