@@ -127,7 +127,7 @@ def own_pictures(pictures, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_goes_bad_is_named_once_and_left_out(run, own_pictures, monkeypatch, caplog, workers):
-    whole = Samples.image
+    whole = Samples.keyed_image
     lost = "secret-05.png"
 
     def image(samples, sample_id):
@@ -135,7 +135,7 @@ def test_a_picture_that_goes_bad_is_named_once_and_left_out(run, own_pictures, m
             (own_pictures / lost).unlink(missing_ok=True)
         return whole(samples, sample_id)
 
-    monkeypatch.setattr(Samples, "image", image)
+    monkeypatch.setattr(Samples, "keyed_image", image)
     with caplog.at_level(logging.WARNING, "sd_memguard"):
         result = run(
             train_data_dir=str(own_pictures), cache_latents="off", dataloader_num_workers=workers, max_train_steps=12
@@ -151,13 +151,13 @@ def test_a_picture_that_goes_bad_is_named_once_and_left_out(run, own_pictures, m
 
 
 def test_a_run_whose_pictures_all_go_bad_takes_no_step(run, own_pictures, pipeline, monkeypatch):
-    whole = Samples.image
+    whole = Samples.keyed_image
 
     def image(samples, sample_id):
         (own_pictures / samples.file(sample_id)).unlink(missing_ok=True)
         return whole(samples, sample_id)
 
-    monkeypatch.setattr(Samples, "image", image)
+    monkeypatch.setattr(Samples, "keyed_image", image)
     result = run(train_data_dir=str(own_pictures), cache_latents="off", max_train_steps=6)
     before = load_file(pipeline / UNET)
     assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(result.output_dir / UNET).items())

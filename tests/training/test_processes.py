@@ -266,14 +266,14 @@ def test_a_batch_in_slices_goes_on_in_one_process_of_as_many_samples(one, two, c
 
 
 def test_plain_training_with_lost_pictures_gives_what_one_process_gives(two, configure, monkeypatch):
-    take, read, begun = Trainer.step, Samples.image, []
+    take, read, begun = Trainer.step, Samples.keyed_image, []
 
     def image(samples, sample_id):
         if begun and sample_id in LOST:
             raise SampleError("gone")
         return read(samples, sample_id)
 
-    monkeypatch.setattr(Samples, "image", image)
+    monkeypatch.setattr(Samples, "keyed_image", image)
     monkeypatch.setattr(Trainer, "step", lambda *args: begun.append(1) or take(*args))
     alone = train(configure("one-plain", **PLAIN))
     assert_same_run(alone.output_dir, two["plain"])
