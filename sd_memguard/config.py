@@ -122,9 +122,8 @@ class GuardConfig:
 
     @property
     def is_neutral(self) -> bool:
-        """Whether this trains like no guard at all, where there are no duplicates to count as one."""
-        augments = self.augment_threshold > self.skip_threshold
-        return self.num_shards == 1 and self.skip_threshold == 0 and not augments
+        """Whether all four parts are off: without AGC there is no TAA, and with one shard no MSR."""
+        return self.num_shards == 1 and self.skip_threshold == 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,6 +56,7 @@ def test_guard_off_turns_every_part_off():
         ({}, 0.05),
         ({"num_shards": 1, "augment_threshold": 1.2}, 0.05),
         ({"num_shards": 1, "skip_threshold": 0.0}, 0.0),
+        ({"num_shards": 1, "skip_threshold": 0.0, "augment_threshold": 1.2}, 0.0),
         ({"num_shards": 2, "skip_threshold": 0.0}, 0.05),
         ({"memguard": "off"}, 0.0),
         ({"memguard": "off", "random_affine": 0.1}, 0.1),

@@ -172,9 +172,9 @@ class _Transformers(Extractor):
         with torch.no_grad():
             self.dimensions = self.embed(self.prepare(Image.new("RGB", (64, 64)))[None].to(device)).shape[1]
 
+    @abstractmethod
     def load(self, place: str) -> Any:
         """Return the network."""
-        raise NotImplementedError
 
     def prepare(self, image: PIL.Image.Image) -> Tensor:
         """Return (3, H, W) float32."""

@@ -167,7 +167,8 @@ def processes_here() -> int:
 def choose_place(need: Need, config: TrainConfig) -> Literal["memory", "disk", "off"]:
     """Return where a cache goes; ``auto`` takes memory while it suffices, for each process its own, then the disk.
 
-    Where more would be computed for it than without it, ``auto`` takes none.
+    Where more would be computed for it than without it, every row counted though equal ones are computed once, ``auto``
+    takes none.
 
     Raises:
         CacheError: ``disk`` was asked for and has no room.
