@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from sd_memguard.assets import demo_data_path, demo_heldout_path
-from sd_memguard.audit.background import BACKGROUND_PERCENT, MARGIN, choose_threshold
 from sd_memguard.audit.collection import read_folder
-from sd_memguard.audit.features import Extractor, make_extractor
-from sd_memguard.audit.scores import area_under_curve, percentile
-from sd_memguard.audit.similarity import best_matches, cosine
+from sd_memguard.audit.features.extractors import Extractor, make_extractor
+from sd_memguard.audit.metrics.background import BACKGROUND_PERCENT, MARGIN, choose_threshold
+from sd_memguard.audit.metrics.similarity import best_matches, cosine
+from sd_memguard.audit.metrics.statistics import area_under_curve, percentile
 
 NUM_COPIES = 256
 MARGINS = {"0": 0.0, "1/3": MARGIN, "1/2": 0.5}

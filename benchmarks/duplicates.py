@@ -17,7 +17,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from sd_memguard.assets import demo_data_path
 from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups
-from sd_memguard.training.sample_check import thumbnail
+from sd_memguard.data.image_check import thumbnail
 
 Picture = Image.Image
 

@@ -23,7 +23,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from sd_memguard.config import TrainConfig, make_train_config
-from sd_memguard.training.loop import train
+from sd_memguard.training.trainer import train
 
 RESULTS = ("unet/diffusion_pytorch_model.safetensors", "memguard/rounds.jsonl", "memguard/samples.parquet")
 MODES: dict[str, dict[str, Any]] = {

@@ -136,7 +136,7 @@ def train_once(pipeline: Path, folder: Path, num_shards: int, resolution: int, s
     """Train in this process and return what it took."""
     memory, start = PeakMemory(), time.monotonic()
     from sd_memguard.config import make_train_config
-    from sd_memguard.training.loop import train
+    from sd_memguard.training.trainer import train
 
     result = train(
         make_train_config(

@@ -75,8 +75,8 @@ def work(settings: dict[str, Any], rank: int, result: Path) -> None:
     torch.set_num_threads(1)
     from sd_memguard.config import make_train_config
     from sd_memguard.proxies.full import FullProxies
-    from sd_memguard.training import loop
-    from sd_memguard.training.meetings import Meetings
+    from sd_memguard.training import trainer as loop
+    from sd_memguard.training.sync import Meetings
 
     times: dict[str, list[tuple[float, float]]] = {"step": [], "augmented_step": [], "round_end": [], "wait": []}
     times |= {"fit": [], "average": []}

@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks.memory_sd15 import make_pipeline
 from sd_memguard.config import make_train_config
-from sd_memguard.training.checkpoint import list_checkpoints
-from sd_memguard.training.loop import train
+from sd_memguard.runs.checkpoint import list_checkpoints
 from sd_memguard.training.run_state import RunState
+from sd_memguard.training.trainer import train
 
 NUM_SHARDS, STEPS = 4, 8
 

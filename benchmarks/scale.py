@@ -24,12 +24,12 @@ import torch
 from benchmarks.memory_sd15 import PeakMemory
 from sd_memguard.config import GuardConfig
 from sd_memguard.core.bands import Bands
-from sd_memguard.core.visits import VisitCursor
+from sd_memguard.core.sampler import VisitCursor
+from sd_memguard.data.captions import Captions
+from sd_memguard.data.samples import Samples
 from sd_memguard.guard import MemorizationGuard
 from sd_memguard.proxies.state_file import load_state, save_state
-from sd_memguard.training.captions import Captions
-from sd_memguard.training.records import RunRecords
-from sd_memguard.training.samples import Samples
+from sd_memguard.runs.records import RunRecords
 
 NUM_SHARDS, BATCH, SEED = 4, 16, 0
 ROWS_AT_ONCE = 1_000_000

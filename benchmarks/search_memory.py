@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sd_memguard.audit.similarity import best_matches, cosine
+from sd_memguard.audit.metrics.similarity import best_matches, cosine
 
 ROWS_PER_BLOCK = 4096
 LIMIT_BYTES = 2 * 1024**3

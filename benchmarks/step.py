@@ -35,10 +35,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.memory_sd15 import make_pipeline
 from sd_memguard.assets import demo_data_path, tiny_sd_path
 from sd_memguard.config import make_train_config
+from sd_memguard.data.batches import Batch
 from sd_memguard.guard import MemorizationGuard
-from sd_memguard.training.batches import Batch
-from sd_memguard.training.loop import Trainer
-from sd_memguard.training.setup import make_accelerator, make_plan
+from sd_memguard.training.build import make_accelerator
+from sd_memguard.training.plan import make_plan
+from sd_memguard.training.trainer import Trainer
 
 SIZES = {"bundled": (64, 16), "mid": (128, 2), "sd15": (512, 4)}
 """Resolution and batch size of each model."""

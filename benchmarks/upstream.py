@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.denoising import Encoded, denoising_losses, encode
 from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
-from sd_memguard.audit.pictures import load_pictures
+from sd_memguard.audit.images import load_pictures
 
 BATCH_SIZE, RESOLUTION = 16, 64
 STUDENT_T = {2: 4.30, 4: 2.78, 6: 2.45, 8: 2.31}

@@ -23,7 +23,7 @@ def _train(argv: Sequence[str]) -> None:
 
 
 def _demo(argv: Sequence[str]) -> None:
-    from sd_memguard.demo import main
+    from sd_memguard.demo.command import main
 
     with exit_on_user_error():
         main(argv)
@@ -43,13 +43,13 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def _export(argv: Sequence[str]) -> None:
-    from sd_memguard.training.export_command import main
+    from sd_memguard.export.command import main
 
     main(argv)
 
 
 def _inspect(argv: Sequence[str]) -> None:
-    from sd_memguard.training.inspect_run import main
+    from sd_memguard.inspection.command import main
 
     with exit_on_user_error():
         main(argv)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from sd_memguard.config import GuardConfig
+from sd_memguard.core.async_copy import HostCopy
 from sd_memguard.core.augmentation import AugmentQueue, augment_magnitude, augment_strength
 from sd_memguard.core.bands import Bands, classify
-from sd_memguard.core.host_copy import HostCopy
+from sd_memguard.core.decision import Counted, Verdict
 from sd_memguard.core.ledger import SampleLedger
 from sd_memguard.core.memory_bank import LossMemoryBank
 from sd_memguard.core.redistribution import redistribute
 from sd_memguard.core.shards import Moves, ShardPlan, auto_num_shards, count_pictures, split_into_shards
-from sd_memguard.core.verdict import Counted, Verdict
 from sd_memguard.errors import LoopError
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> None:
 
     config = parse_train_args(sys.argv[1:] if argv is None else argv, prog=prog)
     # After parsing: `--help` and wrong flags need not wait for torch.
-    from sd_memguard.training.logs import configure_logging
-    from sd_memguard.training.loop import train
+    from sd_memguard.console import configure_logging
+    from sd_memguard.training.trainer import train
 
     configure_logging()
     with exit_on_user_error():

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sd_memguard import assets
 from sd_memguard.config import TrainConfig, make_train_config
-from sd_memguard.training.loop import TrainResult, train
+from sd_memguard.training.trainer import TrainResult, train
 
 RESOLUTION = 32
 # Few timesteps, so that the memory bank has enough visits for decisions after a few steps.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from sd_memguard.assets import copy_descriptor_path, demo_data_path, demo_heldout_path, tiny_sd_path
-from sd_memguard.audit.descriptor import CopyDescriptor
+from sd_memguard.audit.features.copy_descriptor import CopyDescriptor
 
 DEMO_FOLDERS = [(demo_data_path(), 992), (demo_heldout_path(), 256)]
 

@@ -91,7 +91,7 @@ def test_unknown_command_is_refused(capsys):
 
 
 def test_train_hands_the_configuration_to_the_loop(stand_in):
-    calls = stand_in("sd_memguard.training.loop", "train")
+    calls = stand_in("sd_memguard.training.trainer", "train")
     cli.main(["train", *ARGUMENTS, "--num_shards", "2"])
     train.main([*ARGUMENTS, "--num_shards", "2"])
     assert calls[0] == calls[1]
@@ -99,7 +99,7 @@ def test_train_hands_the_configuration_to_the_loop(stand_in):
 
 
 def test_demo_gets_the_arguments_after_its_name(stand_in):
-    calls = stand_in("sd_memguard.demo", "main")
+    calls = stand_in("sd_memguard.demo.command", "main")
     cli.main(["demo", "--some", "flag"])
     assert calls == [["--some", "flag"]]
 
@@ -107,8 +107,8 @@ def test_demo_gets_the_arguments_after_its_name(stand_in):
 @pytest.mark.parametrize(
     ("arguments", "module", "function"),
     [
-        (["train", *ARGUMENTS], "sd_memguard.training.loop", "train"),
-        (["demo"], "sd_memguard.demo", "main"),
+        (["train", *ARGUMENTS], "sd_memguard.training.trainer", "train"),
+        (["demo"], "sd_memguard.demo.command", "main"),
     ],
 )
 def test_mistakes_of_the_user_print_a_line_and_others_a_traceback(stand_in, capsys, arguments, module, function):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sd_memguard.audit.settings import build_parser as audit_parser
+from sd_memguard.audit.arguments import build_parser as audit_parser
 from sd_memguard.config import ALIASES, SETTINGS
-from sd_memguard.training.export_command import build_parser as export_parser
+from sd_memguard.export.command import build_parser as export_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser as torch_launcher
 
-from sd_memguard.audit.settings import build_parser
+from sd_memguard.audit.arguments import build_parser
 from sd_memguard.flags import parse_train_args
 from sd_memguard.launcher.arguments import parse_command
 

@@ -7,7 +7,8 @@ import pytest
 from sd_memguard.config import SETTINGS, GuardConfig, TrainConfig
 from sd_memguard.flags import build_parser, parse_train_args
 
-UPSTREAM = json.loads((Path(__file__).parent / "data" / "upstream_flags.json").read_text(encoding="utf-8"))["scripts"]
+FIXTURES = Path(__file__).parent / "fixtures"
+UPSTREAM = json.loads((FIXTURES / "upstream_flags.json").read_text(encoding="utf-8"))["scripts"]
 SCRIPTS = {"full": UPSTREAM["train_text_to_image.py"], "lora": UPSTREAM["train_text_to_image_lora.py"]}
 FLAGS = [(proxy, name) for proxy, flags in SCRIPTS.items() for name in flags]
 TYPES = {"str": str, "int": int, "float": float}

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from sd_memguard.audit.descriptor import SIZE, CopyDescriptor
-from sd_memguard.audit.pictures import load_pictures
+from sd_memguard.audit.features.copy_descriptor import SIZE, CopyDescriptor
+from sd_memguard.audit.images import load_pictures
 
 TEMPERATURE = 0.07
 BATCH_SIZE = 128

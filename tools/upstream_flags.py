@@ -1,4 +1,4 @@
-"""Make tests/data/upstream_flags.json, the table of the flags of diffusers' scripts that ours is tested against.
+"""Make tests/fixtures/upstream_flags.json, the table of the flags of diffusers' scripts that ours is tested against.
 
     python tools/upstream_flags.py COMMIT train_text_to_image.py train_text_to_image_lora.py > TABLE
 

@@ -2,9 +2,9 @@
 
     python tools/upstream_single_file.py COMMIT convert_diffusers_to_original_stable_diffusion.py
 
-writes tests/data/upstream_single_file.json.gz. COMMIT names the revision of huggingface/diffusers that the script (in
-`scripts/`) is taken from. It converts the parts of Stable Diffusion 1.5 and 2.1, built from
-tests/data/stable_diffusion_configs.json without memory for their weights.
+writes tests/fixtures/upstream_single_file.json.gz. COMMIT names the revision of huggingface/diffusers that the
+script (in `scripts/`) is taken from. It converts the parts of Stable Diffusion 1.5 and 2.1, built from
+tests/fixtures/stable_diffusion_configs.json without memory for their weights.
 """
 
 import gzip

@@ -28,10 +28,10 @@ from benchmarks.memorization.quick import QUICK_ARMS, report
 from benchmarks.memorization.table import read_cells
 from sd_memguard.assets import tiny_sd_path
 from sd_memguard.config import TrainConfig, make_train_config
+from sd_memguard.console import configure_logging
 from sd_memguard.proxies.state_file import load_state
-from sd_memguard.training.checkpoint import list_checkpoints
-from sd_memguard.training.logs import configure_logging
-from sd_memguard.training.loop import train
+from sd_memguard.runs.checkpoint import list_checkpoints
+from sd_memguard.training.trainer import train
 
 CELLS = Path(__file__).parent / "cells"
 SECONDS = "cpu_seconds.json"

@@ -12,12 +12,12 @@ from torch import Tensor
 from benchmarks.denoising import BATCH_SIZE, Encoded, denoising_losses, encode
 from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
 from sd_memguard.audit.captions import choose_captions
-from sd_memguard.audit.features import Extractor, make_extractor
+from sd_memguard.audit.features.extractors import Extractor, make_extractor
 from sd_memguard.audit.generate import draw, load_pipeline
-from sd_memguard.audit.pictures import Pictures, as_rows, load_pictures
-from sd_memguard.audit.quality import quality_features
-from sd_memguard.audit.scores import kernel_distance
-from sd_memguard.audit.similarity import find_copies
+from sd_memguard.audit.images import Pictures, as_rows, load_pictures
+from sd_memguard.audit.metrics.quality import quality_features
+from sd_memguard.audit.metrics.similarity import find_copies
+from sd_memguard.audit.metrics.statistics import kernel_distance
 from sd_memguard.core.seeding import derive_seed, generator_for
 
 SIZE = 64

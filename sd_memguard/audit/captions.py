@@ -3,8 +3,8 @@
 from collections import Counter
 from typing import NamedTuple
 
-from sd_memguard.audit.pictures import Pictures, as_rows
-from sd_memguard.audit.similarity import COPY_THRESHOLD, NUM_NEIGHBORS, distance_ratio, distinct, nearest
+from sd_memguard.audit.images import Pictures, as_rows
+from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD, NUM_NEIGHBORS, distance_ratio, distinct, nearest
 
 
 class ChosenCaptions(NamedTuple):

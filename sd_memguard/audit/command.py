@@ -15,8 +15,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from sd_memguard import __version__
-from sd_memguard.audit import AuditError, records
-from sd_memguard.audit.background import (
+from sd_memguard.audit import AuditError
+from sd_memguard.audit.arguments import MARKER, AuditSettings, parse_arguments
+from sd_memguard.audit.captions import ChosenCaptions
+from sd_memguard.audit.collection import Collection
+from sd_memguard.audit.features.cache import Store
+from sd_memguard.audit.features.extractors import Extractor
+from sd_memguard.audit.generate import DrawingSettings, draw_into, load_pipeline
+from sd_memguard.audit.inputs import Inputs, open_inputs
+from sd_memguard.audit.metrics.background import (
     Gallery,
     Matched,
     Threshold,
@@ -25,12 +32,7 @@ from sd_memguard.audit.background import (
     choose_rows,
     choose_threshold,
 )
-from sd_memguard.audit.captions import ChosenCaptions
-from sd_memguard.audit.collection import Collection
-from sd_memguard.audit.features import Extractor
-from sd_memguard.audit.generate import DrawingSettings, draw_into, load_pipeline
-from sd_memguard.audit.inputs import Inputs, open_inputs
-from sd_memguard.audit.measures import (
+from sd_memguard.audit.metrics.measures import (
     Probes,
     Probing,
     Subject,
@@ -39,13 +41,12 @@ from sd_memguard.audit.measures import (
     detection_figures,
     membership_figures,
 )
+from sd_memguard.audit.metrics.quality import MAX_QUALITY_PICTURES, Quality, quality_features, quality_figures
+from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD
+from sd_memguard.audit.metrics.statistics import summarize
 from sd_memguard.audit.models import ModelFiles, default_device, model_sha256, read_run
-from sd_memguard.audit.quality import MAX_QUALITY_PICTURES, Quality, quality_features, quality_figures
-from sd_memguard.audit.report import write_report
-from sd_memguard.audit.scores import summarize
-from sd_memguard.audit.settings import MARKER, AuditSettings, parse_arguments
-from sd_memguard.audit.similarity import COPY_THRESHOLD
-from sd_memguard.audit.store import Store
+from sd_memguard.audit.reporting import write as records
+from sd_memguard.audit.reporting.page import write_report
 from sd_memguard.core.seeding import derive_seed, permutation
 
 logger = logging.getLogger(__name__)

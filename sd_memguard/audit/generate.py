@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sd_memguard.audit.features.cache import Store, digest
 from sd_memguard.audit.models import load_pipeline
-from sd_memguard.audit.store import Store, digest
 
 __all__ = ["DrawingSettings", "draw", "draw_into", "drawing_key", "load_pipeline"]
 

@@ -8,11 +8,11 @@ import torch
 
 from sd_memguard.assets import BUNDLED, demo_data_path, demo_heldout_path
 from sd_memguard.audit import AuditError
-from sd_memguard.audit.clip_score import ClipScorer
+from sd_memguard.audit.arguments import AuditSettings
 from sd_memguard.audit.collection import Collection, read_dataset, read_folder, without
-from sd_memguard.audit.features import Extractor, make_extractor
-from sd_memguard.audit.settings import AuditSettings
-from sd_memguard.audit.store import Store
+from sd_memguard.audit.features.cache import Store
+from sd_memguard.audit.features.extractors import Extractor, make_extractor
+from sd_memguard.audit.metrics.clip_score import ClipScorer
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from sd_memguard.assets import BUNDLED, tiny_sd_path
 from sd_memguard.audit import AuditError
-from sd_memguard.audit.store import digest, file_sha256
+from sd_memguard.audit.features.cache import digest, file_sha256
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _CHECKPOINT_KEY = "model.diffusion_model."

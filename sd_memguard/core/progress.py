@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sd_memguard.core.visits import VisitCursor
+from sd_memguard.core.sampler import VisitCursor
 
 if TYPE_CHECKING:
-    from sd_memguard.core.verdict import Verdict
+    from sd_memguard.core.decision import Verdict
 
 
 @dataclass

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sd_memguard.core.rounds import RoundSchedule
+from sd_memguard.core.schedule import RoundSchedule
 from sd_memguard.errors import LoopError
 from sd_memguard.plugin import checkpoint
 from sd_memguard.plugin.augment import Augmenter, AugmentFunction, find_augmenter
+from sd_memguard.plugin.backends import AccelerateHost, Host, PlainHost, plain_optimizer
 from sd_memguard.plugin.checks import check_ema, check_loader, check_model, check_steps
-from sd_memguard.plugin.hosts import AccelerateHost, Host, PlainHost, plain_optimizer
-from sd_memguard.plugin.learning_rate import LRTable, tabulate
-from sd_memguard.plugin.loader import GuardedLoader, LabelledLoader, labelled_loader
+from sd_memguard.plugin.dataloaders import GuardedLoader, LabelledLoader, labelled_loader
+from sd_memguard.plugin.loop_driver import Rounds
 from sd_memguard.plugin.lora_export import whole_adapter
-from sd_memguard.plugin.parameters import Adapter, find_adapter, make_proxies, trained_parameters
-from sd_memguard.plugin.rounds import Rounds
+from sd_memguard.plugin.lr_table import LRTable, tabulate
+from sd_memguard.plugin.trainable import Adapter, find_adapter, make_proxies, trained_parameters
 from sd_memguard.proxies.lora import LoraProxies
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from sd_memguard.errors import LoopError
 from sd_memguard.proxies.state_file import load_state, save_state
 
 if TYPE_CHECKING:
-    from sd_memguard.plugin.rounds import Rounds
+    from sd_memguard.plugin.loop_driver import Rounds
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from sd_memguard.errors import LoopError
-from sd_memguard.plugin.parameters import Adapter
+from sd_memguard.plugin.trainable import Adapter
 
 if TYPE_CHECKING:
     from sd_memguard.guard import MemorizationGuard

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sd_memguard.plugin.parameters import Adapter
+from sd_memguard.plugin.trainable import Adapter
 from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.proxies.swap import copy_tensors
 

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sd_memguard.core.aggregation import distance, iterate_aggregate
-from sd_memguard.proxies.exchange import Exchange
+from sd_memguard.distributed import Exchange
 from sd_memguard.proxies.store import LazyTensors, ProxyStore
 from sd_memguard.proxies.swap import EmaState, copy_tensors, load_optimizer_tensors, optimizer_tensors
 

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sd_memguard.core.aggregation import aggregate
-from sd_memguard.proxies.exchange import Exchange
+from sd_memguard.distributed import Exchange
 from sd_memguard.proxies.full import WEIGHTS, FullProxies
 from sd_memguard.proxies.store import ProxyStore
 from sd_memguard.proxies.swap import copy_tensors

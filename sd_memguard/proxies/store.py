@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd_memguard.proxies.exchange import Exchange
+from sd_memguard.distributed import Exchange
 
 
 class ProxyStore(Protocol):

@@ -6,13 +6,13 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
-from sd_memguard.training.duplicates import count_duplicates
-from sd_memguard.training.footprint import gigabytes
-from sd_memguard.training.logs import passes_per_round
+from sd_memguard.data.duplicate_report import count_duplicates
+from sd_memguard.models.pipeline import load_models, read_config
 from sd_memguard.training.loss import DenoisingLoss
-from sd_memguard.training.models import load_models, read_config
+from sd_memguard.training.memory_estimate import gigabytes
+from sd_memguard.training.plan import Plan
+from sd_memguard.training.progress_log import passes_per_round
 from sd_memguard.training.ranks import batch_slices
-from sd_memguard.training.setup import Plan
 
 TIMED_STEPS = 3
 

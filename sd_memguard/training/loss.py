@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 from torch import Tensor, nn
 
-from sd_memguard.core.host_copy import to_device
+from sd_memguard.core.async_copy import to_device
 from sd_memguard.core.seeding import Address, draw_integers, draw_normal
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sd_memguard.config import ConfigError
-from sd_memguard.proxies.exchange import Exchange
-from sd_memguard.training.interrupt import StopRequest
+from sd_memguard.distributed import Exchange
+from sd_memguard.training.signals import StopRequest
 
 Item = TypeVar("Item")
 

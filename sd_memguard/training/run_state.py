@@ -11,24 +11,24 @@ from diffusers import UNet2DConditionModel
 
 from sd_memguard.core.progress import Progress
 from sd_memguard.guard import MemorizationGuard
+from sd_memguard.models.lora import merge
+from sd_memguard.models.pipeline import load_unet
 from sd_memguard.proxies.full import FullProxies
 from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.proxies.state_file import load_state, save_state
-from sd_memguard.training.checkpoint import (
+from sd_memguard.runs.checkpoint import (
     find_checkpoint,
     prune_checkpoints,
     refuse_changes,
     save_checkpoint,
     temporary_folder,
 )
-from sd_memguard.training.export import UNET
-from sd_memguard.training.faults import check_finite
-from sd_memguard.training.lora import merge
-from sd_memguard.training.models import load_unet
+from sd_memguard.runs.folder import FOLDER, PROXIES_FOLDER
+from sd_memguard.runs.records import RunRecords
+from sd_memguard.runs.trained_run import UNET
+from sd_memguard.training.failures import check_finite
+from sd_memguard.training.plan import Plan
 from sd_memguard.training.ranks import Ranks
-from sd_memguard.training.records import RunRecords
-from sd_memguard.training.run_folder import FOLDER, PROXIES_FOLDER
-from sd_memguard.training.setup import Plan
 
 logger = logging.getLogger(__name__)
 

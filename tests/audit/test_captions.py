@@ -1,7 +1,7 @@
 import torch
 
 from sd_memguard.audit.captions import choose_captions
-from sd_memguard.audit.pictures import Pictures
+from sd_memguard.audit.images import Pictures
 
 
 def make_set(num_pictures, repeats):

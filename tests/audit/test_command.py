@@ -12,9 +12,9 @@ from PIL import Image
 
 from sd_memguard.assets import BUNDLED, demo_data_path, demo_heldout_path, tiny_sd_path
 from sd_memguard.audit import AuditError, generate
+from sd_memguard.audit.arguments import parse_arguments
 from sd_memguard.audit.collection import read_folder
 from sd_memguard.audit.command import main, run_audit
-from sd_memguard.audit.settings import parse_arguments
 
 DRAWING = ["--num_prompts", "6", "--images_per_prompt", "2", "--num_inference_steps", "3", "--num_probes", "12"]
 SETS = ["--train_data_dir", BUNDLED, "--reference_data_dir", BUNDLED]

@@ -12,7 +12,7 @@ from sd_memguard.assets import tiny_sd_path
 from sd_memguard.audit import AuditError
 from sd_memguard.audit.generate import draw
 from sd_memguard.audit.models import LORA_FILE, ModelFiles, find_model, load_pipeline, model_sha256, read_run
-from sd_memguard.training.single_file import single_file_weights
+from sd_memguard.export.single_file import single_file_weights
 
 CPU = torch.device("cpu")
 

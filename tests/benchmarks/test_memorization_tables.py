@@ -13,10 +13,10 @@ from benchmarks.memorization.plot import plot
 from benchmarks.memorization.quick import loss_interval, report
 from benchmarks.memorization.table import along, equal_quality_table, read_cells, share, table
 from sd_memguard.assets import demo_data_path
-from sd_memguard.audit.features import make_extractor
-from sd_memguard.audit.pictures import load_pictures
+from sd_memguard.audit.features.extractors import make_extractor
+from sd_memguard.audit.images import load_pictures
 from sd_memguard.config import make_train_config
-from sd_memguard.training.preprocess import Preprocess
+from sd_memguard.data.transforms import Preprocess
 
 
 def make_cell(arm, step, seed, copies, loss, kid=0.1):

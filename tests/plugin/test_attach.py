@@ -6,8 +6,8 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
 from sd_memguard import GuardConfig, MemorizationGuard
+from sd_memguard.core.sampler import VisitCursor
 from sd_memguard.core.shards import split_into_shards
-from sd_memguard.core.visits import VisitCursor
 from sd_memguard.errors import LoopError
 from tests.plugin.toy import (
     BATCH_SIZE,
@@ -145,7 +145,7 @@ def test_the_loops_own_schedule_is_left_alone():
     ids=["exponential", "one-cycle", "restarts", "sequential"],
 )
 def test_a_schedule_is_run_ahead_and_set_back(make):
-    from sd_memguard.plugin.learning_rate import tabulate
+    from sd_memguard.plugin.lr_table import tabulate
 
     def fresh():
         optimizer = torch.optim.AdamW(make_network().parameters(), lr=1e-2)

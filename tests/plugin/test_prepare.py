@@ -15,12 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sd_memguard import MemorizationGuard
+from sd_memguard.data.batches import BatchSource, Encoders, visit_address
 from sd_memguard.errors import LoopError
-from sd_memguard.plugin.hosts import AccelerateHost
-from sd_memguard.training.batches import BatchSource, Encoders, visit_address
-from sd_memguard.training.lora import add_adapter
+from sd_memguard.models.lora import add_adapter
+from sd_memguard.plugin.backends import AccelerateHost
+from sd_memguard.training.build import base_learning_rate, make_accelerator, make_optimizer, prepare_models
 from sd_memguard.training.loss import DenoisingLoss, Noising
-from sd_memguard.training.setup import base_learning_rate, make_accelerator, make_optimizer, make_plan, prepare_models
+from sd_memguard.training.plan import make_plan
 from tests.plugin.toy import BATCH_SIZE, Denoiser, losses_of, make_guard, make_loader, make_network, neutral_guard
 
 TOTAL = 26

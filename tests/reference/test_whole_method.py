@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from sd_memguard.config import GuardConfig
-from sd_memguard.core.rounds import RoundSchedule
-from sd_memguard.core.visits import VisitCursor
+from sd_memguard.core.sampler import VisitCursor
+from sd_memguard.core.schedule import RoundSchedule
 from sd_memguard.guard import MemorizationGuard
 from sd_memguard.proxies.full import FullProxies
 from sd_memguard.proxies.store import DiskStore, RamStore

@@ -20,10 +20,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from sd_memguard.config import make_train_config
+from sd_memguard.data.samples import SampleError, Samples
 from sd_memguard.errors import UserError
-from sd_memguard.training import loop
-from sd_memguard.training.faults import NonFiniteError
-from sd_memguard.training.samples import SampleError, Samples
+from sd_memguard.training import trainer as loop
+from sd_memguard.training.failures import NonFiniteError
 
 take_step, draw_noise, read_image = loop.Trainer.step, loop.Noising.draw, Samples.keyed_image
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
-from torch import nn
-
 from tests.training.test_loop import results
+from torch import nn
 
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
 

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from sd_memguard.config import ConfigError, TrainConfig
+from sd_memguard.data.samples import SampleError, Samples
+from sd_memguard.runs.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
 from sd_memguard.training import ranks
-from sd_memguard.training.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
-from sd_memguard.training.interrupt import Interrupted
-from sd_memguard.training.loop import Trainer, train
-from sd_memguard.training.samples import SampleError, Samples
+from sd_memguard.training.signals import Interrupted
+from sd_memguard.training.trainer import Trainer, train
 from tests.conftest import short_run
 
 ROOT = Path(__file__).parents[2]

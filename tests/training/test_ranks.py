@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from sd_memguard.proxies.exchange import Exchange
-from sd_memguard.training.interrupt import StopRequest
+from sd_memguard.distributed import Exchange
+from sd_memguard.runs.folder import RunFolderError
+from sd_memguard.training.distributed_start import check_shared
 from sd_memguard.training.ranks import Ranks
-from sd_memguard.training.setup import RunFolderError
-from sd_memguard.training.start import check_shared
+from sd_memguard.training.signals import StopRequest
 
 
 def process(rank: int, size: int) -> Exchange:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sd_memguard.flags import parse_train_args
-from sd_memguard.training.checkpoint import MANIFEST, _fingerprint, list_checkpoints
+from sd_memguard.runs.checkpoint import MANIFEST, _fingerprint, list_checkpoints
 
 SHORT = {"max_train_steps": 6, "checkpointing_steps": 3}
 
@@ -128,7 +128,7 @@ def test_no_configuration_file_runs(payload, mark, tmp_path):
 
 def test_the_hub_token_stays_out_of_every_file(run, caplog, capsys, monkeypatch):
     token = "hf_" + "s3cr3t" * 5
-    monkeypatch.setattr("sd_memguard.training.loop.push_to_hub", lambda *_: None)
+    monkeypatch.setattr("sd_memguard.training.trainer.push_to_hub", lambda *_: None)
     result = run(hub_token=token, push_to_hub=True, **SHORT)
     written = b"".join(path.read_bytes() for path in result.output_dir.rglob("*") if path.is_file())
     shown = "".join([caplog.text, *capsys.readouterr()])

@@ -1,0 +1,1 @@
+"""Image descriptors and their cache."""

@@ -1,0 +1,1 @@
+"""Similarity, statistics and quality metrics."""

@@ -1,0 +1,197 @@
+"""The figures of one model: its drawings against the training pictures, its signals, its quality."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sd_memguard.audit.collection import Collection
+from sd_memguard.audit.features.cache import Store
+from sd_memguard.audit.metrics.background import Gallery, Matched, PixelRatios
+from sd_memguard.audit.metrics.signals import LOSS_TIMESTEPS, denoising_losses, text_signal
+from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD
+from sd_memguard.audit.metrics.statistics import (
+    Estimate,
+    area_under_curve,
+    bootstrap,
+    bootstrap_separation,
+    mean,
+    percentile,
+    true_positive_rate,
+)
+from sd_memguard.core.seeding import generator_for
+
+MQ_LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+class Subject(NamedTuple):
+    """The drawings of a model or of a folder, in the order of captions, n for each.
+
+    Attributes:
+        pictures: The drawings.
+        kinds: ``repeated``, ``single`` or ``given`` for each drawing.
+        per_caption: n.
+        seeds: Of each drawing, empty where unknown.
+        own_rows: Row of each drawing's training picture, empty where unknown.
+    """
+
+    pictures: Collection
+    kinds: Sequence[str]
+    per_caption: int
+    seeds: Sequence[int]
+    own_rows: Sequence[int]
+
+
+class Compared(NamedTuple):
+    """What each of N drawings has in common with the training pictures; ``own`` is None where unknown."""
+
+    nearest: Matched
+    own: Tensor | None
+    ratios: PixelRatios
+
+    def is_copy(self, threshold: float) -> Tensor:
+        """Whether each drawing is as like its nearest training picture as a copy, (N,) bool."""
+        return self.nearest.similarity >= threshold
+
+    def is_l2_copy(self) -> Tensor:
+        """Whether each drawing is a copy by Carlini's rule in pixels, (N,) bool."""
+        return self.ratios.l2 < COPY_THRESHOLD
+
+
+def compare(subject: Subject, gallery: Gallery) -> Compared:
+    """Return how the drawings compare with the training pictures."""
+    own = gallery.similarity_to(subject.pictures, subject.own_rows) if subject.own_rows else None
+    return Compared(gallery.match(subject.pictures), own, gallery.pixel_ratios(subject.pictures))
+
+
+def copy_figures(subject: Subject, compared: Compared, threshold: float, seed: int) -> dict[str, dict[str, Any]]:
+    """Return the figures on copies of each kind of captions and of all."""
+    kinds = list(dict.fromkeys(subject.kinds))
+    members = {kind: torch.tensor([one == kind for one in subject.kinds]) for kind in kinds}
+    members["all"] = torch.ones(len(subject.kinds), dtype=torch.bool)
+    return {kind: _copies_of(member, subject, compared, threshold, seed) for kind, member in members.items()}
+
+
+def _copies_of(member: Tensor, subject: Subject, compared: Compared, threshold: float, seed: int) -> dict[str, Any]:
+    def estimate(values: Tensor, statistic: Callable[[Tensor], Tensor], what: str) -> Estimate:
+        shaped = values[member].double().unflatten(0, (-1, subject.per_caption))
+        return bootstrap(shaped, statistic, generator_for(seed, f"bootstrap {what}"))
+
+    is_copy = compared.is_copy(threshold)
+    figures: dict[str, Any] = {
+        "count": int(member.sum()),
+        "copies": int((is_copy & member).sum()),
+        "share": estimate(is_copy, mean, "share"),
+        "captions": 0,
+        "captions_copied": 0,
+        "extraction": None,
+        "similarity_mean": estimate(compared.nearest.similarity, mean, "mean"),
+        "similarity_p95": estimate(compared.nearest.similarity, lambda values: percentile(values, 95), "p95"),
+        "l2_copies": estimate(compared.is_l2_copy(), mean, "l2"),
+        "mq_below": {str(level): int((compared.ratios.squared[member] < level).sum()) for level in MQ_LEVELS},
+    }
+    if compared.own is not None:
+        extracted = (compared.own[member] >= threshold).unflatten(0, (-1, subject.per_caption)).any(1)
+        figures["captions"], figures["captions_copied"] = len(extracted), int(extracted.sum())
+        generator = generator_for(seed, "bootstrap extraction")
+        figures["extraction"] = bootstrap(extracted.double()[:, None], mean, generator)
+    return figures
+
+
+class Probes(NamedTuple):
+    """Captions and pictures, trained on and not, whose answers tell them apart."""
+
+    train: Collection
+    train_rows: Sequence[int]
+    reference: Collection
+    reference_rows: Sequence[int]
+
+
+class Probing(NamedTuple):
+    """How a model is probed."""
+
+    store: Store
+    load: Callable[[], StableDiffusionPipeline]
+    model_sha256: str
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    batch_size: int
+
+
+def detection_figures(probes: Probes, probing: Probing) -> dict[str, Any]:
+    """Return how well the text signal tells captions trained on from others; see ``text_signal``."""
+    known = {probes.train.captions[row] for row in probes.train_rows}
+    new = dict.fromkeys(probes.reference.captions[row] for row in probes.reference_rows)
+    groups = [
+        sorted(known),
+        sorted(caption for caption in new if caption and caption not in set(probes.train.captions)),
+    ]
+
+    def measure(captions: Sequence[str]) -> Tensor:
+        def compute(rows: range) -> Tensor:
+            signals = [
+                text_signal(
+                    probing.load(),
+                    captions[start : min(start + probing.batch_size, rows.stop)],
+                    probing.seed,
+                    num_inference_steps=probing.num_inference_steps,
+                    guidance_scale=probing.guidance_scale,
+                )
+                for start in _batches(rows, probing.batch_size, "text signal")
+            ]
+            return torch.cat(signals)[:, None]
+
+        kind = (
+            f"text signal {probing.model_sha256} {probing.seed} {probing.num_inference_steps} {probing.guidance_scale}"
+        )
+        return probing.store.rows(kind, captions, compute)[:, 0]
+
+    train, reference = (measure(group) for group in groups)
+    return {
+        **_separation(train, reference, probing.seed, "detection"),
+        "num_train": len(train),
+        "num_reference": len(reference),
+    }
+
+
+def membership_figures(probes: Probes, probing: Probing) -> dict[str, Any]:
+    """Return how well the loss tells pictures trained on from others; see ``denoising_losses``."""
+
+    def measure(pictures: Collection, chosen: Sequence[int]) -> Tensor:
+        def compute(rows: range) -> Tensor:
+            losses = []
+            for start in _batches(rows, probing.batch_size, "loss"):
+                part = chosen[start : min(start + probing.batch_size, rows.stop)]
+                images, captions = [pictures.image(row) for row in part], [pictures.captions[row] for row in part]
+                losses.append(denoising_losses(probing.load(), images, captions, probing.seed))
+            return torch.cat(losses)[:, None]
+
+        keys = [f"{pictures.hashes[row]} {pictures.captions[row]}" for row in chosen]
+        return probing.store.rows(f"loss {probing.model_sha256} {probing.seed}", keys, compute)[:, 0]
+
+    train = measure(probes.train, probes.train_rows)
+    reference = measure(probes.reference, probes.reference_rows)
+    generator = generator_for(probing.seed, "bootstrap loss")
+    return {
+        **_separation(-train, -reference, probing.seed, "membership"),
+        "train_loss": bootstrap(train[:, None], mean, generator),
+        "reference_loss": bootstrap(reference[:, None], mean, generator),
+        "timesteps": list(LOSS_TIMESTEPS),
+    }
+
+
+def _separation(positive: Tensor, negative: Tensor, seed: int, what: str) -> dict[str, Estimate]:
+    return {
+        "auc": bootstrap_separation(positive, negative, area_under_curve, generator_for(seed, f"bootstrap {what} auc")),
+        "tpr_at_1_fpr": bootstrap_separation(
+            positive, negative, true_positive_rate, generator_for(seed, f"bootstrap {what} tpr")
+        ),
+    }
+
+
+def _batches(rows: range, batch_size: int, description: str) -> Iterable[int]:
+    return tqdm(range(rows.start, rows.stop, batch_size), desc=description, unit="batch", leave=False)

@@ -1,0 +1,86 @@
+"""How good the drawings are: their distribution against that of real pictures, and against their captions."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sd_memguard.audit.collection import Collection
+from sd_memguard.audit.features.extractors import Extractor
+from sd_memguard.audit.metrics.clip_score import ClipScorer
+from sd_memguard.audit.metrics.measures import Subject
+from sd_memguard.audit.metrics.statistics import bootstrap, frechet_distance, kernel_distance, mean
+from sd_memguard.core.seeding import generator_for
+
+MIN_QUALITY_DRAWINGS = 20
+"""Fewer drawings or pictures say nothing about their distribution."""
+
+MAX_QUALITY_PICTURES = 10_000
+"""Most pictures of a side that KID and FID look at."""
+
+
+class Quality(NamedTuple):
+    """What quality is measured with: an extractor, the features of both sets of pictures, and a CLIP model."""
+
+    extractor: Extractor
+    features_of: Callable[[Collection, Sequence[int]], Tensor]
+    train: Tensor
+    reference: Tensor | None
+    clip: ClipScorer | None
+
+
+def quality_figures(subject: Subject, quality: Quality, seed: int) -> dict[str, Any]:
+    """Return KID and FID of the drawings of single captions against both sets, and their CLIP score.
+
+    Copies are real pictures and flatter every distance to the training set, so repeated captions are left out.
+    """
+    figures: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    kinds = {"single", "given"}
+    rows = [row for row, kind in enumerate(subject.kinds) if kind in kinds]
+    drawn = quality.features_of(subject.pictures, rows[:MAX_QUALITY_PICTURES]) if rows else None
+    for name, real in (("train", quality.train), ("reference", quality.reference)):
+        reason = _why_no_distance(drawn, real)
+        figures[f"kid_{name}"] = figures[f"fid_{name}"] = None
+        if drawn is None or real is None or reason:
+            missing[f"kid_{name}"] = missing[f"fid_{name}"] = reason
+            continue
+        figures[f"kid_{name}"] = kernel_distance(drawn, real, generator_for(seed, f"kid {name}"))
+        if min(len(drawn), len(real)) > drawn.shape[1]:
+            figures[f"fid_{name}"] = frechet_distance(drawn, real)
+        else:
+            missing[f"fid_{name}"] = (
+                f"needs more pictures than {quality.extractor.name} has dimensions ({drawn.shape[1]}) on both sides, "
+                f"got {len(drawn)} drawings and {len(real)} pictures"
+            )
+    figures["clip_score"] = None
+    if quality.clip is None:
+        missing["clip_score"] = "no --clip_model"
+    elif not any(subject.pictures.captions[row] for row in rows):
+        missing["clip_score"] = "the drawings have no captions"
+    else:
+        scores = quality.clip.scores(subject.pictures, rows).unflatten(0, (-1, subject.per_caption))
+        figures["clip_score"] = bootstrap(scores, mean, generator_for(seed, "bootstrap clip"))
+    return {**figures, "why_missing": missing}
+
+
+def _why_no_distance(drawn: Tensor | None, real: Tensor | None) -> str:
+    if real is None:
+        return "no --reference_data_dir"
+    if drawn is None:
+        return "no drawings of single captions"
+    if min(len(drawn), len(real)) < MIN_QUALITY_DRAWINGS:
+        return (
+            f"needs {MIN_QUALITY_DRAWINGS} pictures on both sides, got {len(drawn)} drawings and {len(real)} pictures"
+        )
+    return ""
+
+
+def quality_features(blocks: Sequence[Tensor], extractor: Extractor) -> Tensor:
+    """Return features on the scale the distances want: unit vectors at length sqrt(D), others as they are.
+
+    The kernel of KID divides by D; unit vectors would all come out alike.
+    """
+    rows = torch.cat(list(blocks))
+    return rows * extractor.dimensions**0.5 if extractor.is_normalized else rows

@@ -1,0 +1,1 @@
+"""Captioned images: reading, checking, transforming, encoding."""

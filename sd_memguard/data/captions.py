@@ -1,0 +1,65 @@
+"""The captions of a run as numbers: every different text once, and which of them each sample has."""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from sd_memguard.core.seeding import Address, draw_integers, draw_uniform
+from sd_memguard.data.encoding_store import KEY
+from sd_memguard.data.samples import Samples
+
+"""A content hash of 16 bytes in numpy."""
+_TEXTS_AT_ONCE = 10_000
+
+
+class Captions:
+    """Which caption is read at a visit: one of the sample's, or none at the rate of the caption dropout.
+
+    A caption is a number: its place among the different texts. Ten million of them take two numpy arrays and one of
+    Arrow.
+
+    Args:
+        samples: the captioned pictures.
+        dropout: share of the visits without a caption.
+        seed: seed of the run.
+    """
+
+    def __init__(self, samples: Samples, dropout: float, seed: int) -> None:
+        self.sample_ids, self.dropout, self.seed = samples.sample_ids, dropout, seed
+        lists = samples.caption_lists()
+        encoded = lists.flatten().dictionary_encode()
+        # The empty caption is the last text, whether or not a visit may go without one.
+        self.texts = pa.concat_arrays([encoded.dictionary, pa.array([""], encoded.dictionary.type)])
+        self._codes = encoded.indices.to_numpy(zero_copy_only=False)
+        self._starts = np.concatenate(([0], np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))))
+
+    def __call__(self, sample_id: int, address: Address) -> int:
+        """Return the number of the caption at an address."""
+        if self.dropout and draw_uniform(self.seed, "caption_dropout", [address]) < self.dropout:
+            return len(self.texts) - 1
+        start, end = self._span(sample_id)
+        choice = int(draw_integers(self.seed, "caption", [address], end - start)) if end - start > 1 else 0
+        return int(self._codes[start + choice])
+
+    def first(self, sample_id: int) -> int:
+        """Return the number of a sample's first caption."""
+        return int(self._codes[self._span(sample_id)[0]])
+
+    def text(self, number: int) -> str:
+        """Return a caption."""
+        text: str = self.texts[number].as_py()
+        return text
+
+    def keys(self) -> npt.NDArray[np.bytes_]:
+        """Return the content hash of each text, (num_texts,)."""
+        keys = np.empty(len(self.texts), KEY)
+        for start in range(0, len(keys), _TEXTS_AT_ONCE):
+            texts = self.texts[start : start + _TEXTS_AT_ONCE].to_pylist()
+            keys[start : start + len(texts)] = [hashlib.blake2b(t.encode(), digest_size=16).digest() for t in texts]
+        return keys
+
+    def _span(self, sample_id: int) -> tuple[int, int]:
+        position = int(np.searchsorted(self.sample_ids, sample_id))
+        return int(self._starts[position]), int(self._starts[position + 1])

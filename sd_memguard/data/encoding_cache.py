@@ -1,0 +1,374 @@
+"""What the frozen networks make of pictures and captions, computed once: in memory, or in a folder that runs share.
+
+A latent is exact to keep when the crop is the same at every visit: with `--center_crop`, or where all pictures are
+square. Otherwise each visit draws a crop of its own, and the VAE runs at each visit: a few kept crops would be seen
+again and again, which is what the guard is there to prevent. Mean and log variance are kept, so that the latent itself
+is drawn anew at each visit. Where pictures are mirrored or moved, every view of each picture is kept.
+
+Every batch that goes through a network here has the same size, the last one too, so that what is kept depends on the
+picture or caption alone, not on what else was missing.
+"""
+
+import importlib.metadata
+import logging
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from sd_memguard.config import ConfigError, TrainConfig
+from sd_memguard.data.captions import Captions
+from sd_memguard.data.encoding_store import MISSING, EncodingStore
+from sd_memguard.data.samples import SampleError, Samples
+from sd_memguard.data.transforms import Preprocess, View
+from sd_memguard.distributed import Exchange
+from sd_memguard.errors import UserError
+from sd_memguard.files import gigabytes, nearest_folder
+from sd_memguard.models.encoders import Encoders, fingerprint, tokenizer_fingerprint
+
+logger = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.25
+"""Share of the free host memory that each cache may take under ``auto``."""
+DISK_SHARE = 0.5
+"""Share of the free disk that each cache may take under ``auto``."""
+CHANGED = "pictures were changed while they were read; start again when nothing writes to them"
+CAPTIONS_AT_ONCE = 64
+PIXELS_AT_ONCE = 2**21
+"""Of the pictures that the VAE encodes at once, at most 64 of them: 8 of 512 pixels."""
+VERSIONED = ("torch", "torchvision", "diffusers", "transformers", "pillow")
+
+Rows = npt.NDArray[np.int64]
+
+
+class CacheError(UserError):
+    """The folder of the cache cannot be used."""
+
+
+class Cache(Protocol):
+    """Rows by number."""
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return rows, (B, ...), on the CPU."""
+
+
+class MemoryCache:
+    """Rows in memory, in the precision of the network.
+
+    Args:
+        rows: (M, ...), equal ones once.
+        place: (N,) where each row is among them.
+    """
+
+    def __init__(self, rows: Tensor, place: Rows) -> None:
+        self.rows, self.place = rows, place
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return rows, (B, ...)."""
+        return self.rows[torch.from_numpy(self.place[rows])]
+
+
+class DiskCache:
+    """Rows in a store, found by the keys of what they were made of.
+
+    Args:
+        store: holds them all.
+        place: (N,) where each row is in the store.
+    """
+
+    def __init__(self, store: EncodingStore, place: Rows) -> None:
+        self.store, self.place = store, place
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return rows, (B, ...)."""
+        return self.store.read(self.place[rows])
+
+
+class Need(NamedTuple):
+    """A cache that is to be made: the setting that asks for it, its number of rows, their shape and precision.
+
+    ``num_reads`` says how often a row will be read in all, where that is known.
+    """
+
+    setting: Literal["cache_latents", "cache_text_embeddings"]
+    num_rows: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    num_reads: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all rows."""
+        return self.num_rows * int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def latents_are_exact(samples: Samples, config: TrainConfig) -> bool:
+    """Say whether every visit to a picture sees the same crop."""
+    sizes = samples.sizes[samples.sample_ids]
+    return config.center_crop or bool((sizes[:, 0] == sizes[:, 1]).all())
+
+
+def refuse_inexact_cache(samples: Samples, config: TrainConfig) -> None:
+    """Refuse to keep latents that would not be exact.
+
+    Raises:
+        ConfigError: names the way out.
+    """
+    if config.cache_latents in {"memory", "disk"} and not latents_are_exact(samples, config):
+        raise ConfigError(
+            f"`--cache_latents {config.cache_latents}` needs `--center_crop` (or square pictures): with random crops "
+            "each visit has another latent; add `--center_crop`, or use `--cache_latents off`"
+        )
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    """Return the folder of the caches on disk: as set, else in the user's folder for caches."""
+    if config.encoding_cache_dir is not None:
+        return Path(config.encoding_cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd_memguard"
+
+
+def choose_place_together(need: Need, config: TrainConfig, exchange: Exchange) -> Literal["memory", "disk", "off"]:
+    """Return where a cache goes in all processes: where the main one has room for it.
+
+    Raises:
+        CacheError: see ``choose_place``.
+    """
+    with exchange.agreed():
+        place = choose_place(need, config)
+    shared: Literal["memory", "disk", "off"] = exchange.share(place, "cache")
+    return shared
+
+
+def own_part(rows: Rows, exchange: Exchange) -> Rows:
+    """Return what this process computes for the disk: the processes of a machine, which share it, divide the work."""
+    if exchange.size == 1:
+        return rows
+    return rows[int(os.environ.get("LOCAL_RANK", "0")) :: processes_here()]
+
+
+def processes_here() -> int:
+    """Return the number of processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def choose_place(need: Need, config: TrainConfig) -> Literal["memory", "disk", "off"]:
+    """Return where a cache goes; ``auto`` takes memory while it suffices, for each process its own, then the disk.
+
+    Where more would be computed for it than without it, every row counted though equal ones are computed once, ``auto``
+    takes none.
+
+    Raises:
+        CacheError: ``disk`` was asked for and has no room.
+    """
+    mode: Literal["auto", "memory", "disk", "off"] = getattr(config, need.setting)
+    if mode in {"memory", "off"}:
+        return mode
+    if mode == "auto" and need.num_reads is not None and need.num_reads < need.num_rows:
+        return "off"
+    if mode == "auto" and need.size * processes_here() <= MEMORY_SHARE * psutil.virtual_memory().available:
+        return "memory"
+    folder = cache_folder(config)
+    free = shutil.disk_usage(nearest_folder(folder)).free
+    if mode == "auto":
+        return "disk" if need.size <= DISK_SHARE * free else "off"
+    if need.size > free:
+        raise CacheError(
+            f"`--{need.setting} disk` needs up to {gigabytes(need.size)} in {folder}, which has {gigabytes(free)} "
+            f"free; name another folder by `--encoding_cache_dir`, or use `--{need.setting} off`"
+        )
+    return "disk"
+
+
+def latent_caches(
+    samples: Samples,
+    encoders: Encoders,
+    preprocess: Preprocess,
+    config: TrainConfig,
+    exchange: Exchange,
+    *,
+    num_visits: int | None,
+    progress: bool,
+) -> list[Cache]:
+    """Return the moments of all pictures in each of the views of ``preprocess``; empty without cache.
+
+    The rows of each are those of ``samples.sample_ids``. All processes call it together.
+    """
+    if not latents_are_exact(samples, config):
+        return []
+    views = preprocess.views
+    channels, factor = encoders.moments_shape
+    side = config.resolution // factor
+    shape = (channels, side, side)
+    need = Need("cache_latents", len(views) * len(samples.sample_ids), shape, encoders.dtype, num_visits)
+    place = choose_place_together(need, config, exchange)
+    if place == "off":
+        return []
+    batch = max(1, min(64, PIXELS_AT_ONCE // config.resolution**2))
+
+    def encoded(positions: Rows) -> Iterator[tuple[Rows, list[bytes], list[Tensor]]]:
+        for chunk, keys, pixels in _read_pictures(samples, positions, preprocess, batch, progress):
+            yield chunk, keys, [_in_full(encoders.moments, one, batch) for one in pixels]
+
+    if place == "memory":
+        keys = samples.content_keys()
+        _, first, slots = np.unique(keys, return_index=True, return_inverse=True)
+        rows = torch.empty(len(views), len(first), *shape, dtype=encoders.dtype)
+        for positions, read_keys, moments in encoded(np.sort(first)):
+            if (keys[positions] != np.array(read_keys, keys.dtype)).any():
+                raise SampleError(CHANGED)
+            rows[:, torch.from_numpy(slots[positions])] = torch.stack(moments)
+        return [MemoryCache(one, slots) for one in rows]
+    context = {
+        "vae": fingerprint(encoders.vae),
+        "resolution": config.resolution,
+        "interpolation": config.image_interpolation_mode,
+        "crop": "center",
+        **_circumstances(encoders, batch),
+    }
+    with exchange.agreed(), _named_faults("cache_latents", config):
+        folder = cache_folder(config)
+        stores = [
+            EncodingStore(folder, "latents", {**context, **_view_context(view, config)}, shape, encoders.dtype)
+            for view in views
+        ]
+        keys = samples.content_keys()
+        missing = np.any([store.find(keys) == MISSING for store in stores], axis=0)
+        _, first = np.unique(keys, return_index=True)
+        todo = own_part(np.sort(first[missing[first]]), exchange)
+        for positions, read_keys, moments in encoded(todo):
+            keys[positions] = read_keys  # of the very bytes that were encoded
+            for store, rows in zip(stores, moments, strict=True):
+                store.add(read_keys, rows)
+        for store in stores:
+            store.flush()
+    with _named_faults("cache_latents", config):
+        return [_found(store, keys, len(todo), "latents", exchange) for store in stores]
+
+
+def embedding_cache(
+    captions: Captions, encoders: Encoders, config: TrainConfig, exchange: Exchange, *, progress: bool
+) -> Cache | None:
+    """Return the embeddings of all captions by their numbers, None without cache. All processes call it together."""
+    need = Need("cache_text_embeddings", len(captions.texts), encoders.embedding_shape, encoders.dtype)
+    place = choose_place_together(need, config, exchange)
+    if place == "off":
+        return None
+    if place == "memory":
+        rows = torch.empty(need.num_rows, *need.shape, dtype=need.dtype)
+        for numbers, embedded in _embed(captions, np.arange(need.num_rows), encoders, progress):
+            rows[torch.from_numpy(numbers)] = embedded
+        return MemoryCache(rows, np.arange(need.num_rows))
+    context = {
+        "text_encoder": fingerprint(encoders.text_encoder),
+        "tokenizer": tokenizer_fingerprint(encoders.tokenizer),
+        **_circumstances(encoders, CAPTIONS_AT_ONCE),
+    }
+
+    with exchange.agreed(), _named_faults("cache_text_embeddings", config):
+        store = EncodingStore(cache_folder(config), "captions", context, need.shape, need.dtype)
+        keys = captions.keys()
+        todo = own_part(np.flatnonzero(store.find(keys) == MISSING), exchange)
+        for numbers, embedded in _embed(captions, todo, encoders, progress):
+            store.add(keys[numbers].tolist(), embedded)
+        store.flush()
+    with _named_faults("cache_text_embeddings", config):
+        return _found(store, keys, len(todo), "text embeddings", exchange)
+
+
+def _view_context(view: View, config: TrainConfig) -> dict[str, object]:
+    """Return what tells the latents of a view from those of others."""
+    moved = {"random_affine": config.random_affine, "map": view.map} if config.random_affine else {}
+    return {"mirrored": view.flip, **moved}
+
+
+def _circumstances(encoders: Encoders, batch: int) -> dict[str, object]:
+    """Return what changes results by a rounding: device, batch and the versions of libraries."""
+    return {
+        "device": encoders.device.type,
+        "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
+        "batch": batch,
+        **{name: importlib.metadata.version(name) for name in VERSIONED},
+    }
+
+
+def _read_pictures(
+    samples: Samples, positions: Rows, preprocess: Preprocess, batch: int, progress: bool
+) -> Iterator[tuple[Rows, list[bytes], list[Tensor]]]:
+    """Yield the pictures at positions among the usable samples in batches, read in threads and a batch ahead.
+
+    Yields:
+        Positions (B,), the hashes of the files, and for each view the pictures (B, 3, resolution, resolution).
+    """
+
+    def read(position: int) -> tuple[bytes, list[Tensor]]:
+        key, image = samples.keyed_image(int(samples.sample_ids[position]))
+        return key, [preprocess.centered(image, key, view) for view in preprocess.views]
+
+    chunks = np.split(positions, range(batch, len(positions), batch)) if len(positions) else []
+    bar = tqdm(total=len(positions), desc="caching latents", disable=not progress, leave=False)
+    ahead: deque[tuple[Rows, Iterator[tuple[bytes, list[Tensor]]]]] = deque()
+    with ThreadPoolExecutor() as pool, bar:
+        for chunk in [*chunks, None, None]:
+            if chunk is not None:
+                ahead.append((chunk, pool.map(read, chunk)))
+            if ahead and (len(ahead) > 1 or chunk is None):
+                ready, results = ahead.popleft()
+                keys, pixels = zip(*results, strict=True)
+                yield ready, list(keys), [torch.stack(one) for one in zip(*pixels, strict=True)]
+                bar.update(len(ready))
+
+
+def _embed(captions: Captions, numbers: Rows, encoders: Encoders, progress: bool) -> Iterator[tuple[Rows, Tensor]]:
+    starts = range(0, len(numbers), CAPTIONS_AT_ONCE)
+    for start in tqdm(starts, desc="caching captions", disable=not progress, leave=False):
+        chunk = numbers[start : start + CAPTIONS_AT_ONCE]
+        texts = [captions.text(number) for number in chunk.tolist()]
+        padded = texts + [""] * (CAPTIONS_AT_ONCE - len(texts))
+        yield chunk, encoders.embeddings(padded)[: len(texts)].cpu()
+
+
+def _in_full(encode: Callable[[Tensor], Tensor], pixels: Tensor, batch: int) -> Tensor:
+    """Return what the network makes of a batch that is filled up to its usual size."""
+    filled = torch.cat((pixels, pixels[-1:].expand(batch - len(pixels), *pixels.shape[1:])))
+    return encode(filled)[: len(pixels)].cpu()
+
+
+def _found(
+    store: EncodingStore, keys: npt.NDArray[np.bytes_], num_computed: int, what: str, exchange: Exchange
+) -> DiskCache:
+    if exchange.size > 1:
+        store.refresh()
+    place = store.find(keys)
+    if (place == MISSING).any():
+        raise SampleError(CHANGED)
+    logger.info("%s: %d computed, the others found in %s", what, num_computed, store.folder)
+    return DiskCache(store, place)
+
+
+@contextmanager
+def _named_faults(setting: str, config: TrainConfig) -> Iterator[None]:
+    """Turn a folder that cannot be written, or is full, into an error that names the settings.
+
+    Raises:
+        CacheError: with the way out.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CacheError(
+            f"`--{setting}` cannot use {cache_folder(config)}: {error}; name another folder by "
+            f"`--encoding_cache_dir`, or use `--{setting} off`"
+        ) from error

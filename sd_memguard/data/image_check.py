@@ -1,0 +1,236 @@
+"""What makes a sample usable: a caption with words in it and a picture that decodes."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+from tqdm.auto import tqdm
+
+from sd_memguard.core.duplicates import THUMBNAIL_SIDE
+from sd_memguard.data.image_check_cache import CheckCache, GoodPicture
+from sd_memguard.errors import UserError
+
+_MAX_LISTED = 20
+_ROWS_PER_TASK, _MAX_TASKS = 32, 20_000
+_MAX_16_BIT = 65535
+
+
+class BadSample(NamedTuple):
+    """One sample that cannot be trained on, and why."""
+
+    sample_id: int
+    file: str
+    reason: str
+
+
+class SampleError(UserError):
+    """The captioned pictures cannot be used as they are.
+
+    Attributes:
+        bad: every bad sample, also those that the message leaves out; empty where the fault is not in single samples.
+    """
+
+    def __init__(self, message: str, bad: Sequence[BadSample] = ()) -> None:
+        """Keep the bad samples beside the message."""
+        super().__init__(message)
+        self.bad = list(bad)
+
+
+class PictureError(ValueError):
+    """A single picture cannot be read; the message continues a sentence that begins with its name."""
+
+
+class Pictures(Protocol):
+    """Stored pictures by row number, in the form that `datasets.Image` decodes."""
+
+    def read(self, row: int) -> Mapping[str, object]:
+        """Return the picture's `bytes` and `path`, or raise PictureError."""
+
+
+def bad_samples_message(name: str, bad: Sequence[BadSample], num_samples: int, advice: str) -> str:
+    """Return a text that names the first 20 bad samples, counts the rest and ends with the advice."""
+    lines = [f"{name}: {len(bad)} of {num_samples} samples cannot be used"]
+    lines += [f"  sample {one.sample_id}, {one.file}: {one.reason}" for one in bad[:_MAX_LISTED]]
+    if len(bad) > _MAX_LISTED:
+        lines.append(f"  and {len(bad) - _MAX_LISTED} more")
+    return "\n".join([*lines, advice])
+
+
+def printable(text: str) -> str:
+    """Return the text with what UTF-8 cannot hold (bytes of another encoding in a file name) written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether the text came from valid UTF-8: undecodable bytes are read as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def caption_fault(value: object) -> str:
+    """Return why this is no caption or list of captions, or an empty string if it is one."""
+    if value is None:
+        return "has no caption"
+    if isinstance(value, str):
+        return _text_fault(value)
+    if not isinstance(value, list):
+        return f"caption must be a text or a list of texts, got {type(value).__name__} {shortened(value)}"
+    if not value:
+        return "list of captions is empty"
+    faults = ((position, _member_fault(member)) for position, member in enumerate(value, start=1))
+    return next((f"caption {position} of {len(value)}: {fault}" for position, fault in faults if fault), "")
+
+
+def _member_fault(value: object) -> str:
+    return _text_fault(value) if isinstance(value, str) else f"must be a text, got {shortened(value)}"
+
+
+def _text_fault(text: str) -> str:
+    if not text.strip():
+        return "caption is empty"
+    return "" if is_unicode(text) else f"caption is not valid UTF-8: {shortened(text)}"
+
+
+def shortened(value: object) -> str:
+    """Return a value as it would be written in code, cut to 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def content_key(stored: Mapping[str, object]) -> bytes:
+    """Return the hash of a stored picture's bytes, 16 bytes."""
+    content = stored["bytes"]
+    if content is None:
+        content = Path(str(stored["path"])).read_bytes()
+    assert isinstance(content, bytes)
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def decode_picture(stored: Mapping[str, object]) -> PIL.Image.Image:
+    """Return a stored picture in RGB, turned upright by its EXIF tag: what `datasets` decodes, in 8 bits.
+
+    Alpha is dropped and the first frame of an animation is taken, as `convert("RGB")` does. Pillow clips 16-bit
+    greyscale at 255, which makes it white; here its range is scaled to 8 bits.
+
+    Raises:
+        PictureError: whatever is wrong with the bytes.
+    """
+    if stored["bytes"] == b"":
+        raise PictureError("picture is empty (0 bytes)")
+    try:
+        return _to_rgb(datasets.Image().decode_example(dict(stored)))
+    except PictureError:
+        raise
+    except PIL.UnidentifiedImageError as error:
+        raise PictureError("is not a picture that Pillow can read; convert it to PNG or JPEG") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise PictureError(f"has too many pixels: {error}") from error
+    except Exception as error:  # decoders meet broken bytes with almost any exception: each one names a bad picture
+        raise PictureError(f"picture cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if 0 in image.size:
+        raise PictureError(f"picture has no pixels ({image.width}x{image.height})")
+    if image.mode == "F":
+        raise PictureError("pixels are floating point numbers without a known range; convert the picture to 8 bits")
+    if not image.mode.startswith("I"):
+        return image.convert("RGB")
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > _MAX_16_BIT:
+        raise PictureError("greyscale does not fit in 16 bits; convert the picture to 8 bits")
+    return PIL.Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
+def thumbnail(picture: PIL.Image.Image) -> npt.NDArray[np.uint8]:
+    """Return a picture squeezed to a small square, (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)."""
+    size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    return np.asarray(picture.resize(size, PIL.Image.Resampling.BILINEAR, reducing_gap=3.0))
+
+
+def check_pictures(
+    pictures: Pictures,
+    rows: npt.NDArray[np.int64],
+    *,
+    num_workers: int | None = None,
+    progress: bool = True,
+    thumbnails: npt.NDArray[np.uint8] | None = None,
+    cache: CheckCache | None = None,
+) -> tuple[npt.NDArray[np.int32], dict[int, str]]:
+    """Decode every picture that is not in the cache, in threads, and return the sizes and what is wrong with them.
+
+    Args:
+        pictures: where the pictures are read from.
+        rows: (N,) row numbers to decode.
+        num_workers: number of threads; one per CPU core by default.
+        progress: show a progress bar that disappears when it is full.
+        thumbnails: (N, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), filled with small versions of the good pictures if given.
+        cache: what earlier checks have found; takes in what this one finds, also where it is interrupted.
+
+    Returns:
+        (N, 2) width and height after EXIF rotation (0, 0 where the picture is bad), and the fault of each bad row.
+    """
+    sizes = np.zeros((len(rows), 2), dtype=np.int32)
+    faults: dict[int, str] = {}
+
+    per_task = max(_ROWS_PER_TASK, len(rows) // _MAX_TASKS)
+
+    def check(start: int) -> int:
+        task = rows[start : start + per_task]
+        for position, row in enumerate(task.tolist(), start):
+            try:
+                seen = _look_at(pictures.read(row), cache, with_thumbnail=thumbnails is not None)
+            except PictureError as error:
+                faults[row] = printable(str(error))
+                continue
+            sizes[position] = seen.size
+            if thumbnails is not None and seen.thumbnail is not None:
+                thumbnails[position] = seen.thumbnail
+        return len(task)
+
+    executor = ThreadPoolExecutor(num_workers or os.cpu_count())
+    try:
+        with tqdm(total=len(rows), desc="Checking pictures", unit="picture", leave=False, disable=not progress) as bar:
+            for num_checked in executor.map(check, range(0, len(rows), per_task)):
+                bar.update(num_checked)
+    finally:
+        executor.shutdown(cancel_futures=True)  # an interrupt does not wait for the pictures still queued
+        if cache is not None:
+            cache.flush()
+    return sizes, faults
+
+
+def _look_at(stored: Mapping[str, object], cache: CheckCache | None, *, with_thumbnail: bool) -> GoodPicture:
+    """Return what is known of a picture, which is decoded where nothing is."""
+    if cache is None:
+        return _decoded(stored, with_thumbnail)
+    try:
+        key = content_key(stored)
+    except OSError:
+        return _decoded(stored, with_thumbnail)  # which finds it all the same, or names the fault
+    seen = cache.find(key)
+    if seen is None:
+        seen = _decoded(stored, with_thumbnail)
+        cache.add(key, seen)
+    return seen
+
+
+def _decoded(stored: Mapping[str, object], with_thumbnail: bool) -> GoodPicture:
+    picture = decode_picture(stored)
+    return GoodPicture(picture.size, thumbnail(picture) if with_thumbnail else None)
+
+
+def first_names(names: Iterable[str]) -> str:
+    """Return up to five names, comma-separated, for a log line."""
+    shown = sorted(names)
+    return printable(", ".join(shown[:5])) + (", ..." if len(shown) > 5 else "")

@@ -1,0 +1,248 @@
+"""The captioned pictures of a run, read and checked before any model is loaded."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import pyarrow as pa
+
+from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups
+from sd_memguard.data.folder import read_folder
+from sd_memguard.data.hub_dataset import read_dataset
+from sd_memguard.data.image_check import (
+    BadSample,
+    PictureError,
+    Pictures,
+    SampleError,
+    bad_samples_message,
+    check_pictures,
+    content_key,
+    decode_picture,
+)
+from sd_memguard.data.image_check_cache import CheckCache
+from sd_memguard.data.rows import Source
+
+__all__ = ["BadSample", "Checked", "SampleError", "Samples", "load_samples"]
+
+logger = logging.getLogger(__name__)
+
+_KEYS_PER_TASK = 1024
+
+
+class Checked(NamedTuple):
+    """What the check of the pictures has found; see ``Samples`` for the fields."""
+
+    sizes: npt.NDArray[np.int32]
+    bad: list[BadSample]
+    groups: npt.NDArray[np.int64] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Captioned pictures; a sample id is the row number before any row is dropped.
+
+    Attributes:
+        name: the folder or the data set's name, for messages.
+        num_rows: rows of the source, bad ones and those beyond `max_train_samples` included.
+        sample_ids: (num_good,) int64, ascending: the rows to train on.
+        sizes: (num_rows, 2) int32, width and height after EXIF rotation; 0, 0 for rows that are not used.
+        bad: what is wrong with the rows that were dropped, by ascending sample id.
+        groups: (num_rows,) int64, for each row the first sample of its group of duplicates, itself where it is single
+            or not used; None where duplicates were not looked for.
+    """
+
+    name: str
+    num_rows: int
+    sample_ids: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int32]
+    bad: list[BadSample]
+    _files: pa.Array = field(repr=False)
+    _captions: pa.Array = field(repr=False)
+    _pictures: Pictures = field(repr=False)
+    groups: npt.NDArray[np.int64] | None = field(default=None, repr=False)
+
+    def image(self, sample_id: int) -> PIL.Image.Image:
+        """Return the picture in RGB, turned upright by its EXIF tag.
+
+        Raises:
+            SampleError: it has been changed or removed since it was checked.
+        """
+        return self.keyed_image(sample_id)[1]
+
+    def keyed_image(self, sample_id: int) -> tuple[bytes, PIL.Image.Image]:
+        """Return the hash of the picture's file (16 bytes) and the picture, from one and the same read.
+
+        Raises:
+            SampleError: it has been changed or removed since it was checked.
+        """
+        try:
+            stored = self._pictures.read(sample_id)
+            return content_key(stored), decode_picture(stored)
+        except (PictureError, OSError) as error:
+            raise self._changed(sample_id, error) from error
+
+    def content_keys(self) -> npt.NDArray[np.bytes_]:
+        """Return the hash of each usable sample's file, (num_good,) of 16 bytes.
+
+        Raises:
+            SampleError: a file has been removed since it was checked.
+        """
+        keys = np.empty(len(self.sample_ids), "S16")
+
+        def read(start: int) -> None:
+            for position in range(start, min(start + _KEYS_PER_TASK, len(keys))):
+                sample_id = int(self.sample_ids[position])
+                try:
+                    keys[position] = content_key(self._pictures.read(sample_id))
+                except (PictureError, OSError) as error:
+                    raise self._changed(sample_id, error) from error
+
+        with ThreadPoolExecutor() as executor:
+            list(executor.map(read, range(0, len(keys), _KEYS_PER_TASK)))
+        return keys
+
+    def _changed(self, sample_id: int, error: Exception) -> SampleError:
+        bad = BadSample(sample_id, self.file(sample_id), str(error))
+        return SampleError(f"{self.name}: sample {sample_id}, {bad.file}, was changed after the check: {error}", [bad])
+
+    def files(self) -> pa.Array:
+        """Return the file of each usable sample, see ``file``."""
+        return self._files.take(pa.array(self.sample_ids))
+
+    def caption_lists(self) -> pa.LargeListArray:
+        """Return the captions of the usable samples, (num_good,) lists of one or more."""
+        return self._captions.take(pa.array(self.sample_ids))
+
+    def captions(self, sample_id: int) -> list[str]:
+        """Return the captions of a usable sample, at least one."""
+        captions: list[str] = self._captions[sample_id].as_py()
+        return captions
+
+    def file(self, sample_id: int) -> str:
+        """Return the file relative to the data folder, or what a data set stores as its path, or "row 12"."""
+        file: str = self._files[sample_id].as_py()
+        return file
+
+
+def load_samples(
+    *,
+    train_data_dir: str | None,
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    cache_dir: str | None,
+    image_column: str,
+    caption_column: str,
+    max_train_samples: int | None,
+    seed: int,
+    on_bad_sample: Literal["error", "skip"],
+    find_duplicates: bool = False,
+    num_workers: int | None = None,
+    progress: bool = True,
+    checked: Checked | None = None,
+    cache: CheckCache | None = None,
+) -> Samples:
+    """Return the captioned pictures of a folder or data set, with every row in use read and every picture decoded.
+
+    The settings are those of diffusers' `train_text_to_image.py`. With a data set, `train_data_dir` is the part of it
+    that is loaded.
+
+    Args:
+        train_data_dir: folder with pictures and metadata.jsonl, .csv, .parquet or caption .txt files.
+        dataset_name: data set on the hub or in a local folder; comes before `train_data_dir`.
+        dataset_config_name: its configuration.
+        cache_dir: where downloads are kept.
+        image_column: column of the pictures; in a folder, `image` stands for the column `file_name`.
+        caption_column: column of a caption or a list of captions.
+        max_train_samples: use this many rows, drawn with `seed`: the rows that the upstream script draws.
+        seed: of that draw.
+        on_bad_sample: refuse the data, or drop the bad samples and keep the ids of the others.
+        find_duplicates: group the near-identical pictures.
+        num_workers: threads that decode; one per CPU core by default.
+        progress: show a progress bar.
+        checked: what a check of the same rows has found; no picture is opened then.
+        cache: what earlier checks have found about the same files, which are not decoded again.
+
+    Raises:
+        SampleError: the data cannot be found or understood, or samples are bad; names all that is wrong with them.
+    """
+    if dataset_name:
+        source = read_dataset(
+            dataset_name,
+            dataset_config_name,
+            data_dir=train_data_dir,
+            cache_dir=cache_dir,
+            image_column=image_column,
+            caption_column=caption_column,
+        )
+    elif train_data_dir:
+        source = read_folder(train_data_dir, image_column=image_column, caption_column=caption_column)
+    else:
+        raise SampleError("there are no data to train on: give `--train_data_dir FOLDER` or `--dataset_name NAME`")
+    num_rows = len(source.rows.files)
+    chosen = _choose_rows(num_rows, max_train_samples, seed)
+    sizes, bad, groups = checked or _check(source, chosen, num_workers, progress, find_duplicates, cache)
+    if bad:
+        _report_bad(source.name, bad, len(chosen), on_bad_sample)
+    sample_ids = np.setdiff1d(chosen, [one.sample_id for one in bad], assume_unique=True).astype(np.int64)
+    files, captions = source.rows.files, source.rows.captions
+    return Samples(source.name, num_rows, sample_ids, sizes, bad, files, captions, source.pictures, groups)
+
+
+def _report_bad(name: str, bad: list[BadSample], num_samples: int, on_bad_sample: Literal["error", "skip"]) -> None:
+    if len(bad) == num_samples:
+        raise SampleError(bad_samples_message(name, bad, num_samples, "No sample is left; repair them."), bad)
+    if on_bad_sample == "error":
+        advice = "Repair or remove them, or leave them out with `--on_bad_sample skip`."
+        raise SampleError(bad_samples_message(name, bad, num_samples, advice), bad)
+    advice = f"Training goes on with the other {num_samples - len(bad)}."
+    logger.warning("%s", bad_samples_message(name, bad, num_samples, advice))
+
+
+def _choose_rows(num_rows: int, max_train_samples: int | None, seed: int) -> npt.NDArray[np.int64]:
+    """Return the rows in use, ascending: those of `dataset.shuffle(seed).select(range(max_train_samples))`."""
+    if max_train_samples is None:
+        return np.arange(num_rows)
+    if max_train_samples < 1:
+        raise SampleError(
+            f"`--max_train_samples` must be at least 1, got {max_train_samples}; raise it or leave it out"
+        )
+    if max_train_samples > num_rows:
+        logger.warning(
+            "`--max_train_samples` is %d, but there are %d samples: all are used", max_train_samples, num_rows
+        )
+    return np.sort(np.random.default_rng(seed).permutation(num_rows)[:max_train_samples])
+
+
+def _check(
+    source: Source,
+    rows: npt.NDArray[np.int64],
+    num_workers: int | None,
+    progress: bool,
+    find_duplicates: bool,
+    cache: CheckCache | None,
+) -> Checked:
+    """Return the sizes of all pictures, the bad samples among the rows with all that is wrong, and the groups."""
+    files, _, row_faults, caption_faults = source.rows
+    readable = rows[~np.isin(rows, list(row_faults))]
+    shape = (len(readable), THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)
+    thumbnails = np.empty(shape, dtype=np.uint8) if find_duplicates else None
+    checked, picture_faults = check_pictures(
+        source.pictures, readable, num_workers=num_workers, progress=progress, thumbnails=thumbnails, cache=cache
+    )
+    sizes = np.zeros((len(files), 2), dtype=np.int32)
+    sizes[readable] = checked
+    bad = []
+    kinds = (row_faults, caption_faults, picture_faults)
+    for row in np.intersect1d(rows, [*row_faults, *caption_faults, *picture_faults]).astype(int).tolist():
+        bad.append(BadSample(row, files[row].as_py(), "; ".join(faults[row] for faults in kinds if row in faults)))
+        sizes[row] = 0
+    if thumbnails is None:
+        return Checked(sizes, bad, None)
+    groups = np.arange(len(files))
+    good = np.flatnonzero(sizes[readable].all(axis=1))
+    groups[readable[good]] = readable[good[find_groups(thumbnails[good])]]
+    return Checked(sizes, bad, groups)

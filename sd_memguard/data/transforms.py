@@ -1,0 +1,171 @@
+"""From pictures to tensors: resized, cropped, moved, mirrored and augmented; every random choice has an address."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode, RandAugment
+from torchvision.transforms import functional as TF  # noqa: N812 (torchvision's own convention)
+
+from sd_memguard.config import TrainConfig
+from sd_memguard.core.sampler import Visit
+from sd_memguard.core.seeding import Address, derive_seed, draw_integers, generator_for
+from sd_memguard.data.samples import SampleError, Samples
+
+NUM_MAPS = 8
+"""Affine maps of each picture under ``--random_affine``: so few that the latents of all can be kept."""
+
+
+class View(NamedTuple):
+    """A way in which a picture is seen: by which of its affine maps, and whether mirrored."""
+
+    map: int
+    flip: bool
+
+
+class Preprocess:
+    """Resize, crop, move, flip and normalize one picture; every random choice has an address.
+
+    Args:
+        config: resolution, crop, random affine maps, flip and interpolation.
+        seed: seed of the run.
+    """
+
+    def __init__(self, config: TrainConfig, seed: int) -> None:
+        self.resolution, self.center_crop, self.random_flip = config.resolution, config.center_crop, config.random_flip
+        self.random_affine = float(config.random_affine)  # `auto` is settled by now
+        self.interpolation = InterpolationMode[config.image_interpolation_mode.upper()]
+        self.seed = seed
+        maps, flips = range(NUM_MAPS if self.random_affine else 1), (False, True) if self.random_flip else (False,)
+        self.views = [View(number, flip) for number in maps for flip in flips]
+
+    def __call__(self, image: Image, key: bytes, address: Address, magnitude: int | None = None) -> Tensor:
+        """Return the picture at an address, (3, resolution, resolution) in [-1, 1]; with a magnitude by RandAugment.
+
+        Args:
+            image: the picture.
+            key: hash of its file, by which its affine maps are drawn: they are the same in every run.
+            address: of the visit, by which crop and view are drawn.
+            magnitude: of RandAugment, of 30; None for the picture as it is.
+        """
+        image = self.resize(image)
+        if magnitude is not None:
+            image = self._augment(image, address, magnitude)
+        view = self.views[int(self.draw_views([address])[0])]
+        return self._seen(image, key, self._place(image, address), view)
+
+    def centered(self, image: Image, key: bytes, view: View) -> Tensor:
+        """Return the middle of a picture in one view, (3, resolution, resolution) in [-1, 1]."""
+        image = self.resize(image)
+        return self._seen(image, key, self._middle(image), view)
+
+    def fixed(self, image: Image) -> Tensor:
+        """Return the middle of a picture as it is, (3, resolution, resolution) in [-1, 1]."""
+        return self.normalize(TF.center_crop(self.resize(image), [self.resolution]), flip=False)
+
+    def resize(self, image: Image) -> Image:
+        """Return the picture with its shorter side at the resolution."""
+        return TF.resize(image, self.resolution, interpolation=self.interpolation)
+
+    def normalize(self, image: Image, *, flip: bool) -> Tensor:
+        """Return the picture as a tensor in [-1, 1], mirrored if asked."""
+        tensor = TF.pil_to_tensor(image).float() / 127.5 - 1
+        return tensor.flip(-1) if flip else tensor
+
+    def draw_views(self, addresses: list[Address]) -> Tensor:
+        """Return in which of the views pictures are seen, (B,) int64."""
+        flips = maps = torch.zeros(len(addresses), dtype=torch.int64)
+        if self.random_flip:
+            flips = draw_integers(self.seed, "flip", addresses, 2)
+        if self.random_affine:
+            maps = draw_integers(self.seed, "map", addresses, NUM_MAPS)
+        return maps * (2 if self.random_flip else 1) + flips
+
+    def _place(self, image: Image, address: Address) -> tuple[int, int]:
+        """Return the left and upper edge of the square to take."""
+        if self.center_crop or image.width == image.height:
+            return self._middle(image)
+        left, top = (
+            int(draw_integers(self.seed, purpose, [address], extent - self.resolution + 1))
+            for purpose, extent in (("crop_left", image.width), ("crop_top", image.height))
+        )
+        return left, top
+
+    def _middle(self, image: Image) -> tuple[int, int]:
+        """Return the left and upper edge of torchvision's center crop."""
+        return round((image.width - self.resolution) / 2), round((image.height - self.resolution) / 2)
+
+    def _seen(self, image: Image, key: bytes, place: tuple[int, int], view: View) -> Tensor:
+        """Return the square at a place in one view."""
+        left, top = place
+        if self.random_affine:
+            square = self._move(image, left, top, self._map(key, view.map))
+        else:
+            square = TF.crop(image, top, left, self.resolution, self.resolution)
+        return self.normalize(square, flip=view.flip)
+
+    def _move(self, image: Image, left: int, top: int, moved_by: Sequence[float]) -> Image:
+        """Return the square at a place, shifted, turned and zoomed about its middle.
+
+        What lies around it in the picture comes in, and beyond the picture its mirror image: no corner is left empty,
+        which a model would learn to draw.
+        """
+        side = self.resolution
+        right, down, turn, zoom = moved_by
+        margin = math.ceil(_reach(self.random_affine) * side) + 2  # what bicubic interpolation takes in
+        around = TF.crop(TF.pad(image, [margin], padding_mode="reflect"), top, left, *[side + 2 * margin] * 2)
+        moved = TF.affine(
+            around,
+            angle=math.degrees(2 * turn),
+            translate=[round(right * side), round(down * side)],
+            scale=1 + 2 * zoom,
+            shear=[0.0],
+            interpolation=InterpolationMode.BICUBIC,
+        )
+        return TF.center_crop(moved, [side])
+
+    def _map(self, key: bytes, number: int) -> list[float]:
+        """Return by which share of its side the edge of a picture moves: to the right, down, by a turn, by a zoom."""
+        generator = generator_for(0, "affine", int.from_bytes(key), number)
+        shares: list[float] = ((2 * torch.rand(4, generator=generator) - 1) * self.random_affine).tolist()
+        return shares
+
+    def _augment(self, image: Image, address: Address, magnitude: int) -> Image:
+        # torchvision's transform draws from the global generator alone: lend it a forked one.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, "augment", *address))
+            return RandAugment(num_ops=2, magnitude=magnitude)(image)
+
+
+class PixelDataset(Dataset[Tensor | str]):
+    """The pictures of visits as tensors, for a DataLoader with workers; of one that cannot be read, the reason."""
+
+    def __init__(self, samples: Samples, preprocess: Preprocess) -> None:
+        self.samples, self.preprocess = samples, preprocess
+
+    def __getitem__(self, visit: Visit) -> Tensor | str:
+        """Return the picture of one visit, (3, resolution, resolution), or why there is none."""
+        return self.read(visit.sample_id, visit_address(visit))
+
+    def read(self, sample_id: int, address: Address, magnitude: int | None = None) -> Tensor | str:
+        """Return the picture at an address, by RandAugment where there is a magnitude."""
+        try:
+            key, image = self.samples.keyed_image(sample_id)
+        except SampleError as error:
+            return str(error)
+        return self.preprocess(image, key, address, magnitude)
+
+
+def visit_address(visit: Visit) -> Address:
+    """Return the address of a visit's draws."""
+    return (visit.shard_index, visit.pass_index, visit.sample_id)
+
+
+def _reach(share: float) -> float:
+    """Return how far beyond a square, in its sides, the source of a pixel can lie under the largest affine map."""
+    turn, zoom = 2 * share, 1 - 2 * share
+    return (0.5 + share) * (math.cos(turn) + math.sin(turn)) / zoom - 0.5

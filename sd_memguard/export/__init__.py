@@ -1,0 +1,1 @@
+"""Writing trained models in the formats of other programs."""

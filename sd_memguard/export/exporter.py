@@ -1,0 +1,296 @@
+"""Results in every format that people load, each loaded again and compared before success is reported."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sd_memguard.config import ExportFormat
+from sd_memguard.errors import UserError
+from sd_memguard.export import verify as check
+from sd_memguard.export.pipeline_folder import cast, write_pipeline
+from sd_memguard.export.single_file import OPEN_CLIP, single_file_weights
+from sd_memguard.export.target import ExportError, check_target, remove, target_path, usage
+from sd_memguard.models.lora import LowRank, diffusers_names, kohya_names, low_rank
+from sd_memguard.models.pipeline import load_unet
+from sd_memguard.runs.trained_run import UNET, TrainedRun
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+)
+LORA_FORMATS = ("lora-diffusers", "lora-kohya")
+FULL_RANK = 64
+"""Rank of the LoRA file of a run that trained all weights, where none is given."""
+TOLERANCES = {None: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+"""Largest difference of drawings by the precision of the weights, see ``export_check.difference``."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A file or folder that was written and checked.
+
+    Attributes:
+        format: of it.
+        path: where it is.
+        dtype: precision as given, or None: the UNet in float32, the other parts as they came.
+        difference: of its drawing from the trained model's, see ``export_check.difference``.
+        usage: how to load it.
+        adapter: with a LoRA format, the factors, their rank and error.
+        base_difference: with a LoRA format, how far the drawing of the untrained model is off.
+    """
+
+    format: ExportFormat
+    path: Path
+    dtype: str | None
+    difference: float
+    usage: str
+    adapter: LowRank | None = None
+    base_difference: float | None = None
+
+    def __str__(self) -> str:
+        """Return the report."""
+        size = sum(file.stat().st_size for file in [self.path, *self.path.rglob("*")] if file.is_file())
+        default = "fp32" if self.adapter else "UNet in fp32, other parts as they came"
+        lines = [f"wrote {self.path} ({self.format}, {size / 1e6:,.1f} MB, {self.dtype or default})"]
+        if self.adapter is not None:
+            lines.append(
+                f"  rank {self.adapter.rank}, misses {percent(self.adapter.relative_error)} of the change of the "
+                f"weights (biases and norms, which have no factors, are {percent(self.adapter.inexpressible)} of it)"
+            )
+        compared = f"  loaded again, its drawing is {percent(self.difference)} off that of the trained model"
+        if self.base_difference is not None:
+            compared += f" (that of the model before training: {percent(self.base_difference)})"
+        return "\n".join([*lines, compared, f"  {self.usage}"])
+
+
+class Exporter:
+    """Writes one run in several formats, and compares each with the same drawing.
+
+    Args:
+        run: what was trained.
+    """
+
+    def __init__(self, run: TrainedRun) -> None:
+        self.run = run
+
+    def export(
+        self,
+        format: ExportFormat,
+        output: Path,
+        *,
+        dtype: str | None = None,
+        lora_rank: int | None = None,
+        lora_error: float | None = None,
+        overwrite: bool = False,
+    ) -> Export:
+        """Write, load again, compare, and only then give it its name.
+
+        Args:
+            format: what to write.
+            output: a folder for ``merged``; for the others a name that ends in ``.safetensors``, or a folder to hold
+                a file of the usual name.
+            dtype: ``fp16``, ``bf16`` or ``fp32`` for all networks; by default the trained UNet is float32 and
+                everything else as it came.
+            lora_rank: rank of a LoRA file; by default rank x shards of a LoRA run, else 64.
+            lora_error: in its place, the relative error that it must keep.
+            overwrite: replace what is there.
+
+        Raises:
+            ExportError: `output` cannot be used, or what was written is not what was meant; nothing is left of it.
+            LoraError: no LoRA file can be made, see ``lora.low_rank``.
+            SingleFileError: the pipeline does not fit into one file.
+            ModelError: the pipeline that was fine-tuned is not to be had any more.
+        """
+        target = target_path(self.run, format, output)
+        check_target(format, target, overwrite)
+        temporary = target.with_name(f"writing-{target.name}")
+        precision = None if dtype is None else DTYPES[dtype]
+        adapter = self._adapter(lora_rank, lora_error, precision) if format in LORA_FORMATS else None
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove(temporary)
+            self._write(format, temporary, precision, adapter)
+            measured = self._compare(format, temporary, precision, adapter)
+            remove(target)
+            temporary.rename(target)
+        except (OSError, SafetensorError) as error:
+            raise ExportError(
+                f"`--output` {target} could not be written ({error}); free space, or name another place"
+            ) from error
+        finally:
+            remove(temporary)
+        base_difference = self._base_difference if adapter else None
+        return Export(format, target, dtype, measured, usage(self.run, format, target), adapter, base_difference)
+
+    # Writing.
+
+    def _adapter(self, rank: int | None, error: float | None, dtype: torch.dtype | None) -> LowRank:
+        if rank is None and error is None:
+            own = self.run.config.rank
+            rank = FULL_RANK if own is None else own * self.run.num_shards
+        before, after = self.run.base_unet_weights(), self.run.unet_weights()
+        return low_rank(before, after, rank=rank, error=error, dtype=dtype or torch.float32)
+
+    def _write(self, format: ExportFormat, path: Path, dtype: torch.dtype | None, adapter: LowRank | None) -> None:
+        if format == "merged":
+            source, variant = self.run.parts
+            unet, prediction_type = self._unet(dtype or torch.float32), self.run.config.prediction_type
+            write_pipeline(source, unet, path, variant, dtype, prediction_type)
+            return
+        metadata = {"format": "pt"}
+        if adapter is None:
+            weights, about = self._single_file()
+            weights = weights if dtype is None else cast(weights, dtype)
+            metadata |= about
+        elif format == "lora-diffusers":
+            weights = diffusers_names(adapter)
+        else:
+            weights, rank = kohya_names(adapter), str(adapter.rank)
+            metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+        save_file(weights, path, metadata=metadata)
+
+    def _unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+        folder = self.run.folder / UNET
+        return UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
+
+    def _single_file(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return all weights under their original names, and what the file's header should say of the model."""
+        unet, vae, text_encoder = (load_file(self.run.part_file(part)) for part in check.NETWORKS)
+        configs = {part: self.run.part_config(part) for part in check.NETWORKS}
+        weights = single_file_weights(unet, vae, text_encoder, configs)
+        prediction = "v" if self.run.prediction_type() == "v_prediction" else "epsilon"
+        version = "v1"
+        if any(name.startswith(OPEN_CLIP) for name in weights):
+            version = "v2-768-v" if prediction == "v" else "v2-512"
+        about = {  # https://github.com/Stability-AI/ModelSpec
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": f"stable-diffusion-{version}",
+            "modelspec.title": self.run.name,
+            "modelspec.prediction_type": prediction,
+        }
+        return {name: tensor.contiguous() for name, tensor in weights.items()}, about
+
+    # Comparing.
+
+    def _load_trained(self) -> StableDiffusionPipeline:
+        return check.load_folder(*self.run.parts, unet=self._unet())
+
+    def _load_base(self) -> StableDiffusionPipeline:
+        unet = load_unet(self.run.base, self.run.config)
+        return check.load_folder(self.run.base, self.run.config.variant, unet=unet)
+
+    def _load(self, format: ExportFormat, path: Path) -> StableDiffusionPipeline:
+        """Load what was written as its users will."""
+        pipeline = self._load_base() if format in LORA_FORMATS else None
+        try:
+            if pipeline is not None:
+                check.load_lora(pipeline, path)
+                return pipeline
+            return check.load_folder(path) if format == "merged" else check.load_single_file(path, self.run.parts[0])
+        except Exception as error:  # the loaders of the libraries raise whatever comes up
+            raise ExportError(
+                f"`{format}`: diffusers cannot load what was written ({type(error).__name__}: {error}); nothing was "
+                "kept. Try another version of diffusers, or export `merged`"
+            ) from error
+
+    @cached_property
+    def _drawing(self) -> Tensor:
+        """The trained model's, which all others are compared with."""
+        return check.draw(self._load_trained())
+
+    @cached_property
+    def _base_difference(self) -> float:
+        return check.difference(check.draw(self._load_base()), self._drawing)
+
+    def _compare(self, format: ExportFormat, path: Path, dtype: torch.dtype | None, adapter: LowRank | None) -> float:
+        """Return how far the drawing of what was written is off.
+
+        Raises:
+            ExportError: its weights are not those that were meant, or its drawing is too far off.
+        """
+        tolerance = TOLERANCES[dtype]
+        pipeline = self._load(format, path)
+        if adapter is not None:
+            wrong = check.wrong_layers(pipeline.unet, adapter)
+            tolerance += lora_tolerance(adapter.relative_error) * self._base_difference
+        else:
+            found, meant = (check.fingerprints(each, dtype) for each in (pipeline, self._load_trained()))
+            wrong = [part for part in meant if meant[part] != found[part]]
+        if wrong:
+            raise ExportError(
+                f"`{format}`: loaded again, the weights of {wrong[0]} ({len(wrong)} in all) are not those that were "
+                "meant; nothing was kept. Try another version of diffusers, or export `merged`"
+            )
+        measured = check.difference(check.draw(pipeline), self._drawing)
+        if not measured <= tolerance:  # NaN is refused, too
+            raise ExportError(
+                f"`{format}`: loaded again, its drawing is {percent(measured)} off the trained model's, and at most "
+                f"{percent(tolerance)} was expected; nothing was kept. Use `--dtype fp32`, a higher `--lora_rank`, or "
+                "export `merged`"
+            )
+        return measured
+
+
+class Exports(NamedTuple):
+    """What was exported at the end of a run, and what went wrong."""
+
+    done: list[Export]
+    failed: list[UserError]
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the run's closing summary says of it: the reports, and rank and error of a LoRA file."""
+        adapters = [export.adapter for export in self.done if export.adapter is not None]
+        found: dict[str, Any] = {"exports": [str(export) for export in self.done]}
+        if adapters:
+            found |= {"lora_rank": adapters[0].rank, "lora_relative_error": adapters[0].relative_error}
+        return found
+
+    def raise_failures(self) -> None:
+        """Raise what went wrong, if anything, as one error."""
+        if self.failed:
+            raise ExportError("; ".join(map(str, self.failed)))
+
+
+def export_at_end(run: TrainedRun) -> Exports:
+    """Write the files of ``--export_formats``, and a LoRA run's LoRA file in any case, into the run folder.
+
+    What goes wrong is collected, so that a run of many hours ends in order all the same.
+    """
+    formats = list(dict.fromkeys(run.config.export_formats or ()))
+    if run.config.rank is not None and "lora-diffusers" not in formats:
+        formats.append("lora-diffusers")
+    exports, exporter = Exports([], []), Exporter(run)
+    for format in formats:
+        if format == "merged":
+            continue  # the run folder itself
+        try:
+            exports.done.append(exporter.export(format, run.folder, overwrite=True))
+        except UserError as error:
+            exports.failed.append(error)
+    return exports
+
+
+def percent(share: float) -> str:
+    """Return a share to read, to three digits.
+
+    >>> percent(0.2210), percent(1.17e-7)
+    ('22.1%', '1.17e-05%')
+    """
+    return f"{100 * share:.3g}%"
+
+
+def lora_tolerance(relative_error: float) -> float:
+    """Return the share of the drawing's change that a LoRA file may miss when it misses so much of the weights'.
+
+    A drawing is no linear function of the weights, and where they change much it changes less than in proportion; the
+    root leaves room for that. That the file holds the very factors it should is compared apart, and exactly.
+    """
+    return 2.0 * relative_error**0.5

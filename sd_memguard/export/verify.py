@@ -1,0 +1,118 @@
+"""What was exported, loaded again as its users will load it: are the weights the ones meant, does it draw the same?"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging
+from torch import Tensor
+
+from sd_memguard.models.lora import DOWN, UP, LowRank
+
+NETWORKS = ("unet", "vae", "text_encoder")
+PROMPT = "a red apple on a white table"
+NUM_INFERENCE_STEPS = 4
+PLAIN = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
+"""The checker blackens pictures, and a black one would be like any other."""
+
+ROUNDING = 1e-5
+"""Relative difference of weights that were multiplied in another order in float32."""
+
+
+def load_folder(folder: Path, variant: str | None = None, **parts: Any) -> StableDiffusionPipeline:
+    """Return the pipeline of a diffusers folder in float32 on the CPU; asks no hub."""
+    with quiet():
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            str(folder), variant=variant, use_safetensors=True, local_files_only=True, **PLAIN, **parts
+        )
+        return pipeline.to(torch.float32)
+
+
+def load_single_file(file: Path, configs: Path) -> StableDiffusionPipeline:
+    """Return the pipeline of a one-file checkpoint in float32 on the CPU, built by the configs of a folder."""
+    with quiet():
+        pipeline = StableDiffusionPipeline.from_single_file(
+            str(file), config=str(configs), local_files_only=True, **PLAIN
+        )
+        return pipeline.to(torch.float32)
+
+
+def load_lora(pipeline: StableDiffusionPipeline, file: Path) -> None:
+    """Load a LoRA file on top of a pipeline."""
+    with quiet():
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' progress bars and notices off the terminal."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@torch.no_grad()
+def draw(pipeline: StableDiffusionPipeline) -> Tensor:
+    """Return a drawing (3, H, W) at the pipeline's own size: a fixed prompt and seed, 4 DDIM steps, guidance 7.5.
+
+    Its values go from 0 to 1, a little beyond where a picture file would be cut off.
+    """
+    with quiet():
+        # Some configs do not mention clip_sample; DDIM would then clip the latents to [-1, 1].
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        pipeline.set_progress_bar_config(disable=True)
+        latents = pipeline(
+            PROMPT,
+            num_inference_steps=NUM_INFERENCE_STEPS,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+    decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    return decoded[0] / 2 + 0.5
+
+
+def difference(drawing: Tensor, reference: Tensor) -> float:
+    """Return the root mean square of the difference, relative to the standard deviation of the reference.
+
+    NaN where either is not finite.
+    """
+    return float((drawing - reference).square().mean().sqrt() / reference.std())
+
+
+def fingerprints(pipeline: StableDiffusionPipeline, dtype: torch.dtype | None) -> dict[str, str]:
+    """Return a hash of the weights of each network as they are in a precision, in float32 where None."""
+    return {part: _fingerprint(getattr(pipeline, part), dtype or torch.float32) for part in NETWORKS}
+
+
+def _fingerprint(network: torch.nn.Module, dtype: torch.dtype) -> str:
+    digest = hashlib.blake2b()
+    for name, tensor in sorted(network.state_dict().items()):
+        values = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(values.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def wrong_layers(unet: UNet2DConditionModel, adapter: LowRank) -> list[str]:
+    """Return the layers whose weights a loaded LoRA file does not change as its factors say."""
+    meant = {name.removesuffix(DOWN) for name in adapter.factors if name.endswith(DOWN)}
+    adapted = {name: module for name, module in unet.named_modules() if hasattr(module, "get_delta_weight")}
+    return sorted(
+        layer
+        for layer in meant | adapted.keys()
+        if layer not in adapted or layer not in meant or not _changes_as_meant(adapted[layer], adapter, layer)
+    )
+
+
+def _changes_as_meant(module: Any, adapter: LowRank, layer: str) -> bool:
+    down, up = (adapter.factors[layer + suffix].float().flatten(1) for suffix in (DOWN, UP))
+    (name,) = module.active_adapters
+    meant, change = up @ down, module.get_delta_weight(name).detach().flatten(1)
+    return bool((change - meant).norm() <= ROUNDING * meant.norm())

@@ -1,0 +1,42 @@
+"""Writing files whole or not at all, and words for sizes."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+TEMPORARY_PREFIX = "writing-"
+"""What the name of a file or folder begins with while it is written."""
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under another name and rename it: whoever looks sees the old file or the new one, never a part.
+
+    Args:
+        path: the file.
+        write: writes the new content to the path it is given.
+    """
+    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a text file as ``replace_file`` does."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def nearest_folder(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    return folder if folder.exists() else nearest_folder(folder.parent)
+
+
+def gigabytes(size: float) -> str:
+    """Return a number of bytes to read.
+
+    >>> gigabytes(3.44e9)
+    '3.4 GB'
+    """
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,1 @@
+"""`sd-memguard inspect`: what happened in a run."""

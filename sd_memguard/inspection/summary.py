@@ -1,0 +1,248 @@
+"""The story of a run in words: what was trained on what, round by round, how it ended, its memory-prone pictures."""
+
+import textwrap
+from typing import Any
+
+import numpy as np
+
+from sd_memguard.inspection.text_table import display_width, one_line, table
+from sd_memguard.runs.checkpoint import list_checkpoints
+from sd_memguard.runs.folder import RunFolder, round_mean
+from sd_memguard.runs.ranking import Counts, expected_by_chance, memory_prone_order, memory_prone_score
+
+MAX_ROUNDS_LISTED = 40
+NAME_WIDTH, MAX_FILE_WIDTH, MIN_WIDTH = 60, 36, 14
+MISSING, INDENT = "-", " " * 11
+
+
+def tell_story(run: RunFolder, num_pictures: int, width: int) -> str:
+    """Return the story of a run.
+
+    Args:
+        run: what it has written down.
+        num_pictures: how many memory-prone pictures to list.
+        width: columns that a line may take; tables of numbers take what they need.
+    """
+    parts = [
+        _heading(run),
+        _settings(run, width),
+        _rounds(run),
+        _ending(run),
+        memory_prone_table(run, num_pictures, width),
+        [line for notice in run.notices for line in textwrap.wrap(f"Note: {one_line(notice, 400)}", width)],
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _heading(run: RunFolder) -> list[str]:
+    name = one_line(str(run.path), 200)
+    if run.is_finished:
+        return [f"{name}: finished, the fine-tuned pipeline is there"]
+    lines = [f"{name}: under way or interrupted, {len(run.rounds)} of {run.num_rounds} rounds have ended"]
+    checkpoints = list_checkpoints(run.path)
+    if checkpoints:
+        lines.append(f"newest checkpoint: {checkpoints[-1].name}; `--resume_from_checkpoint latest` goes on from it")
+    return lines
+
+
+def _settings(run: RunFolder, width: int) -> list[str]:
+    """Return what was trained on what, a line for each subject."""
+    config = run.config
+    get = config.get
+    batch = (get("train_batch_size") or 1) * (get("gradient_accumulation_steps") or 1)
+    num_samples = f"{run.samples.num_rows:,} pictures" if run.samples is not None else "pictures"
+    sizes = [shard["size"] for shard in run.rounds[-1]["shards"]] if run.rounds else []
+    lora = f"LoRA adapters of rank {get('rank')}" if get("proxy") == "lora" else "all UNet weights"
+    rows = [
+        ("model", _name(get("pretrained_model_name_or_path"))),
+        ("data", f"{_name(get('dataset_name') or get('train_data_dir'))}, {num_samples} at {get('resolution')} px"),
+        ("trained", f"{lora}, learning rate {get('learning_rate')} ({get('lr_scheduler')}), seed {get('seed')}"),
+        ("budget", f"{config['max_train_steps']:,} steps of {batch} pictures over all shards, {_rounds_planned(run)}"),
+        ("guard", describe_guard(run)),
+    ]
+    if run.num_shards > 1:
+        held = f", of {', '.join(map(str, sizes))} samples in the last round" if sizes else ""
+        rows.insert(4, ("shards", f"{run.num_shards}, a proxy each{held}"))
+    return [
+        line for name, text in rows for line in textwrap.wrap(f"  {name:8} {text}", width, subsequent_indent=INDENT)
+    ]
+
+
+def _name(value: object) -> str:
+    return one_line(str(value), NAME_WIDTH, keep="end")
+
+
+def _rounds_planned(run: RunFolder) -> str:
+    steps = min(run.config["steps_per_round"], -(-run.config["max_train_steps"] // run.num_shards))
+    return f"{run.num_rounds} round{'s' * (run.num_rounds != 1)} of {steps:,} steps per proxy"
+
+
+def describe_guard(run: RunFolder) -> str:
+    """Return what the guard was set to do."""
+    get = run.config.get
+    if not run.is_guarded:
+        return "off (--memguard off): plain fine-tuning, there is nothing skipped, augmented or moved"
+    skip, augment, moved = get("skip_threshold") or 0, get("augment_threshold") or 0, get("redistribute_fraction") or 0
+    parts = [f"skips below {skip} of the usual loss" if skip else "skips nothing"]
+    parts.append(f"augments below {augment}" if augment > skip > 0 else "augments nothing")
+    if run.num_shards > 1:
+        parts.append(f"moves up to {moved:.0%} of a shard" if moved else "moves nothing")
+    if share := get("random_affine"):
+        parts.append(f"shows pictures shifted, turned and zoomed by up to {share:.1%}")
+    bank = f"memory bank {get('bank_mode')}, decay {get('bank_decay')}"
+    return f"preset {get('preset')}: {', '.join(parts)}; {bank}"
+
+
+def _rounds(run: RunFolder) -> list[str]:
+    if not run.rounds:
+        return []
+    probed = any(row.get("heldout_loss") is not None for row in run.rounds)
+    header = ["round", "kind", "steps", "loss"]
+    if run.is_guarded:
+        header += ["skipped", "augmented", "extra steps", "moves"]
+    if probed:
+        header += ["trained on", "held out", "gap"]
+    rows = [_round_cells(row, run.is_guarded, probed) for row in run.rounds]
+    lines = table(header, rows, left=["kind"])
+    if len(rows) > MAX_ROUNDS_LISTED:
+        half = MAX_ROUNDS_LISTED // 2
+        between = f"({len(rows) - 2 * half} rounds between are in memguard/rounds.jsonl)"
+        lines = [*lines[: half + 1], between, *lines[-half:]]
+    title = "Round by round (means over the shards"
+    title += "; trained on, held out: probe losses of the average model)" if probed else ")"
+    return [title, *(f"  {line}" for line in lines)]
+
+
+def _round_cells(row: dict[str, Any], is_guarded: bool, probed: bool) -> list[str]:
+    steps = sum(shard["steps"] for shard in row["shards"])
+    cells = [str(row["round"]), row["kind"], str(steps), _number(round_mean(row, "loss"))]
+    if is_guarded:
+        moves = sum(move["count"] for move in row["moves"])
+        cells += [_percent(round_mean(row, name)) for name in ("skipped_fraction", "augmented_fraction")]
+        cells += [str(row["extra_steps"]), str(moves)]
+    if probed:
+        trained, heldout = row.get("train_loss"), row.get("heldout_loss")
+        gap = None if trained is None or heldout is None else heldout - trained
+        cells += [_number(trained), _number(heldout), _number(gap)]
+    return cells
+
+
+def _number(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.0%}"
+
+
+def _ending(run: RunFolder) -> list[str]:
+    """Return what it ended with, or where it stands."""
+    if not run.rounds:
+        return []
+    lines = ["How it ended" if run.is_finished else "Where it stands", *_gap_lines(run), *_visit_lines(run)]
+    empty, nonfinite = (_total(run, name) for name in ("empty_steps", "nonfinite_steps"))
+    lines.append(f"  steps    {empty} without a clean sample, {nonfinite} not finite")
+    if "lora_rank" in run.summary:
+        error = run.summary["lora_relative_error"]
+        lines.append(f"  LoRA     file of rank {run.summary['lora_rank']}, relative error {error:.2e}")
+    return lines
+
+
+def _total(run: RunFolder, name: str) -> str:
+    """Return a count over all rounds; runs of older versions have not kept it."""
+    known = all(name in row for row in run.rounds)
+    return str(sum(row[name] for row in run.rounds)) if known else "an unknown number"
+
+
+def _gap_lines(run: RunFolder) -> list[str]:
+    probed = [row for row in run.rounds if None not in (row.get("train_loss"), row.get("heldout_loss"))]
+    if not probed:
+        return [f"  gap      {NO_GAP}"]
+    last, lowest = probed[-1], min(probed, key=lambda row: row["heldout_loss"])
+    gap = last["heldout_loss"] - last["train_loss"]
+    text = f"  gap      {gap:+.4f}: loss {last['train_loss']:.4f} on pictures trained on, "
+    text += f"{last['heldout_loss']:.4f} on unseen ones"
+    if lowest is not last:
+        text += f" (lowest after round {lowest['round']}: {lowest['heldout_loss']:.4f})"
+    return [text]
+
+
+NO_GAP = "not measured: it needs pictures that are not trained on, `--validation_data_dir DIR` of the training"
+"""Why there is no held-out gap."""
+
+
+def _visit_lines(run: RunFolder) -> list[str]:
+    if run.samples is None:
+        return []
+    seen, skipped, augmented = (int(np.sum(run.samples[name].to_numpy())) for name in ("seen", "skipped", "augmented"))
+    if not run.is_guarded or seen == 0:
+        return [f"  visits   {seen:,}"]
+    extra = sum(row["extra_steps"] for row in run.rounds)
+    left = run.summary.get("augment_queue_left")
+    queue = f", {left} left in the queues" if left is not None else ""
+    return [
+        f"  visits   {seen:,}: {skipped / seen:.1%} skipped, {augmented / seen:.1%} augmented "
+        f"({extra} extra steps on the copies{queue})"
+    ]
+
+
+def memory_prone_table(run: RunFolder, num_pictures: int, width: int) -> list[str]:
+    """Return the most memory-prone pictures and how they are ranked; nothing before the first round has ended."""
+    if run.samples is None:
+        return []
+    prone = memory_prone_rows(run, num_pictures)
+    if not prone:
+        return ["Memory-prone pictures: none, no visit was skipped or augmented."]
+    header = ["", "skip ratio", "seen", "skipped", "augmented", "moves", "shard"]
+    numbers = [
+        [str(number), _percent(row["skip_ratio"]), *(str(row[name]) for name in header[2:])]
+        for number, row in enumerate(prone, start=1)
+    ]
+    room = width - 6 - max(map(display_width, table(header, numbers)))
+    files = [one_line(row["file"], min(max(room // 2, MIN_WIDTH), MAX_FILE_WIDTH), keep="end") for row in prone]
+    room = max(room - max(map(display_width, files)), MIN_WIDTH)
+    rows = [
+        [*cells, file, one_line(row["caption"], room)] for cells, file, row in zip(numbers, files, prone, strict=True)
+    ]
+    return [
+        "Most memory-prone pictures",
+        *(f"  {line}" for line in table([*header, "file", "caption"], rows, left=["file", "caption"])),
+        *(f"  {line}" for line in textwrap.wrap("; ".join(ranking_sentences(run, len(prone))) + ".", width - 2)),
+    ]
+
+
+def memory_prone_rows(run: RunFolder, num_pictures: int) -> list[dict[str, Any]]:
+    """Return the rows of ``samples.parquet`` of the most memory-prone samples, most memory-prone first."""
+    if run.samples is None:
+        return []
+    seen, unclean = _counts(run)
+    order = memory_prone_order(seen, unclean)[:num_pictures]
+    rows: list[dict[str, Any]] = run.samples.take(order).to_pylist()
+    return rows
+
+
+def ranking_sentences(run: RunFolder, num_listed: int) -> list[str]:
+    """Return how the list is ranked, and how much of it chance alone would make."""
+    seen, unclean = _counts(run)
+    order = memory_prone_order(seen, unclean)
+    last = float(memory_prone_score(seen, unclean)[order[num_listed - 1]])
+    num_reached = int(np.sum(memory_prone_score(seen, unclean) >= last - 1e-12))
+    expected = expected_by_chance(seen, unclean, last)
+    rate = unclean.sum() / seen.sum()
+    sentences = [
+        "skip ratio = (skipped + augmented) / seen; ranked by (skipped + augmented) / (seen + 1), ties by sample id",
+        f"{num_reached:,} of {len(seen):,} pictures rank as high as the last one here; if every visit were left out at "
+        f"the mean rate of {rate:.0%}, chance would put {expected:,.1f} there",
+    ]
+    times = f"a picture was seen {np.median(seen):g} times (median)"
+    if expected >= num_reached:
+        sentences.append(f"so this list says nothing yet: {times}")
+    elif expected > num_reached / 2:
+        sentences.append(f"so more than half of this list may be chance: {times}")
+    return sentences
+
+
+def _counts(run: RunFolder) -> tuple[Counts, Counts]:
+    assert run.samples is not None
+    seen, skipped, augmented = (run.samples[name].to_numpy() for name in ("seen", "skipped", "augmented"))
+    return seen, skipped + augmented

@@ -1,0 +1,1 @@
+"""Stable Diffusion pipelines: loading, encoders, LoRA layers."""

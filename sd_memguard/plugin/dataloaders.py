@@ -1,0 +1,227 @@
+"""Dataloaders that take the place of the loop's own: the same batches with `sample_id` in them.
+
+`GuardedLoader` goes shard by shard and drives the rounds; `LabelledLoader`, for a neutral guard, keeps the order that
+the loop has chosen. Neither draws from the global generator.
+"""
+
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sd_memguard.core.sampler import Visit
+from sd_memguard.core.seeding import generator_for
+from sd_memguard.errors import LoopError
+from sd_memguard.plugin.augment import Augmenter
+from sd_memguard.plugin.backends import Host
+from sd_memguard.plugin.loop_driver import Rounds
+
+SAMPLE_ID = "sample_id"
+
+
+class LabelledDataset(Dataset):
+    """A data set whose rows come with their number.
+
+    Args:
+        dataset: the data set of the loop.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        if hasattr(dataset, "__getitems__"):  # a batch in one call; torch looks for the method, so it must not be faked
+            self.__getitems__ = self._rows
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.dataset)
+
+    def __getitem__(self, sample_id: int) -> tuple[int, Any]:
+        """Return a row's number and the row."""
+        return sample_id, self.dataset[sample_id]
+
+    def _rows(self, sample_ids: list[int]) -> list[tuple[int, Any]]:
+        return list(zip(sample_ids, self.dataset.__getitems__(sample_ids), strict=True))
+
+
+class LabelledCollate:
+    """Makes the loop's own batch of labelled rows, and puts the labels in.
+
+    Args:
+        collate: what makes a batch of rows.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[tuple[int, Any]]) -> MutableMapping[str, Any]:
+        """Return the batch with `sample_id`, (B,) int64."""
+        return label(self.collate([row for _, row in rows]), [sample_id for sample_id, _ in rows])
+
+
+def label(batch: Any, sample_ids: list[int]) -> MutableMapping[str, Any]:
+    """Put the sample ids in a batch and return it.
+
+    Raises:
+        LoopError: it has no keys, or uses this one already.
+    """
+    if not isinstance(batch, MutableMapping):
+        raise LoopError(
+            f"the dataloader's batches must be dicts, so that the guard can add `{SAMPLE_ID}`, got "
+            f'{type(batch).__name__}; return a dict from `collate_fn`, e.g. {{"pixel_values": ..., "input_ids": ...}}'
+        )
+    if SAMPLE_ID in batch:
+        raise LoopError(f"the dataloader's batches have a key `{SAMPLE_ID}` already; rename it in `collate_fn`")
+    batch[SAMPLE_ID] = torch.tensor(sample_ids, dtype=torch.int64)
+    return batch
+
+
+def parts_of(loader: DataLoader) -> dict[str, Any]:
+    """Return the arguments of a loader like this one over labelled rows, but for batch size and order."""
+    parts: dict[str, Any] = {
+        "dataset": LabelledDataset(loader.dataset),
+        "collate_fn": LabelledCollate(loader.collate_fn),
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+    }
+    if loader.num_workers > 0:
+        parts["prefetch_factor"] = loader.prefetch_factor
+    return parts
+
+
+def labelled_loader(loader: DataLoader) -> DataLoader:
+    """Return the same loader, in the loop's own order and from its own generator, with labelled batches."""
+    parts = {**parts_of(loader), "generator": loader.generator, "persistent_workers": loader.persistent_workers}
+    if loader.batch_size is None:
+        return DataLoader(**parts, batch_sampler=loader.batch_sampler)
+    return DataLoader(**parts, batch_size=loader.batch_size, sampler=loader.sampler, drop_last=loader.drop_last)
+
+
+class WatchedLoader(DataLoader):
+    """What both kinds share: they pass through a loader's attributes and tell the rounds of every batch.
+
+    Args:
+        loader: the loop's loader, prepared by accelerate or not.
+        rounds: the rounds to tell.
+    """
+
+    def __init__(self, loader: Any, rounds: Rounds) -> None:
+        # No call of the base class: it would make a second sampler; what a DataLoader knows is asked of the inner one.
+        self.__dict__["inner"], self.__dict__["rounds"] = loader, rounds
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the inner loader's attribute."""
+        return getattr(self.__dict__["inner"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute here."""
+        self.__dict__[name] = value
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch, as before."""
+        return len(self.inner)
+
+
+class LabelledLoader(WatchedLoader):
+    """The loop's own order; each batch is announced to the rounds."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Iterate over one epoch."""
+        try:
+            for batch in self.inner:
+                self.rounds.settle()
+                self.rounds.open_batch(batch[SAMPLE_ID].tolist())
+                yield batch
+            self.rounds.leave_epoch()
+        finally:
+            self.rounds.leave_loop()
+
+
+class GuardedLoader(WatchedLoader):
+    """Batches of one shard at a time, all of the full size, for as many batches as an epoch had before.
+
+    An epoch that a checkpoint has interrupted is brought to its end first. With several worker processes, random
+    transforms of the data set draw from the workers' generators, which no checkpoint holds.
+
+    Args:
+        loader: the loop's loader.
+        rounds: the rounds to drive.
+        host: the loop.
+        augmenter: makes batches of augmented copies, where that is possible.
+    """
+
+    def __init__(self, loader: DataLoader, rounds: Rounds, host: Host, augmenter: Augmenter | None) -> None:
+        super().__init__(loader, rounds)
+        self.host, self.augmenter = host, augmenter
+        self.end_of_dataloader, self.remainder = False, -1
+        self._batches: Iterator[Any] = iter(())
+        self._turn: tuple[int, int, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Iterate over one epoch, or over the rest of an interrupted one."""
+        self.rounds.settle()
+        self.rounds.epoch_position %= len(self)
+        self.end_of_dataloader = False
+        self.host.begin_epoch(self)
+        try:
+            while self.rounds.epoch_position < len(self):
+                batch = self._next()
+                self.end_of_dataloader = self.rounds.epoch_position == len(self)
+                yield batch
+            self.rounds.leave_epoch()
+        finally:
+            self.host.end_epoch(self)
+            self.rounds.leave_loop()
+
+    def _next(self) -> Any:
+        rounds = self.rounds
+        rounds.settle()
+        rounds.epoch_position += 1
+        augmented = self._augmented()
+        if augmented is not None:
+            return self.host.place(augmented)
+        if self._turn != rounds.turn:
+            self._turn, self._batches = rounds.turn, iter(self._loader_of_turn())
+        batch = next(self._batches)
+        rounds.take(next(self._ahead))
+        return self.host.place(batch)
+
+    def _loader_of_turn(self) -> DataLoader:
+        """Return a loader over the active shard; what its workers fetch ahead is dropped when the turn ends."""
+        progress, guard = self.rounds.progress, self.rounds.guard
+        shard_index, size = guard.shard_index, self.inner.batch_size
+        self._ahead = self.rounds.ahead(size)
+        address = (shard_index, progress.round_index, progress.global_step)
+        return DataLoader(
+            **parts_of(self.inner),
+            batch_sampler=_Batches(self.rounds, size),
+            generator=generator_for(guard.seed, "workers", *address),
+        )
+
+    def _augmented(self) -> Any:
+        """Return a batch of augmented copies where enough samples of the active shard wait for one, else None."""
+        rounds = self.rounds
+        if self.augmenter is None or rounds.finished:
+            return None
+        waiting = rounds.guard.take_augment_batch(self.inner.batch_size)
+        if waiting is None:
+            return None
+        shard_index = rounds.guard.shard_index
+        address = (shard_index, rounds.progress.extra_steps[shard_index])
+        batch = self.augmenter(waiting.sample_ids, waiting.magnitude, address)
+        rounds.open_batch(waiting.sample_ids, augmented=True)
+        return label(batch, waiting.sample_ids)
+
+
+class _Batches:
+    """The sample ids of a turn's batches, without end: the loop decides when the turn is over."""
+
+    def __init__(self, rounds: Rounds, size: int) -> None:
+        self.rounds, self.size = rounds, size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        ahead: Iterator[list[Visit]] = self.rounds.ahead(self.size)
+        return ([visit.sample_id for visit in visits] for visits in ahead)

@@ -1,0 +1,172 @@
+"""The files of ``memguard/`` in a run folder: their names, how they are replaced, and how they are read."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.numpy
+
+from sd_memguard.core.schedule import RoundSchedule
+from sd_memguard.errors import UserError
+
+FOLDER = "memguard"
+CONFIG, ROUNDS, SAMPLES, BANKS, SUMMARY = (
+    "config.json",
+    "rounds.jsonl",
+    "samples.parquet",
+    "banks.safetensors",
+    "summary.json",
+)
+PROXIES_FOLDER = "proxies"
+COLUMNS = ("sample_id", "file", "caption", "shard", "seen", "skipped", "augmented", "moves", "skip_ratio")
+"""The columns of ``samples.parquet``."""
+
+
+class RunFolderError(UserError):
+    """A folder that holds no run, or cannot be used for one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """A proxy's memory bank: the mean loss at each timestep (NaN where never visited) and the visits, both (T,)."""
+
+    mean: npt.NDArray[np.float32]
+    visits: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class RunFolder:
+    """What a run, finished or not, has written down.
+
+    Attributes:
+        path: the run folder.
+        config: every setting, with ``auto`` resolved.
+        rounds: the rows of ``rounds.jsonl``, none before the first round has ended.
+        samples: ``samples.parquet``, None where there is none.
+        banks: one for each proxy, none where there is no such file.
+        summary: how the run ended, empty before that.
+        notices: what is missing or damaged, a sentence each.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    samples: pa.Table | None
+    banks: list[Bank]
+    summary: dict[str, Any]
+    notices: list[str]
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return int(self.config["num_shards"])
+
+    @property
+    def num_rounds(self) -> int:
+        """Number of rounds of the whole run."""
+        return RoundSchedule.plan(
+            self.config["max_train_steps"], self.num_shards, self.config["steps_per_round"], redistributes=False
+        ).num_rounds
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether the memorization guard was on."""
+        return self.config.get("memguard") != "off"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the pipeline was written."""
+        return len(self.rounds) >= self.num_rounds and (self.path / "model_index.json").exists()
+
+
+def read_run(path: Path) -> RunFolder:
+    """Return what a run folder tells; files that are missing or damaged are named in its notices.
+
+    Raises:
+        RunFolderError: the folder holds no run.
+    """
+    folder = path / FOLDER
+    config = _read_config(path)
+    notices: list[str] = []
+
+    def attempt(name: str, read: Callable[[Path], Any], missing: Any, why: str) -> Any:
+        file = folder / name
+        if not file.exists():
+            notices.extend([f"There is no {FOLDER}/{name}: {why}"] if why else [])
+            return missing
+        try:
+            return read(file)
+        except (OSError, ValueError, KeyError, pa.ArrowException, safetensors.SafetensorError) as error:
+            notices.append(f"{FOLDER}/{name} is damaged and left out ({type(error).__name__}: {error})")
+            return missing
+
+    rounds, broken = attempt(ROUNDS, _read_rounds, ([], None), "the first round has not ended yet.")
+    if broken is not None:
+        notices.append(f"{FOLDER}/{ROUNDS} is damaged from line {broken} on; the lines before are shown.")
+    old = "this run was made before banks were kept there; the rest is shown." if rounds else ""
+    return RunFolder(
+        path,
+        config,
+        rounds,
+        samples=attempt(SAMPLES, _read_samples, None, ""),
+        banks=attempt(BANKS, lambda file: _read_banks(file, int(config["num_shards"])), [], old),
+        summary=attempt(SUMMARY, lambda file: dict(json.loads(file.read_text(encoding="utf-8"))), {}, ""),
+        notices=notices,
+    )
+
+
+def round_mean(row: dict[str, Any], name: str) -> float | None:
+    """Return the mean of a number over the shards of a round, each weighing as many steps as it took; None of none."""
+    known = [(shard["steps"], shard[name]) for shard in row["shards"] if shard[name] is not None]
+    steps = sum(weight for weight, _ in known)
+    return sum(weight * value for weight, value in known) / steps if steps else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / FOLDER / CONFIG
+    if (path / FOLDER / "state.json").exists():
+        raise RunFolderError(f"{path} is a checkpoint, not a run; name the run folder, {path.resolve().parent}")
+    if not file.exists():
+        fault = f"holds no {FOLDER}/{CONFIG}" if path.is_dir() else ("is a file" if path.exists() else "does not exist")
+        raise RunFolderError(
+            f"{path} is no run folder: it {fault}; name the `--output_dir` of a training with sd-memguard"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("num_shards", "steps_per_round", "max_train_steps"):
+            if not isinstance(config[name], int) or config[name] < 1:
+                raise ValueError(f"`{name}` is {config[name]!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(
+            f"{file} cannot be read ({type(error).__name__}: {error}); name the folder of another run"
+        ) from error
+    return dict(config)
+
+
+def _read_rounds(file: Path) -> tuple[list[dict[str, Any]], int | None]:
+    """Return the rows, and the number of the first line that is none."""
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if row["round"] != number or not isinstance(row["shards"], list):
+                return rows, number
+        except (ValueError, KeyError, TypeError):
+            return rows, number
+        rows.append(row)
+    return rows, None
+
+
+def _read_samples(file: Path) -> pa.Table:
+    return pq.read_table(file).select(list(COLUMNS))
+
+
+def _read_banks(file: Path, num_shards: int) -> list[Bank]:
+    tensors = safetensors.numpy.load_file(file)
+    return [Bank(tensors[f"shard_{k}.mean"], tensors[f"shard_{k}.visits"]) for k in range(num_shards)]

@@ -1,0 +1,132 @@
+"""What a run trains with: accelerator, models, optimizer, EMA and proxies, as its plan says."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from sd_memguard.config import TrainConfig
+from sd_memguard.models.lora import add_adapter, base_weights
+from sd_memguard.models.pipeline import Models, load_models
+from sd_memguard.proxies.full import FullProxies
+from sd_memguard.proxies.lora import LoraProxies
+from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore, SharedDiskStore
+from sd_memguard.runs.folder import FOLDER, PROXIES_FOLDER
+from sd_memguard.training.memory_estimate import rests_in_ram
+from sd_memguard.training.plan import Plan
+from sd_memguard.training.ranks import Ranks, check_joined, check_launch, process_handlers
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the accelerator of a run; it joins the processes, where there are several.
+
+    Raises:
+        ConfigError: accelerate is configured to spread one model over processes, or does not join those launched.
+    """
+    check_launch()
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
+        ),
+        kwargs_handlers=process_handlers(),
+    )
+    check_joined(accelerator)
+    return accelerator
+
+
+def prepare_models(plan: Plan, accelerator: Accelerator) -> Models:
+    """Return the loaded parts with the UNet ready to train."""
+    config = plan.config
+    models = load_models(plan.pipeline, config)
+    models.unet.train()
+    if config.enable_xformers_memory_efficient_attention:
+        models.unet.enable_xformers_memory_efficient_attention()
+    if config.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    models.unet.to(accelerator.device)
+    if config.compile:
+        models.unet.compile()  # in place and at the first forward: names, parameters and references stay as they are
+    return models
+
+
+def make_optimizer(
+    parameters: Mapping[str, Parameter], config: TrainConfig, device: torch.device, batch_size: int
+) -> Optimizer:
+    """Return AdamW (fused where torch has it: no weight-sized temporary), or the 8-bit one of bitsandbytes."""
+    settings: dict[str, Any] = {
+        "lr": base_learning_rate(config, batch_size),
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if config.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer: Optimizer = bitsandbytes.optim.AdamW8bit(parameters.values(), **settings)
+        return optimizer
+    return torch.optim.AdamW(parameters.values(), fused=device.type in {"cpu", "cuda"}, **settings)
+
+
+def base_learning_rate(config: TrainConfig, batch_size: int) -> float:
+    """Return the learning rate that the schedule multiplies, for batches of this size over all processes."""
+    return config.learning_rate * (config.gradient_accumulation_steps * batch_size if config.scale_lr else 1)
+
+
+def make_ema(unet: UNet2DConditionModel, config: TrainConfig, device: torch.device) -> EMAModel | None:
+    """Return the EMA of the UNet with upstream's decay (0.9999, warmed up by (1 + n) / (10 + n)), if asked for."""
+    if not config.use_ema:
+        return None
+    ema = EMAModel(
+        unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config, foreach=config.foreach_ema
+    )
+    if not config.offload_ema:
+        ema.to(device)
+    elif torch.cuda.is_available():
+        ema.pin_memory()
+    else:
+        ema.to(torch.device("cpu"))
+    return ema
+
+
+def make_proxies(
+    plan: Plan, unet: UNet2DConditionModel, ema: EMAModel | None, dtype: torch.dtype, device: torch.device, ranks: Ranks
+) -> FullProxies:
+    """Return the proxies of a run with their optimizer: full weights, or adapters on a frozen UNet in ``dtype``."""
+    config, num_shards = plan.config, plan.schedule.num_shards
+    master = {}
+    if config.rank is not None:
+        master = add_adapter(unet, config.rank, plan.seed, dtype)
+    parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    optimizer = make_optimizer(parameters, config, device, plan.batch_size)
+    store, exchange = make_store(plan, ranks), ranks.proxy_exchange
+    if config.rank is None:
+        return FullProxies(parameters, optimizer, num_shards, store, ema, exchange)
+    # The adapter's alpha equals its rank, so its factor is 1.
+    return LoraProxies(parameters, optimizer, num_shards, store, base_weights(unet), master, 1.0, exchange)
+
+
+def make_store(plan: Plan, ranks: Ranks) -> ProxyStore:
+    """Return where resting proxies wait: those of this process, or all where the processes train one at a time.
+
+    A store on disk that the processes share is written by the main one.
+    """
+    folder = plan.output_dir / FOLDER / PROXIES_FOLDER
+    resting = int(plan.sizes.resting * ranks.local_stores)
+    with ranks.exchange.agreed():
+        in_ram = rests_in_ram(resting, plan.config)
+    if ranks.exchange.share(in_ram, "store"):
+        return RamStore()
+    if ranks.by_batch:
+        return SharedDiskStore(folder, ranks.exchange)
+    return DiskStore(folder / f"process-{ranks.exchange.rank}" if ranks.by_shard else folder)

@@ -1,0 +1,111 @@
+"""How several processes begin a run together: the main one looks at everything first and tells the others."""
+
+import logging
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd_memguard.config import TrainConfig
+from sd_memguard.data.samples import BadSample, Checked, Samples
+from sd_memguard.distributed import Exchange, ProcessLostError
+from sd_memguard.runs.folder import FOLDER, RunFolderError
+from sd_memguard.training.plan import KnownPictures, Plan, make_plan
+
+logger = logging.getLogger(__name__)
+
+TOKEN = "processes"
+"""File of the run folder by which the processes find out whether they see the same one."""
+
+
+def quiet(exchange: Exchange, level: int = logging.ERROR) -> None:
+    """Leave it to the main process to say what all of them find; from ``level`` on the others speak, too."""
+    if not exchange.is_main:
+        logging.getLogger("sd_memguard").setLevel(level)
+
+
+def plan_together(config: TrainConfig, exchange: Exchange) -> Plan:
+    """Return the plan of a run, with the pictures checked and models downloaded by the main process first.
+
+    Raises:
+        UserError: see ``make_plan``.
+        RefusedElsewhere: met by another process.
+    """
+    if exchange.size == 1:
+        return make_plan(config)
+    plan: Plan | None = None
+    with exchange.agreed():
+        if exchange.is_main:
+            plan = make_plan(config, exchange.size)
+    seed = exchange.share(None if plan is None else plan.seed, "plan")
+    train = _share_checked(None if plan is None else plan.samples, exchange)
+    heldout = _share_checked(plan.heldout if plan is not None else None, exchange)
+    with exchange.agreed():
+        if plan is None:
+            assert train is not None
+            plan = make_plan(replace(config, seed=seed), exchange.size, KnownPictures(train, heldout))
+    assert plan is not None
+    return plan
+
+
+def _share_checked(samples: Samples | None, exchange: Exchange) -> Checked | None:
+    """Return what the main process knows of its samples, None where it has none."""
+    tensors: dict[str, Tensor] | None = None
+    if exchange.is_main:
+        arrays = {} if samples is None else {"sizes": samples.sizes, "groups": samples.groups}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
+    shared = exchange.share_tensors(tensors, "plan")
+    bad = exchange.share([] if samples is None else samples.bad, "plan")
+    if "sizes" not in shared:
+        return None
+    groups = shared["groups"].numpy() if "groups" in shared else None
+    return Checked(shared["sizes"].numpy(), [BadSample(*one) for one in bad], groups)
+
+
+@contextmanager
+def main_alone(exchange: Exchange, work: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter a context in the main process only; where that is refused, all processes end."""
+    with ExitStack() as stack:
+        with exchange.agreed():
+            if exchange.is_main:
+                stack.enter_context(work)
+        yield
+
+
+@contextmanager
+def told_when_lost() -> Iterator[None]:
+    """Say at once that another process was lost: the launcher may end this one before its traceback is out."""
+    try:
+        yield
+    except ProcessLostError as error:
+        logger.error("%s", error)
+        raise
+
+
+def check_shared(output_dir: Path, exchange: Exchange) -> None:
+    """Refuse an output folder that is not the same one for all processes: each writes its part of a checkpoint there.
+
+    Raises:
+        RunFolderError: names the machine that sees another folder.
+    """
+    if exchange.size == 1:
+        return
+    file = output_dir / FOLDER / TOKEN
+    token = exchange.share(secrets.token_hex(8), "plan")
+    if exchange.is_main:
+        file.write_text(token, encoding="utf-8")
+    exchange.wait("plan")
+    with exchange.agreed():
+        if not file.is_file() or file.read_text(encoding="utf-8") != token:
+            raise RunFolderError(
+                f"`--output_dir` {output_dir} on {socket.gethostname()} (process {exchange.rank}) is not the folder "
+                "that the main process writes to: with several machines it must lie on a disk that all of them share"
+            )
+    if exchange.is_main:
+        file.unlink(missing_ok=True)

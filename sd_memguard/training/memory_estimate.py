@@ -1,0 +1,124 @@
+"""What a run needs of memory and disk, reckoned from the header of the UNet's file before anything is loaded."""
+
+import logging
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from safetensors import safe_open
+
+from sd_memguard.config import ConfigError, TrainConfig
+from sd_memguard.core.schedule import RoundSchedule
+from sd_memguard.errors import UserError
+from sd_memguard.files import gigabytes, nearest_folder
+from sd_memguard.models.lora import TARGETS
+from sd_memguard.models.pipeline import TRAINED_PARTS, weights_file
+from sd_memguard.runs.checkpoint import list_checkpoints
+
+logger = logging.getLogger(__name__)
+
+RAM_SHARE = 0.5
+"""Share of the free host memory that resting proxies may take before they go to disk."""
+BYTES = 4
+"""Of a float32 number."""
+
+
+class SpaceError(UserError):
+    """The disk of the output folder is too small."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sizes in bytes.
+
+    Attributes:
+        model: the UNet in float32.
+        trained: what is trained of it, in float32: all, or the adapter.
+        proxy: one resting proxy: trained weights, AdamW's two moments, and the EMA.
+        resting: the proxies that rest, and while they are switched the optimizer state of one more; 0 with one shard.
+        checkpoint: one that shares no file with another: every proxy, and the aggregate.
+        num_checkpoints: how many are kept.
+    """
+
+    model: int
+    trained: int
+    proxy: int
+    resting: int
+    checkpoint: int
+    num_checkpoints: int
+
+
+def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> Footprint:
+    """Return the sizes of a run."""
+    num_parameters, num_adapter = count_parameters(pipeline, config)
+    num_trained = num_parameters if config.rank is None else num_adapter
+    moments = 0.5 if config.use_8bit_adam else 2
+    proxy, switched = (int(BYTES * num_trained * parts) for parts in (1 + moments + config.use_ema, moments))
+    num_checkpoints = schedule.total_steps // config.checkpointing_steps
+    return Footprint(
+        model=BYTES * num_parameters,
+        trained=BYTES * num_trained,
+        proxy=proxy,
+        resting=(schedule.num_shards - 1) * proxy + switched if schedule.num_shards > 1 else 0,
+        checkpoint=schedule.num_shards * proxy + BYTES * num_parameters,
+        num_checkpoints=min(num_checkpoints, config.checkpoints_total_limit or num_checkpoints),
+    )
+
+
+def count_parameters(pipeline: Path, config: TrainConfig) -> tuple[int, int]:
+    """Return the number of the UNet's parameters, and of those of a LoRA adapter on it (0 without a rank)."""
+    file = weights_file(pipeline / "unet", TRAINED_PARTS["unet"], config.variant)
+    with safe_open(file, framework="pt") as tensors:
+        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+    adapted = [
+        shape
+        for name, shape in shapes.items()
+        if name.removesuffix(".weight").endswith(tuple(f".{t}" for t in TARGETS)) and name.endswith(".weight")
+    ]
+    return sum(math.prod(shape) for shape in shapes.values()), (config.rank or 0) * sum(map(sum, adapted))
+
+
+def rests_in_ram(resting: int, config: TrainConfig) -> bool:
+    """Say where resting proxies wait; ``auto`` takes RAM while they fit in half of what is free.
+
+    Raises:
+        ConfigError: ``--proxy_store ram`` was asked for and they do not fit.
+    """
+    free = psutil.virtual_memory().available
+    if config.proxy_store == "ram" and resting > free:
+        raise ConfigError(
+            f"`--proxy_store ram` needs {gigabytes(resting)} of memory for the resting proxies and {gigabytes(free)} "
+            "are free; use `--proxy_store disk` or fewer `--num_shards`"
+        )
+    return config.proxy_store == "ram" or (config.proxy_store == "auto" and resting <= RAM_SHARE * free)
+
+
+def check_space(sizes: Footprint, config: TrainConfig) -> None:
+    """Refuse a disk without room for the model, the proxy store and the checkpoints that must exist at one time.
+
+    Those are two, since an old one is removed only when the next is whole; a run that goes on has one already. Where
+    more are kept than will fit, a warning says so.
+
+    Raises:
+        SpaceError: says how much is needed and how much is free.
+    """
+    free = shutil.disk_usage(nearest_folder(Path(config.output_dir))).free
+    store = 0 if rests_in_ram(sizes.resting, config) else sizes.resting
+    present = len(list_checkpoints(Path(config.output_dir))) if config.resume_from_checkpoint else 0
+    num_new = max(min(sizes.num_checkpoints, 2) - min(present, 1), 0)
+    needed = sizes.model + store + num_new * sizes.checkpoint
+    if needed > free:
+        raise SpaceError(
+            f"the disk of `--output_dir` {config.output_dir} has {gigabytes(free)} free and {gigabytes(needed)} are "
+            f"needed: model {gigabytes(sizes.model)}, proxy store {gigabytes(store)}, checkpoints of "
+            f"{gigabytes(sizes.checkpoint)}; free some, name a folder on another disk, use fewer `--num_shards`, or a "
+            "larger `--checkpointing_steps`"
+        )
+    num_kept = max(sizes.num_checkpoints - present, 0)
+    if sizes.model + store + num_kept * sizes.checkpoint > free:
+        logger.warning(
+            "%d checkpoints of up to %s will not fit in the %s that are free: set --checkpoints_total_limit",
+            *(num_kept, gigabytes(sizes.checkpoint), gigabytes(free)),
+        )

@@ -1,0 +1,339 @@
+"""What a run needs, checked in the order of cost: folders and pictures first, then models, then memory and disk."""
+
+import csv
+import json
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from sd_memguard import assets
+from sd_memguard.config import ConfigError, GuardConfig, TrainConfig
+from sd_memguard.core.schedule import RoundSchedule
+from sd_memguard.core.shards import auto_num_shards
+from sd_memguard.data.duplicate_report import describe_duplicates
+from sd_memguard.data.encoding_cache import refuse_inexact_cache
+from sd_memguard.data.image_check_cache import CheckCache
+from sd_memguard.data.samples import BadSample, Checked, SampleError, Samples, load_samples
+from sd_memguard.data.transforms import NUM_MAPS
+from sd_memguard.files import replace_text
+from sd_memguard.models.pipeline import find_pipeline
+from sd_memguard.runs.checkpoint import refuse_changes
+from sd_memguard.runs.folder import CONFIG, FOLDER, SUMMARY, RunFolderError
+from sd_memguard.training.memory_estimate import Footprint, check_space, footprint
+from sd_memguard.training.ranks import batch_slices, divides
+
+logger = logging.getLogger(__name__)
+
+
+class KnownPictures(NamedTuple):
+    """What the check of the pictures has found, to be told to another process."""
+
+    train: Checked
+    heldout: Checked | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, known before any model is loaded."""
+
+    config: TrainConfig
+    seed: int
+    pipeline: Path
+    samples: Samples
+    heldout: Samples | None
+    schedule: RoundSchedule
+    sizes: Footprint
+    num_processes: int = 1
+
+    @property
+    def output_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.config.output_dir)
+
+    @property
+    def pass_length(self) -> int:
+        """Visits in a pass over all shards: samples, or groups of duplicates where each counts as one picture."""
+        balanced = self.config.guard.group_duplicates == "balance"
+        return num_different(self.samples) if balanced else len(self.samples.sample_ids)
+
+    @property
+    def resolved(self) -> dict[str, int]:
+        """What ``auto`` and a number of epochs came to."""
+        schedule = self.schedule
+        return {
+            "num_shards": schedule.num_shards,
+            "steps_per_round": schedule.steps_per_round,
+            "max_train_steps": schedule.total_steps,
+        }
+
+    @property
+    def visits_per_step(self) -> int:
+        """Samples seen per optimizer step."""
+        return self.batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a batch: of all processes, where they share each batch."""
+        return self.config.train_batch_size * batch_slices(self.num_processes, self.schedule.num_shards)
+
+    @property
+    def division(self) -> str:
+        """How the processes divide the work, in words."""
+        processes, shards = self.num_processes, self.schedule.num_shards
+        if processes == 1:
+            return "one process trains all shards"
+        if divides(processes, shards):
+            return f"{processes} processes, each trains {shards // processes} of {shards} shards by itself"
+        way = f"a number of shards that {processes} divides would need no exchange of gradients" if shards > 1 else ""
+        share = (
+            f"{processes} processes, each takes {self.config.train_batch_size} of the {self.batch_size} samples of a "
+        )
+        return f"{share}batch" + (f"; {way}" if way else "")
+
+    @property
+    def affine_maps(self) -> str:
+        """In what form pictures are shown, in words."""
+        share = float(self.config.random_affine)
+        if not share:
+            return "as they are"
+        return f"shifted, turned and zoomed by up to {share:.1%} of their side, each in {NUM_MAPS} ways"
+
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """The settings that a resumed run is compared by; a batch is what all processes see of it."""
+        return {**self.config.to_dict(), "train_batch_size": self.batch_size}
+
+
+def make_plan(config: TrainConfig, num_processes: int = 1, known: KnownPictures | None = None) -> Plan:
+    """Check folders, pictures and the pipeline's configs, and lay out the rounds.
+
+    Args:
+        config: what to do.
+        num_processes: processes that train together.
+        known: what another process has found out about the pictures, so that they need no second look.
+
+    Raises:
+        UserError: see its subclasses; no model was loaded, and nothing written but what the pictures were found to be.
+    """
+    recorded = _recorded(config)
+    seed = config.seed if config.seed is not None else recorded.get("seed", secrets.randbits(31))
+    guard = GuardConfig.off() if config.memguard == "off" else config.guard
+    config = replace(config, seed=seed, guard=guard)
+    check_output_dir(config)
+    check_extras(config)
+    train_folder = _unbundle(config.train_data_dir, assets.demo_data_path())
+    groups_duplicates = guard.group_duplicates != "off"
+    samples = _load_pictures(
+        config,
+        train_folder,
+        config.dataset_name,
+        config.max_train_samples,
+        find_duplicates=groups_duplicates,
+        checked=None if known is None else known.train,
+    )
+    refuse_inexact_cache(samples, config)
+    if groups_duplicates:
+        logger.info("%s", describe_duplicates(samples))
+    heldout_folder = _unbundle(config.validation_data_dir, assets.demo_heldout_path())
+    heldout = None
+    if heldout_folder:
+        heldout = _load_pictures(config, heldout_folder, None, None, checked=None if known is None else known.heldout)
+    pipeline = find_pipeline(config)
+    schedule = plan_rounds(config, samples, num_processes, recorded)
+    sizes = footprint(pipeline, config, schedule)
+    if known is None:
+        check_space(sizes, config)
+    return Plan(config, seed, pipeline, samples, heldout, schedule, sizes, num_processes)
+
+
+def _recorded(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that the run to be resumed has written down, nothing where none is resumed."""
+    folders = [Path(config.output_dir), Path(config.resume_from_checkpoint or "").parent]
+    record = next((path for path in (folder / FOLDER / "config.json" for folder in folders) if path.exists()), None)
+    if not config.resume_from_checkpoint or record is None:
+        return {}
+    settings: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    return settings
+
+
+def num_different(samples: Samples) -> int:
+    """Return the number of different pictures: of groups of duplicates where these were looked for, else of samples."""
+    if samples.groups is None:
+        return len(samples.sample_ids)
+    return len(np.unique(samples.groups[samples.sample_ids]))
+
+
+def plan_rounds(
+    config: TrainConfig, samples: Samples, num_processes: int = 1, recorded: Mapping[str, Any] | None = None
+) -> RoundSchedule:
+    """Return the schedule, with ``auto`` and a number of epochs resolved.
+
+    Args:
+        config: of the run.
+        samples: what it is trained on.
+        num_processes: processes that train together.
+        recorded: the settings of the run that is resumed, maybe for longer: what ``auto`` was stays.
+
+    Raises:
+        ConfigError: more shards than different pictures, or than steps.
+    """
+    recorded = {} if recorded is None else recorded
+    guard = config.guard
+    num_pictures = num_different(samples)
+    num_shards = guard.num_shards
+    if num_shards == "auto":
+        passes = _passes(config, num_pictures, num_processes)
+        num_shards = int(recorded.get("num_shards", auto_num_shards(num_pictures, passes)))
+    if num_shards > num_pictures:
+        what = "samples" if samples.groups is None else "samples, near-identical ones counted as one"
+        raise ConfigError(
+            f"`--num_shards` must be between 1 and the number of {what} ({num_pictures}), got {num_shards}; "
+            "lower it or add samples"
+        )
+    pass_length = num_pictures if guard.group_duplicates == "balance" else len(samples.sample_ids)
+    batches = -(-pass_length // (config.train_batch_size * batch_slices(num_processes, num_shards)))
+    steps_per_epoch = -(-batches // config.gradient_accumulation_steps)
+    total_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
+    if total_steps < num_shards:
+        raise ConfigError(
+            f"`--max_train_steps` must be at least the number of shards ({num_shards}), got {total_steps}; "
+            "each proxy needs a step"
+        )
+    steps_per_round = guard.steps_per_round
+    if steps_per_round == "auto":
+        steps_per_round = recorded.get("steps_per_round", "auto")
+    return RoundSchedule.plan(total_steps, num_shards, steps_per_round, guard.redistribute_fraction > 0)
+
+
+def _passes(config: TrainConfig, num_pictures: int, num_processes: int) -> float:
+    """Return how often one model would pass over the different pictures."""
+    if config.max_train_steps is None:
+        return config.num_train_epochs
+    batch = config.train_batch_size * batch_slices(num_processes, 1) * config.gradient_accumulation_steps
+    return config.max_train_steps * batch / num_pictures
+
+
+def _unbundle(folder: str | None, bundled: Path) -> str | None:
+    return str(bundled) if folder == assets.BUNDLED else folder
+
+
+def _load_pictures(
+    config: TrainConfig,
+    folder: str | None,
+    dataset: str | None,
+    limit: int | None,
+    *,
+    find_duplicates: bool = False,
+    checked: Checked | None = None,
+) -> Samples:
+    """Return the samples; bad ones are all listed in a file of the run folder, which a message has no room for.
+
+    Raises:
+        SampleError: they cannot be used.
+    """
+    assert config.seed is not None
+    try:
+        samples = load_samples(
+            train_data_dir=folder,
+            dataset_name=dataset,
+            dataset_config_name=config.dataset_config_name if dataset else None,
+            cache_dir=config.cache_dir,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            max_train_samples=limit,
+            seed=config.seed,
+            on_bad_sample=config.on_bad_sample,
+            find_duplicates=find_duplicates,
+            checked=checked,
+            cache=_check_cache(config, find_duplicates) if checked is None else None,
+        )
+    except SampleError as error:
+        if not error.bad or config.dry_run:
+            raise
+        file = write_bad_samples(Path(config.output_dir), error.bad)
+        raise SampleError(f"{error}\nAll of them are listed in {file}", error.bad) from None
+    if samples.bad and not config.dry_run and checked is None:
+        logger.warning("the bad samples are listed in %s", write_bad_samples(Path(config.output_dir), samples.bad))
+    return samples
+
+
+def _check_cache(config: TrainConfig, thumbnails: bool) -> CheckCache | None:
+    """Return what earlier checks have found, in the run folder or a named folder that runs share."""
+    if config.dry_run:
+        return None  # writes nothing
+    named = config.encoding_cache_dir
+    return CheckCache(Path(config.output_dir) / FOLDER if named is None else Path(named), thumbnails=thumbnails)
+
+
+def write_bad_samples(output_dir: Path, bad: Sequence[BadSample]) -> Path:
+    """Write the bad samples, with a reason each, to ``memguard/bad_samples.csv`` and return the file."""
+    text = StringIO()
+    csv.writer(text, lineterminator="\n").writerows([BadSample._fields, *bad])
+    file = output_dir / FOLDER / "bad_samples.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, text.getvalue())
+    return file
+
+
+def check_output_dir(config: TrainConfig) -> None:
+    """Refuse a folder that holds another run or a pipeline, unless it is to be resumed.
+
+    Raises:
+        RunFolderError: says what was found there.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"`--output_dir` {folder} is a file; name a folder")
+    found = [name for name in (f"{FOLDER}/config.json", "model_index.json") if (folder / name).exists()]
+    if found and not config.resume_from_checkpoint and not config.dry_run:
+        raise RunFolderError(
+            f"`--output_dir` {folder} holds another run ({found[0]}); go on with it by "
+            "`--resume_from_checkpoint latest`, or name another folder, or remove this one"
+        )
+
+
+def check_extras(config: TrainConfig) -> None:
+    """Refuse settings whose library or device is missing.
+
+    Raises:
+        ConfigError: names the setting and what to install.
+    """
+    if config.report_to != "all":  # accelerate's names of the trackers are those of their packages
+        _require(config.report_to, f"report_to {config.report_to}")
+    if config.use_8bit_adam:
+        _require("bitsandbytes", "use_8bit_adam")
+    if config.enable_xformers_memory_efficient_attention:
+        _require("xformers", "enable_xformers_memory_efficient_attention")
+        if not torch.cuda.is_available():
+            raise ConfigError("`--enable_xformers_memory_efficient_attention` needs a CUDA GPU; leave it out")
+
+
+def _require(library: str, setting: str) -> None:
+    if find_spec(library) is None:
+        raise ConfigError(f"`--{setting}` needs {library}: `pip install {library}`, or leave it out")
+
+
+def finished_summary(plan: Plan) -> dict[str, Any] | None:
+    """Return how the run ended that ``--resume_from_checkpoint latest`` finds finished, None where work is left.
+
+    Raises:
+        CheckpointError: it was another run.
+    """
+    folder = plan.output_dir / FOLDER
+    written = all(file.is_file() for file in (folder / SUMMARY, plan.output_dir / "model_index.json"))
+    if plan.config.resume_from_checkpoint != "latest" or not written:
+        return None
+    summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    if summary["global_step"] < plan.schedule.total_steps:
+        return None
+    record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    refuse_changes(record, {**plan.config.to_dict(), **plan.resolved}, plan.output_dir)
+    return summary

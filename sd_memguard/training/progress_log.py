@@ -1,0 +1,198 @@
+"""What a person sees while a run goes on: the bar, a line per round, the trackers' curves, and the closing lines."""
+
+import logging
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from PIL.Image import Image
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from sd_memguard.core.progress import Progress
+from sd_memguard.data.image_check import shortened
+from sd_memguard.guard import Verdict
+from sd_memguard.runs.folder import round_mean
+from sd_memguard.training.plan import Plan
+from sd_memguard.training.run_state import RunState
+
+logger = logging.getLogger(__name__)
+
+SMOOTHING = 0.95
+
+
+class RunLog:
+    """Bar, log lines and trackers of one run; within its block, log lines do not break the bar.
+
+    Args:
+        accelerator: holds the trackers.
+        plan: what the run will do.
+        state: where the run stands when the block begins.
+    """
+
+    def __init__(self, accelerator: Accelerator, plan: Plan, state: RunState) -> None:
+        self.accelerator, self.plan, self.state = accelerator, plan, state
+        self._redirect = logging_redirect_tqdm()
+        self._bar: tqdm | None = None
+        self._loss = math.nan
+        self._skipped = 0.0
+        self._first_forward = 0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "RunLog":
+        """Start the trackers and say what is about to happen."""
+        plan, schedule = self.plan, self.plan.schedule
+        settings = {k: v for k, v in plan.config.to_dict().items() if isinstance(v, bool | int | float | str)}
+        self.accelerator.init_trackers(plan.config.tracker_project_name, settings, init_kwargs=self._tracker_options())
+        self._redirect.__enter__()
+        sizes = f"{len(plan.samples.sample_ids):,} samples in {schedule.num_shards} shard(s)"
+        logger.info(
+            "training: %s, %d steps of %d pictures in %d rounds of %d steps per proxy",
+            *(sizes, schedule.total_steps, plan.visits_per_step, schedule.num_rounds, schedule.steps_per_round),
+        )
+        if plan.num_processes > 1:
+            logger.info("%s", plan.division)
+        if plan.config.random_affine:
+            logger.info("pictures are shown %s", plan.affine_maps)
+        passes = passes_per_round(plan)
+        if schedule.num_shards > 1 and passes > MANY_PASSES:
+            logger.warning(
+                "each proxy passes over its shard %.1f times a round: a small shard is memorized within its round; "
+                "lower --steps_per_round or --num_shards",
+                passes,
+            )
+        self._started = time.monotonic()
+        return self
+
+    def _tracker_options(self) -> dict[str, dict[str, Any]]:
+        """Return what makes each tracker go on with the same run; what it was sent after the checkpoint comes anew."""
+        run_id, steps = self.state.run_id, self.state.progress.global_step
+        return {
+            "tensorboard": {"purge_step": steps + 1} if steps else {},
+            "wandb": {"id": run_id, "resume": "allow"},
+            "trackio": {"name": run_id, "resume": "allow"},
+            "comet_ml": {"experiment_key": run_id},
+        }
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the bar and the trackers, also when the run ends early."""
+        if self._bar is not None:
+            self._bar.close()
+        self._redirect.__exit__(kind, error, traceback)
+        self.accelerator.end_training()
+
+    def step(self, progress: Progress, verdicts: list[Verdict], learning_rate: float) -> None:
+        """Show one step and send its numbers to the trackers."""
+        if self._bar is None:
+            steps, hidden = self.plan.schedule.total_steps, not self.accelerator.is_main_process
+            self._bar = tqdm(total=steps, initial=progress.global_step - 1, unit="step", disable=hidden)
+            self._first_forward = progress.picture_forwards
+        visits = max(sum(len(verdict.losses) for verdict in verdicts), 1)
+        loss = sum(float(verdict.losses.sum()) for verdict in verdicts) / visits
+        skipped = sum(verdict.num_skipped for verdict in verdicts) / visits
+        augmented = sum(verdict.num_augmented for verdict in verdicts) / visits
+        # The mean begins anew after a loss that is not finite.
+        self._loss = SMOOTHING * self._loss + (1 - SMOOTHING) * loss if math.isfinite(self._loss) else loss
+        self._skipped = SMOOTHING * self._skipped + (1 - SMOOTHING) * skipped
+        schedule = self.plan.schedule
+        self._bar.set_description_str(
+            f"round {progress.round_index + 1}/{schedule.num_rounds} "
+            f"shard {progress.shard_index + 1}/{schedule.num_shards}",
+            refresh=False,
+        )
+        self._bar.set_postfix_str(f"loss {self._loss:.4f}, skipped {self._skipped:.0%}", refresh=False)
+        self._bar.update(progress.global_step - self._bar.n)
+        values = {"train_loss": loss, "lr": learning_rate, "skipped_fraction": skipped, "augmented_fraction": augmented}
+        self.accelerator.log(values, step=progress.global_step)
+
+    def round(self, row: dict[str, Any], global_step: int) -> None:
+        """Write the line of a round and send its curves to the trackers."""
+        parts = []
+        for name, kind in (("loss", ".4f"), ("skipped_fraction", ".0%"), ("augmented_fraction", ".0%")):
+            if (value := round_mean(row, name)) is not None:
+                parts.append(f"{name.removesuffix('_fraction')} {value:{kind}}")
+        if "heldout_loss" in row:
+            parts.append(f"probe loss: trained on {row['train_loss']:.4f}, held out {row['heldout_loss']:.4f}")
+        if row["kind"] == "redistribute":
+            parts.append(f"{sum(move['count'] for move in row['moves'])} samples moved")
+        elif len(row["shards"]) > 1:
+            parts.append("proxies averaged")
+        logger.info("round %d/%d: %s", row["round"], self.plan.schedule.num_rounds, ", ".join(parts))
+        self.accelerator.log(_curves(row), step=global_step)
+
+    def drawings(self, images: list[Image], global_step: int) -> None:
+        """Send drawings of the validation prompts to the trackers that take pictures."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                stack = np.stack([np.asarray(image) for image in images])
+                tracker.tracker.add_images("validation", stack, global_step, dataformats="NHWC")
+            elif tracker.name in {"wandb", "comet_ml"}:
+                tracker.log_images({"validation": images}, step=global_step)
+            else:
+                logger.warning("--report_to %s takes no pictures: the drawings are left out", tracker.name)
+        logger.info("drew %d validation pictures at step %d", len(images), global_step)
+
+    def end(self, text: str) -> None:
+        """Close the bar and write the closing lines."""
+        if self._bar is not None:
+            self._bar.close()
+        logger.info("%s", text)
+
+    def pictures_per_second(self, progress: Progress) -> float:
+        """Return the pictures trained per second since this process began to train, everything included."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        return (progress.picture_forwards - self._first_forward) / seconds
+
+
+def _curves(row: dict[str, Any]) -> dict[str, float]:
+    """Return every number of a row of ``rounds.jsonl`` under the name of its curve."""
+    counts = ("extra_steps", "empty_steps", "nonfinite_steps", "picture_forwards")
+    curves: dict[str, float] = {name: row[name] for name in counts}
+    curves["moved_samples"] = sum(move["count"] for move in row["moves"])
+    if "heldout_loss" in row:
+        curves |= {"heldout_loss": row["heldout_loss"], "probe_train_loss": row["train_loss"]}
+        curves["loss_gap"] = row["heldout_loss"] - row["train_loss"]
+    for shard in row["shards"]:
+        values = {name: value for name, value in shard.items() if name != "shard" and value is not None}
+        curves |= {f"shard_{shard['shard']}/{name}": value for name, value in values.items()}
+    return curves
+
+
+MANY_PASSES = 10
+"""Passes of a proxy over its shard within a round from which a warning is due."""
+
+
+def passes_per_round(plan: Plan) -> float:
+    """Return how often a proxy passes over its shard in a round."""
+    per_shard = plan.pass_length / plan.schedule.num_shards
+    return min(plan.schedule.steps_per_round, plan.schedule.shard_steps(0)) * plan.visits_per_step / per_shard
+
+
+def summary_text(summary: dict[str, Any], output_dir: Path) -> str:
+    """Return the closing lines of a run."""
+    lines = [
+        f"done: {summary['global_step']} steps, {summary['extra_steps']} extra steps on augmented copies, "
+        f"{summary['pictures_per_second']:.1f} pictures per second",
+        f"visits skipped {summary['skipped_fraction']:.1%}, augmented {summary['augmented_fraction']:.1%}; "
+        f"steps without a clean sample {summary['empty_steps']}; samples moved {summary['moved_samples']}; "
+        f"left in the augmentation queues {summary['augment_queue_left']}",
+    ]
+    if summary["lost_visits"]:
+        lines.append(f"visits to pictures that could not be read any more: {summary['lost_visits']}")
+    if None not in (summary["train_loss"], summary["heldout_loss"]):
+        lines.append(
+            f"denoising loss: pictures trained on {summary['train_loss']:.4f}, unseen {summary['heldout_loss']:.4f}"
+        )
+    if summary["memory_prone"]:
+        lines.append("most memory-prone samples (share of visits skipped or augmented):")
+        lines += [
+            f"  {row['skip_ratio']:4.0%} of {row['seen']:4d}  {shortened(row['file'])}  {shortened(row['caption'])}"
+            for row in summary["memory_prone"]
+        ]
+    return "\n".join([*lines, f"the fine-tuned pipeline is in {output_dir}", *summary["exports"]])

@@ -1,0 +1,135 @@
+"""Processes with shards of their own meet at round ends, for checkpoints, and to stop; between them nothing is sent.
+
+Each comes to a meeting for a reason of its own, and the strongest reason wins: a process that waits at the end of its
+round joins a checkpoint or a stop, and comes back. So nobody waits for a meeting that another one never comes to.
+"""
+
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sd_memguard.core.augmentation import AugmentQueue
+from sd_memguard.core.progress import Progress, ShardMeter
+from sd_memguard.core.sampler import VisitCursor
+from sd_memguard.guard import MemorizationGuard
+from sd_memguard.training.ranks import Ranks
+
+COUNTERS = ("empty_steps", "nonfinite_steps", "lost_visits", "picture_forwards", "round_extra_steps")
+"""What every process counts for itself between two meetings, and adds up there."""
+COUNTED = ("seen", "skipped", "augmented", "skips")
+"""Columns of the ledger that a process changes between two meetings, in the rows of its own shards."""
+
+
+class Reason(IntEnum):
+    """Why a process comes to a meeting; of several, the highest wins."""
+
+    ROUND_END = 0
+    CHECKPOINT = 1
+    STOP = 2
+
+
+class Outcome(NamedTuple):
+    """What the meeting decides: the reason that won, and the signal that asked to stop (0 for none)."""
+
+    reason: Reason
+    signal: int
+
+
+class Meetings:
+    """The meetings of a run, as one process sees them.
+
+    Args:
+        ranks: who trains what.
+        guard: whose ledger, banks and queues are merged.
+        progress: where the run stands, the same for all processes.
+        checkpointing_steps: optimizer steps over all proxies between checkpoints.
+    """
+
+    def __init__(self, ranks: Ranks, guard: MemorizationGuard, progress: Progress, checkpointing_steps: int) -> None:
+        self.ranks, self.guard, self.progress = ranks, guard, progress
+        self.checkpointing_steps = checkpointing_steps
+        self.checkpoints_made = progress.global_step // checkpointing_steps
+        self._before = self._counters()
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """Whether this process has taken its share of the steps up to the next checkpoint."""
+        steps = sum(self.progress.shard_steps[shard_index] for shard_index in self.ranks.shards)
+        return steps * self.ranks.exchange.size >= (self.checkpoints_made + 1) * self.checkpointing_steps
+
+    def meet(self, reason: Reason, signal: int = 0) -> Outcome:
+        """Wait for all, and merge what they know: afterwards guard and progress are the same in every process.
+
+        Args:
+            reason: why this process comes.
+            signal: number of the signal that it has received.
+        """
+        rows = self.ranks.exchange.stack(torch.tensor([reason, signal]), "meetings")
+        outcome = Outcome(Reason(int(rows[:, 0].max())), int(rows[:, 1].max()))
+        self._merge_progress()
+        self._merge_guard()
+        if outcome.reason is not Reason.ROUND_END:
+            self.checkpoints_made = max(
+                self.progress.global_step // self.checkpointing_steps, self.checkpoints_made + 1
+            )
+        return outcome
+
+    def _counters(self) -> dict[str, int]:
+        return {name: getattr(self.progress, name) for name in COUNTERS}
+
+    def _merge_progress(self) -> None:
+        progress, before = self.progress, self._before
+        own: list[dict[str, Any]] = [
+            {
+                "shard": shard_index,
+                "steps": progress.shard_steps[shard_index],
+                "extra": progress.extra_steps[shard_index],
+                "cursor": vars(progress.cursors[shard_index]),
+                "meter": vars(progress.meters[shard_index]),
+            }
+            for shard_index in self.ranks.shards
+        ]
+        counted = {name: number - before[name] for name, number in self._counters().items()}
+        for shards, counters in self.ranks.exchange.gather([own, counted], "progress"):
+            for row in shards:
+                if row["shard"] in self.ranks.shards:
+                    continue  # its own cursor and meter stay the objects that the loop holds
+                progress.shard_steps[row["shard"]] = row["steps"]
+                progress.extra_steps[row["shard"]] = row["extra"]
+                progress.cursors[row["shard"]] = VisitCursor(**row["cursor"])
+                progress.meters[row["shard"]] = ShardMeter(**row["meter"])
+            for name, number in counters.items():
+                before[name] += number
+        for name, number in before.items():
+            setattr(progress, name, number)
+        progress.global_step = sum(progress.shard_steps)
+
+    def begin_round(self) -> None:
+        """Take note that a counter of the round begins anew."""
+        self._before = self._counters()
+
+    def _merge_guard(self) -> None:
+        exchange, guard = self.ranks.exchange, self.guard
+        # What a process knows of the shards of others is what it was told last, so it gives the rows of its own alone.
+        own = torch.isin(guard.plan.assignment, torch.tensor(self.ranks.shards).to(guard.plan.assignment.dtype))
+        for name in COUNTED:
+            column = getattr(guard.ledger, name)
+            column.copy_(exchange.sum(column * own, "ledger"))
+        mine = torch.zeros(guard.num_shards, dtype=torch.bool)
+        mine[list(self.ranks.shards)] = True
+        for name in ("sums", "counts", "visits"):
+            rows = torch.stack([getattr(bank, name) for bank in guard.banks])
+            merged = exchange.sum(_only(rows, mine), "banks")
+            for bank, row in zip(guard.banks, merged, strict=True):
+                getattr(bank, name).copy_(row)
+        queues = [(k, guard.queues[k].sample_ids, guard.queues[k].strengths) for k in self.ranks.shards]
+        for shards in exchange.gather(queues, "queues"):
+            for shard_index, sample_ids, strengths in shards:
+                guard.queues[shard_index] = AugmentQueue(sample_ids, strengths)
+
+
+def _only(rows: Tensor, mine: Tensor) -> Tensor:
+    """Return the rows of this process, with zeros in place of the others."""
+    return torch.where(mine.to(rows.device)[:, None], rows, torch.zeros_like(rows))

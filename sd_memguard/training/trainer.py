@@ -1,0 +1,444 @@
+"""The training loop: rounds, shards, steps."""
+
+import logging
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from signal import Signals
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from sd_memguard.config import TrainConfig
+from sd_memguard.core.async_copy import HostCopy
+from sd_memguard.core.progress import Progress
+from sd_memguard.core.sampler import Visit
+from sd_memguard.core.seeding import Address
+from sd_memguard.data.batches import Batch, BatchSource, Encoders, visit_address
+from sd_memguard.distributed import Exchange
+from sd_memguard.export.exporter import export_at_end
+from sd_memguard.export.hub import push_to_hub
+from sd_memguard.export.pipeline_folder import write_pipeline
+from sd_memguard.guard import AugmentBatch, MemorizationGuard, Verdict
+from sd_memguard.runs.checkpoint import remove_leftovers
+from sd_memguard.runs.folder import PROXIES_FOLDER
+from sd_memguard.runs.lock import run_lock
+from sd_memguard.runs.records import RunRecords, round_row, run_summary
+from sd_memguard.runs.trained_run import TrainedRun
+from sd_memguard.training.build import base_learning_rate, make_accelerator, make_ema, make_proxies, prepare_models
+from sd_memguard.training.distributed_start import check_shared, main_alone, plan_together, quiet, told_when_lost
+from sd_memguard.training.dry_run import describe_plan, vae_factor
+from sd_memguard.training.failures import NonFiniteError, Seen, check_finite, explained_faults, suspects
+from sd_memguard.training.learning_rate import learning_rate_schedule
+from sd_memguard.training.loss import DenoisingLoss, Noising
+from sd_memguard.training.optimizer_step import Updates
+from sd_memguard.training.plan import Plan, finished_summary
+from sd_memguard.training.progress_log import RunLog, summary_text
+from sd_memguard.training.ranks import Ranks, launched_processes
+from sd_memguard.training.run_state import RunState
+from sd_memguard.training.signals import ECHO, Interrupted, StopRequest
+from sd_memguard.training.sync import Meetings, Reason
+from sd_memguard.training.validation import RoundValidator
+
+logger = logging.getLogger(__name__)
+
+MAX_NONFINITE_STEPS = 5
+"""Steps in a row that may be left out for a loss or gradient that is not finite."""
+
+
+class TrainResult(NamedTuple):
+    """What a run has made: its folder, the steps over all proxies, and the closing summary."""
+
+    output_dir: Path
+    global_step: int
+    summary: dict[str, Any]
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Fine-tune as configured and write the run folder.
+
+    Raises:
+        UserError: a setting, file or folder that cannot be used; found before a model is loaded.
+        NonFiniteError: the losses or gradients of several steps in a row are not finite.
+        Interrupted: a signal asked the run to stop; it has saved a checkpoint.
+    """
+    accelerator = make_accelerator(config) if launched_processes() > 1 else None
+    exchange = Exchange(accelerator.device if accelerator else "cpu")
+    quiet(exchange)
+    plan = plan_together(config, exchange)
+    accelerator = accelerator or make_accelerator(plan.config)
+    if plan.config.dry_run:
+        if exchange.is_main:
+            print(describe_plan(plan, accelerator))
+        return TrainResult(plan.output_dir, 0, {})
+    with main_alone(exchange, run_lock(plan.output_dir)), explained_faults(plan.config):
+        check_shared(plan.output_dir, exchange)
+        with exchange.agreed():
+            summary = finished_summary(plan)
+        if summary is not None:
+            logger.info(
+                "%s holds this run finished after %d steps: nothing is left to do; a larger --max_train_steps goes on",
+                *(plan.output_dir, summary["global_step"]),
+            )
+            return TrainResult(plan.output_dir, summary["global_step"], summary)
+        if exchange.is_main:
+            remove_leftovers(plan.output_dir)
+        exchange.wait("plan")
+        trainer = Trainer(plan, accelerator, exchange)
+        trainer.resume()
+        with StopRequest(echo=ECHO if exchange.size > 1 else 0.0) as stop, trainer.log, told_when_lost():
+            trainer.fit(stop)
+            return trainer.finish()
+
+
+class Trainer:
+    """One run: the models, the guard, the proxies, and where they stand.
+
+    Args:
+        plan: what is to be done.
+        accelerator: device, precision and trackers.
+        exchange: the processes of the run; by default this one alone.
+    """
+
+    def __init__(self, plan: Plan, accelerator: Accelerator, exchange: Exchange | None = None) -> None:
+        config = plan.config
+        self.ranks = Ranks(exchange or Exchange(alone=True), plan.schedule.num_shards, config.train_batch_size)
+        self.plan, self.config, self.schedule, self.accelerator = plan, config, plan.schedule, accelerator
+        models = prepare_models(plan, accelerator)
+        self.unet: UNet2DConditionModel = models.unet
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        self.ema = make_ema(self.unet, config, accelerator.device)
+        self.proxies = make_proxies(plan, self.unet, self.ema, dtype, accelerator.device, self.ranks)
+        self.parameters = list(self.proxies.parameters.values())
+
+        # Pictures and captions.
+        encoders = Encoders(models, accelerator.device, dtype)
+        processes = self.ranks.exchange
+        self.source = BatchSource(
+            plan.samples,
+            encoders,
+            config,
+            plan.seed,
+            progress=processes.is_main,
+            num_visits=plan.schedule.total_steps * plan.visits_per_step,
+            exchange=processes,
+        )
+        num_timesteps = models.noise_scheduler.config.num_train_timesteps
+        self.noising = Noising(plan.seed, num_timesteps, config.noise_offset, config.input_perturbation)
+        dream = config.dream_detail_preservation if config.dream_training else None
+        self.loss = DenoisingLoss(models.noise_scheduler, config.snr_gamma, dream)
+        self.validator = RoundValidator(plan, self.source, encoders, num_timesteps, is_main=self.ranks.is_main)
+
+        # The guard and the step.
+        unusable = torch.ones(plan.samples.num_rows, dtype=torch.bool)
+        unusable[plan.samples.sample_ids] = False
+        self.guard = MemorizationGuard(
+            replace(config.guard, num_shards=self.schedule.num_shards),
+            plan.samples.num_rows,
+            num_timesteps=num_timesteps,
+            groups=None if plan.samples.groups is None else torch.from_numpy(plan.samples.groups),
+            exclude=torch.nonzero(unusable).flatten(),
+            device=accelerator.device,
+        )
+        # Under evaluation mode accelerate prepares the precision alone: no gradients are exchanged between shards.
+        self.model = accelerator.prepare_model(self.unet, evaluation_mode=self.ranks.by_shard)
+        self.optimizer = accelerator.prepare_optimizer(self.proxies.optimizer)
+        self.learning_rate = learning_rate_schedule(
+            config.lr_scheduler,
+            base_learning_rate(config, plan.batch_size),
+            config.lr_warmup_steps,
+            self.schedule.total_steps,
+            self.schedule.num_shards,
+        )
+        encoders.release(
+            vae=self.source.caches_latents and not self._augments, text_encoder=self.source.caches_embeddings
+        )
+
+        self.updates = Updates(accelerator, self.optimizer, self.parameters, config.max_grad_norm)
+        self.taken: list[tuple[int, list[Seen], HostCopy | None]] = []
+        self.nonfinite_in_a_row = 0
+        self.records = RunRecords(plan.output_dir, writes=self.ranks.is_main)
+        self.state = RunState(plan, accelerator, self.unet, self.proxies, self.guard, self.records, self.ranks)
+        self.log = RunLog(accelerator, plan, self.state)
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        return self.state.progress
+
+    @property
+    def _augments(self) -> bool:
+        guard = self.config.guard
+        return 0 < guard.skip_threshold < guard.augment_threshold
+
+    # The run.
+
+    def fit(self, stop: StopRequest) -> None:
+        """Train to the end: every round, in it every shard, in it every step."""
+        progress = self.progress
+        self.records.begin(self.config, self.plan.resolved)
+        quiet(self.ranks.exchange, logging.WARNING)
+        self.ranks.stop = stop
+        self.meetings = Meetings(self.ranks, self.guard, progress, self.config.checkpointing_steps)
+        while progress.round_index < self.schedule.num_rounds:
+            for shard_index in self.ranks.shards:
+                progress.shard_index = shard_index
+                self.train_shard(shard_index, stop)
+            while self.ranks.by_shard and self._meet(Reason.ROUND_END, stop) is not Reason.ROUND_END:
+                pass  # a checkpoint for one that is not there yet
+            self.end_round()
+
+    def train_shard(self, shard_index: int, stop: StopRequest) -> None:
+        """Train one proxy on its shard for what is left of its steps in this round."""
+        progress, cursor = self.progress, self.progress.cursors[shard_index]
+        # Reckoned, not remembered: a run that goes on for longer may find its last round unfinished.
+        progress.step_in_round = (
+            progress.shard_steps[shard_index] - progress.round_index * self.schedule.steps_per_round
+        )
+        num_steps = self.schedule.steps_in_round(progress.round_index, shard_index) - progress.step_in_round
+        if num_steps == 0:
+            return
+        self.proxies.activate(shard_index)
+        self.guard.shard_index = shard_index
+        members = self.guard.plan.members(shard_index)
+        groups = None if self.guard.balanced_groups is None else self.guard.balanced_groups[members]
+        pass_length = self.guard.num_pictures()[shard_index]
+        size, accumulation = self.plan.batch_size, self.config.gradient_accumulation_steps
+        visits = cursor.peek(members, num_steps * self.plan.visits_per_step, self.plan.seed, groups)
+        chunks = [visits[start : start + size] for start in range(0, len(visits), size)]
+        batches = self.source.batches([self.ranks.slice_of(chunk) for chunk in chunks])
+        for _ in range(num_steps):
+            verdicts = self.step(batches, accumulation)
+            while (waiting := self.guard.take_augment_batch(size)) is not None:
+                self.augmented_step(waiting)
+            cursor.advance(self.plan.visits_per_step, pass_length)
+            progress.shard_steps[shard_index] += 1
+            progress.step_in_round += 1
+            progress.global_step += 1
+            progress.meters[shard_index].steps += 1
+            self.log.step(progress, verdicts, self.optimizer.param_groups[0]["lr"])
+            self._checkpoint_if_due(stop)
+        self._look_back()
+
+    def step(self, batches: Iterator[tuple[list[Visit], Batch]], accumulation: int) -> list[Verdict]:
+        """Take one optimizer step over as many batches, and return the guard's verdicts.
+
+        The gradient is the mean over the clean samples of all the batches: each batch is divided by its size, and the
+        sum scaled at the end, when the number of clean samples is known.
+        """
+        self._set_learning_rate()
+        seen: list[Seen] = []
+        for position in range(accumulation):
+            visits, batch = next(batches)
+            if not visits and not self.ranks.by_batch:
+                self.progress.lost_visits += self.plan.batch_size
+                continue
+            with self.ranks.accumulates(self.model, last=position == accumulation - 1):
+                losses, timesteps = self._losses(batch, [visit_address(visit) for visit in visits])
+                sample_ids = torch.tensor([visit.sample_id for visit in visits], dtype=torch.int64)
+                losses, timesteps, sample_ids = self.ranks.gather_batch(losses, timesteps, sample_ids)
+                self._count_forwards(len(sample_ids), dream=True)
+                self.progress.lost_visits += self.plan.batch_size - len(sample_ids)
+                verdict = self.guard.weigh(losses, timesteps, sample_ids, self.loss.weights(timesteps), wait=False)
+                # Where processes share a batch, the mean of their gradients is taken: each counts as many times.
+                self.accelerator.backward(verdict.clean_sum / (self.plan.visits_per_step / self.ranks.slices))
+            seen.append(Seen(sample_ids, timesteps, verdict))
+        # The only wait for the device in a step: for the forwards, while it works on the backwards.
+        verdicts = [one.verdict for one in seen]
+        for verdict in verdicts:
+            self.progress.meters[self.guard.shard_index].record(verdict)
+        self._look_back()
+        if not all(bool(torch.isfinite(verdict.losses).all()) for verdict in verdicts):
+            self.optimizer.zero_grad()
+            self._leave_out("loss", seen, self.progress.global_step + 1)
+            return verdicts
+        num_clean = sum(verdict.num_clean for verdict in verdicts)
+        if num_clean == 0:
+            self.optimizer.zero_grad()
+            self.progress.empty_steps += 1
+            return verdicts
+        self._update(scale=self.plan.visits_per_step / num_clean, seen=seen)
+        return verdicts
+
+    def augmented_step(self, waiting: AugmentBatch) -> None:
+        """Take an extra optimizer step on augmented copies: no AGC, no DREAM, bank and schedule untouched."""
+        shard_index = self.guard.shard_index
+        number = self.progress.extra_steps[shard_index]
+        addresses: list[Address] = [(shard_index, number, slot) for slot in range(len(waiting.sample_ids))]
+        own_ids, addresses = self.ranks.slice_of(waiting.sample_ids), self.ranks.slice_of(addresses)
+        addresses, batch = self.source.augmented(own_ids, addresses, waiting.magnitude)
+        num_copies = self.ranks.count(len(addresses))
+        if not num_copies:
+            return
+        losses, timesteps = self._losses(batch, addresses, purpose="augment_", dream=False)
+        self._count_forwards(num_copies, dream=False)
+        weights = self.loss.weights(timesteps)
+        weighted = losses if weights is None else losses * weights
+        # The mean over the copies of all processes, of whose gradients the mean is taken.
+        self.accelerator.backward(self.ranks.mean(weighted, num_copies))
+        self._update(scale=1.0, seen=[])
+        self.progress.extra_steps[shard_index] += 1
+        self.progress.round_extra_steps += 1
+
+    def _losses(
+        self, batch: Batch, addresses: list[Address], purpose: str = "", *, dream: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        if not addresses:
+            return self._no_losses()
+        latents, embeddings = batch
+        timesteps, noise, input_noise = self.noising.draw(addresses, latents.shape[1:], latents.device, purpose)
+        return self.loss(self.model, latents, embeddings, timesteps, noise, input_noise, dream=dream), timesteps
+
+    def _no_losses(self) -> tuple[Tensor, Tensor]:
+        """Return the losses of no samples, with a graph: the exchange of gradients waits for every process."""
+        channels, side = self.unet.config.in_channels, self.config.resolution // vae_factor(self.plan)
+        device = self.accelerator.device
+        latents = torch.zeros(1, channels, side, side, device=device)
+        embeddings = torch.zeros(1, 1, self.unet.config.cross_attention_dim, device=device)
+        timesteps = torch.zeros(1, dtype=torch.int64, device=device)
+        return self.loss(self.model, latents, embeddings, timesteps, latents, dream=False)[:0], timesteps[:0]
+
+    def _count_forwards(self, number: int, *, dream: bool) -> None:
+        self.progress.picture_forwards += number * (2 if dream and self.config.dream_training else 1)
+
+    def _update(self, scale: float, seen: list[Seen]) -> None:
+        """Clip the gradients and step, unless they are not finite, which the host learns in ``_look_back``."""
+        self.taken.append((self.progress.global_step + 1, seen, self.updates.take(scale)))
+        if self.ema is not None:
+            self._look_back()  # the average does not take in what was left out
+            if self.nonfinite_in_a_row == 0:
+                self._step_ema()
+
+    def _look_back(self) -> None:
+        """Learn which of the steps taken since the last call were left out for a gradient that is not finite."""
+        while self.taken:
+            step, seen, norm = self.taken.pop(0)
+            if norm is not None and not math.isfinite(float(norm.wait())):
+                self._leave_out("gradient", seen, step)
+            else:
+                self.nonfinite_in_a_row = 0
+
+    def _step_ema(self) -> None:
+        assert self.ema is not None
+        if self.config.offload_ema:
+            self.ema.to(self.accelerator.device, non_blocking=True)
+        self.ema.step(self.unet.parameters())
+        if self.config.offload_ema:
+            self.ema.to("cpu", non_blocking=True)
+
+    def _leave_out(self, what: str, seen: list[Seen], step: int) -> None:
+        """Count a step that is left out, name its samples, and stop the run when that happens again and again."""
+        self.progress.nonfinite_steps += 1
+        self.nonfinite_in_a_row += 1
+        if self.ranks.is_main or self.ranks.by_shard:  # those that share a batch all know
+            named = suspects(seen, self.plan.samples)
+            logger.warning("step %d is left out: its %s is not finite (%s)", step, what, named)
+        if self.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
+            raise NonFiniteError(
+                f"the {what} of {MAX_NONFINITE_STEPS} steps in a row was not finite, the last at step {step}; the "
+                "weights are those before. Lower `--learning_rate`, use `--mixed_precision bf16` or `no`, or look "
+                "at the pictures; the last checkpoint is untouched"
+            )
+
+    def _set_learning_rate(self) -> None:
+        rate = self.learning_rate(self.progress.shard_steps[self.guard.shard_index])
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    # The end of a round.
+
+    def end_round(self) -> None:
+        """Average the proxies or move samples between shards, look at the aggregate, and write the round down."""
+        progress, weights = self.progress, self.guard.aggregation_weights()
+        kind = self.schedule.kind(progress.round_index)
+        moves, sizes = None, self.guard.plan.sizes()
+        if kind == "average":
+            distances = self.proxies.average(weights)
+        else:
+            distances = self.proxies.distances(weights)
+            moves = self.guard.redistribute()
+            for cursor in progress.cursors:
+                cursor.begin_pass()
+        measured = self.validator.at_round_end(self.state, self.ranks, self.records, self.loss, self.log)
+        row = round_row(kind, progress, self.records.rounds, self.guard.banks, sizes, distances, moves, measured)
+        self.records.add_round(row)
+        self.records.write_samples(self.plan.samples, self.guard)
+        self.records.write_banks(self.guard.banks)
+        if self.ranks.is_main:
+            self.log.round(row, progress.global_step)
+        progress.begin_round()
+        self.meetings.begin_round()
+
+    # Checkpoints.
+
+    def _checkpoint_if_due(self, stop: StopRequest) -> None:
+        if self.ranks.by_shard:
+            if stop.number or self.meetings.checkpoint_is_due:
+                self._meet(Reason.STOP if stop.number else Reason.CHECKPOINT, stop)
+            return
+        due = self.progress.global_step % self.config.checkpointing_steps == 0
+        signal = self.ranks.signal if self.ranks.by_batch else stop.number
+        if due or signal:
+            self._look_back()
+            self.state.save_checkpoint()
+        if signal:
+            self._stop(signal)
+
+    def _meet(self, reason: Reason, stop: StopRequest) -> Reason:
+        """Meet the processes that train other shards, and do what is decided there."""
+        self._look_back()
+        outcome = self.meetings.meet(reason, stop.number)
+        if outcome.reason is not Reason.ROUND_END:
+            self.state.save_checkpoint()
+        if outcome.reason is Reason.STOP:
+            self._stop(outcome.signal)
+        return outcome.reason
+
+    def _stop(self, number: int) -> NoReturn:
+        if self.ranks.is_main:
+            logger.warning(
+                "%s: saved step %d; go on with the same command and --resume_from_checkpoint latest",
+                *(Signals(number).name, self.progress.global_step),
+            )
+        raise Interrupted(128 + number)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint that was asked for; without one, begin.
+
+        Raises:
+            CheckpointError: it is missing or damaged, or settings that shape the run have changed.
+        """
+        self.state.resume()
+
+    # The end of the run.
+
+    def finish(self) -> TrainResult:
+        """Write the pipeline, draw, upload, and say how it went."""
+        config, output_dir, progress = self.config, self.plan.output_dir, self.progress
+        with self.state.aggregate() as unet:
+            if unet is not None:
+                check_finite(unet)
+                write_pipeline(
+                    self.plan.pipeline, unet, output_dir, config.variant, prediction_type=config.prediction_type
+                )
+        if not self.ranks.is_main:
+            return TrainResult(output_dir, progress.global_step, self._summary())
+        self.records.write_samples(self.plan.samples, self.guard)
+        exports = export_at_end(TrainedRun(output_dir, config, self.schedule.num_shards))
+        summary = {**self._summary(), **exports.summary()}
+        self.records.write_summary(summary)
+        shutil.rmtree(self.records.folder / PROXIES_FOLDER, ignore_errors=True)  # the resting ones, if on disk
+        self.log.end(summary_text(summary, output_dir))
+        if config.push_to_hub:
+            push_to_hub(output_dir, config, summary)
+        exports.raise_failures()
+        return TrainResult(output_dir, progress.global_step, summary)
+
+    def _summary(self) -> dict[str, Any]:
+        speed = self.log.pictures_per_second(self.progress)
+        return run_summary(self.progress, self.schedule, self.guard, self.plan.samples, self.records.rounds, speed)

@@ -1,0 +1,185 @@
+"""A step with a gradient that is not finite changes nothing, and the host does not wait to learn of it."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sd_memguard.core import async_copy as host_copy
+from sd_memguard.training.build import make_accelerator
+from sd_memguard.training.failures import NonFiniteError
+from sd_memguard.training.loss import Noising
+from sd_memguard.training.optimizer_step import Updates
+from sd_memguard.training.plan import make_plan
+from sd_memguard.training.trainer import Trainer
+
+ATEN = torch.ops.aten
+READS = {ATEN._local_scalar_dense.default, ATEN.nonzero.default, ATEN.masked_select.default, ATEN.equal.default}
+
+
+class Device(TorchDispatchMode):
+    """Plays a device on the CPU: marks what is computed from marked tensors, and records what would make the host wait.
+
+    A `HostCopy` is the sanctioned way out; what it gives is not marked.
+    """
+
+    def __init__(self, marked):
+        super().__init__()
+        self.marked = WeakTensorKeyDictionary()
+        self.waits, self.sanctioned = [], 0
+        self.mark(marked)
+
+    def mark(self, tensors):
+        for tensor in tensors:
+            self.marked[tensor] = True
+
+    def is_marked(self, values):
+        return any(isinstance(leaf, torch.Tensor) and leaf in self.marked for leaf in tree_leaves(values))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        picks = function is ATEN.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        on_device = self.is_marked((args, kwargs))
+        if on_device and (function in READS or picks):
+            self.waits.append(str(function))
+        result = function(*args, **kwargs)
+        if on_device:
+            self.mark(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return result
+
+
+@pytest.fixture
+def make_trainer(configure):
+    def make(**settings):
+        plan = make_plan(configure(**settings))
+        return Trainer(plan, make_accelerator(plan.config))
+
+    return make
+
+
+def steps(trainer, count):
+    """Yield after each of so many steps of the first shard."""
+    size, accumulation = trainer.config.train_batch_size, trainer.config.gradient_accumulation_steps
+    visits = trainer.progress.cursors[0].peek(trainer.guard.plan.members(0), count * size * accumulation, 0)
+    batches = trainer.source.batches([visits[start : start + size] for start in range(0, len(visits), size)])
+    for _ in range(count):
+        trainer.step(batches, accumulation)
+        trainer.progress.global_step += 1
+        yield
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"snr_gamma": 5.0}])
+def test_a_step_waits_for_the_device_once(make_trainer, monkeypatch, settings):
+    trainer = make_trainer(num_shards=1, **settings)
+    waited, backwards = [], []
+    device = Device(trainer.unet.parameters())
+    draw, wait, backward = Noising.draw, host_copy.HostCopy.wait, trainer.accelerator.backward
+
+    def draw_on_device(*args):
+        drawn = draw(*args)
+        device.mark(drawn)
+        return drawn
+
+    def record_wait(copy):
+        waited.append((copy._copy.shape, len(backwards)))
+        return torch.from_numpy(wait(copy).numpy().copy())  # on the host: not marked
+
+    monkeypatch.setattr(Noising, "draw", draw_on_device)
+    monkeypatch.setattr(host_copy.HostCopy, "wait", record_wait)
+    monkeypatch.setattr(trainer.accelerator, "backward", lambda loss: (backward(loss), backwards.append(1)))
+    run = steps(trainer, 3)
+    next(run)  # makes the optimizer's state
+    waited.clear()
+    backwards.clear()
+    with device:
+        next(run)
+    accumulation = settings.get("gradient_accumulation_steps", 1)
+    assert device.waits == []
+    batch, norm = torch.Size([4, 4]), torch.Size([])
+    # All behind the last backward; the norm is that of the step before and has long arrived.
+    assert sorted(waited) == sorted([(batch, accumulation)] * accumulation + [(norm, accumulation)])
+
+
+def test_the_played_device_notices_what_waits():
+    with Device([tensor := torch.ones(3)]) as device:
+        doubled = 2 * tensor
+        _ = torch.ones(3).sum().item()
+        assert device.waits == []
+        _ = bool(doubled.sum() > 1), doubled[doubled > 1], doubled.nonzero()
+    assert len(device.waits) == 3
+
+
+class Parts:
+    """A model of two parameters with its optimizer, for steps by hand."""
+
+    def __init__(self, trainer, fused):
+        generator = torch.Generator().manual_seed(0)
+        self.parameters = [torch.nn.Parameter(torch.randn(3, 2, generator=generator)) for _ in range(2)]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.1, fused=fused)
+        self.updates = Updates(trainer.accelerator, self.optimizer, self.parameters, 1.0)
+
+    def step(self, *, scale=1.0, bad=False):
+        for number, parameter in enumerate(self.parameters):
+            parameter.grad = torch.full_like(parameter, 0.5 + number)
+        if bad:
+            self.parameters[1].grad[0, 0] = torch.nan
+        return self.updates.take(scale).wait()
+
+    def state(self):
+        moments = [self.optimizer.state[p] for p in self.parameters]
+        return copy.deepcopy(([p.detach() for p in self.parameters], moments))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing(make_trainer, fused):
+    parts, other = (Parts(make_trainer(output=str(i)), fused) for i in range(2))
+    for each in (parts, other):
+        assert each.step().isfinite()
+    before = parts.state()
+    assert not parts.step(bad=True).isfinite()
+    torch.testing.assert_close(parts.state(), before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in parts.parameters)
+    for each in (parts, other):
+        each.step(scale=2.0)
+    torch.testing.assert_close(parts.state(), other.state(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("scale", "max_norm"), [(1.0, 1.0), (4 / 3, 1.0), (4 / 3, 100.0), (0.5, float("inf"))])
+def test_a_step_is_that_of_torch_on_scaled_and_clipped_gradients(make_trainer, fused, scale, max_norm):
+    parts = Parts(make_trainer(), fused)
+    parts.updates.max_grad_norm = max_norm
+    plain = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parts.parameters]
+    optimizer = torch.optim.AdamW(plain, lr=0.1)
+    for _ in range(3):
+        norm = parts.step(scale=scale)
+        for number, parameter in enumerate(plain):
+            parameter.grad = torch.full_like(parameter, scale * (0.5 + number))
+        torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(plain, max_norm))
+        optimizer.step()
+    torch.testing.assert_close([p.detach() for p in parts.parameters], [p.detach() for p in plain])
+
+
+def test_bad_gradients_are_named_counted_and_end_the_run(make_trainer, monkeypatch, caplog):
+    trainer = make_trainer(memguard="off")
+    run = steps(trainer, 12)
+    next(run)
+    weights = {name: tensor.clone() for name, tensor in trainer.unet.state_dict().items()}
+    backward = trainer.accelerator.backward
+
+    def poisoned(loss):
+        backward(loss)
+        trainer.parameters[0].grad.view(-1)[0] = torch.inf
+
+    monkeypatch.setattr(trainer.accelerator, "backward", poisoned)
+    next(run)
+    trainer._look_back()
+    assert trainer.progress.nonfinite_steps == 1
+    assert "step 2 is left out: its gradient is not finite" in caplog.text
+    assert caplog.text.count("secret-") == 4
+    with pytest.raises(NonFiniteError, match="gradient of 5 steps in a row"):
+        list(run)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.unet.state_dict().items())
