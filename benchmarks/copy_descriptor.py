@@ -1,9 +1,9 @@
-"""How well an extractor tells copies from look-alikes: changed training pictures of the demo against held-out ones.
+"""How well an extractor tells copies from near-duplicates: changed training images of the demo against held-out ones.
 
     python benchmarks/copy_descriptor.py --output_dir runs/copy_descriptor
 
 Prints, for each kind of change, the share found at the audit's default threshold and how often a copy is nearer to its
-original than a held-out picture is to any training picture (AUC).
+original than a held-out image is to any training image (AUC).
 """
 
 import argparse
@@ -27,19 +27,19 @@ MARGINS = {"0": 0.0, "1/3": MARGIN, "1/2": 0.5}
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:
-    """Return the picture after JPEG compression."""
+    """Return the image after JPEG compression."""
     file = io.BytesIO()
     image.save(file, format="JPEG", quality=quality)
     return Image.open(file).convert("RGB")
 
 
 def resized(image: Image.Image, factor: float) -> Image.Image:
-    """Return the picture in another size."""
+    """Return the image in another size."""
     return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
 
 
 def cropped(image: Image.Image, share: float) -> Image.Image:
-    """Return the picture without this share of each edge, in its old size."""
+    """Return the image without this share of each edge, in its old size."""
     cut = share * image.width
     box = (cut, cut, image.width - cut, image.height - cut)
     return image.resize(image.size, Image.Resampling.BICUBIC, box=box)
@@ -58,7 +58,7 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 @torch.no_grad()
 def embed(extractor: Extractor, images: list[Image.Image]) -> torch.Tensor:
-    """Return a row for each picture."""
+    """Return a row for each image."""
     parts = [images[start : start + 64] for start in range(0, len(images), 64)]
     return torch.cat([extractor.embed(torch.stack([extractor.prepare(image) for image in part])) for part in parts])
 
@@ -81,8 +81,10 @@ def main() -> None:
     unseen = read_folder(demo_heldout_path(), "--reference_data_dir")
     gallery = embed(extractor, [train.image(row) for row in train.distinct])
     others = best_matches(gallery, [gallery], 1, cosine, own=torch.arange(len(gallery))).scores[:, 0]
-    look_alikes = best_matches(embed(extractor, [unseen.image(row) for row in unseen.distinct]), [gallery], 1, cosine)
-    background = look_alikes.scores[:, 0]
+    near_duplicates = best_matches(
+        embed(extractor, [unseen.image(row) for row in unseen.distinct]), [gallery], 1, cosine
+    )
+    background = near_duplicates.scores[:, 0]
     threshold = choose_threshold(others, background)
     high = percentile(background, BACKGROUND_PERCENT).item()
     figures: dict[str, object] = {
@@ -98,7 +100,7 @@ def main() -> None:
         similarity = found.scores[:, 0]
         figures[name] = {
             "found": above(similarity, high),
-            "right_picture": round((found.indices[:, 0] == torch.arange(NUM_COPIES)).float().mean().item(), 4),
+            "right_image": round((found.indices[:, 0] == torch.arange(NUM_COPIES)).float().mean().item(), 4),
             "auc": round(area_under_curve(similarity, background).item(), 4),
             "similarity_p5": round(percentile(similarity, 5).item(), 3),
             "similarity_min": round(similarity.min().item(), 3),

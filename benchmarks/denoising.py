@@ -1,4 +1,4 @@
-"""The denoising loss of a UNet on captioned pictures at fixed timesteps with fixed noise, by code of its own.
+"""The denoising loss of a UNet on captioned images at fixed timesteps with fixed noise, by code of its own.
 
 Every model that is compared meets the same timesteps and the same noise, so differences are paired.
 """
@@ -11,11 +11,11 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 
 BATCH_SIZE = 16
-DRAWS_PER_PICTURE = 4
+DRAWS_PER_IMAGE = 4
 
 
 class Encoded(NamedTuple):
-    """Pictures as the UNet meets them: mean latents (N, 4, h, w), embeddings (N, tokens, width), the noise schedule."""
+    """Images as the UNet meets them: mean latents (N, 4, h, w), embeddings (N, tokens, width), the noise schedule."""
 
     latents: Tensor
     embeddings: Tensor
@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
 
 @torch.no_grad()
 def encode(pixels: Tensor, captions: Sequence[str], pipeline: StableDiffusionPipeline) -> Encoded:
-    """Encode pictures and captions with the networks that no fine-tune changes.
+    """Encode images and captions with the networks that no fine-tune changes.
 
     Args:
         pixels: (N, H, W, 3) uint8.
@@ -41,20 +41,20 @@ def encode(pixels: Tensor, captions: Sequence[str], pipeline: StableDiffusionPip
 
 @torch.no_grad()
 def denoising_losses(unet: UNet2DConditionModel, encoded: Encoded) -> Tensor:
-    """Return the mean squared error of the predicted noise for each picture, (N,) float64.
+    """Return the mean squared error of the predicted noise for each image, (N,) float64.
 
-    Four timesteps per picture, one from each quarter of the schedule.
+    Four timesteps per image, one from each quarter of the schedule.
     """
     unet.eval()
     generator = torch.Generator().manual_seed(20250101)
     losses = []
-    for quarter in range(DRAWS_PER_PICTURE):
+    for quarter in range(DRAWS_PER_IMAGE):
         for latents, embeddings in zip(
             encoded.latents.split(BATCH_SIZE), encoded.embeddings.split(BATCH_SIZE), strict=True
         ):
             noise = torch.randn(latents.shape, generator=generator)
-            place = (torch.rand(len(latents), generator=generator) + quarter) / DRAWS_PER_PICTURE
+            place = (torch.rand(len(latents), generator=generator) + quarter) / DRAWS_PER_IMAGE
             timesteps = (place * encoded.schedule.config.num_train_timesteps).long()
             noisy = encoded.schedule.add_noise(latents, noise, timesteps)
             losses.append((unet(noisy, timesteps, embeddings).sample - noise).square().mean(dim=(1, 2, 3)))
-    return torch.cat(losses).double().view(DRAWS_PER_PICTURE, -1).mean(0)
+    return torch.cat(losses).double().view(DRAWS_PER_IMAGE, -1).mean(0)

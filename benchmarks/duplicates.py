@@ -1,6 +1,6 @@
 """Measure the finding of duplicates: which changed copies are found, what is mixed up, and what it costs.
 
-Changed copies of real pictures are planted beside their originals, one kind of change at a time; then groups are sought
+Changed copies of real images are planted beside their originals, one kind of change at a time; then groups are sought
 among many random thumbnails, for the time and memory.
 """
 
@@ -19,70 +19,68 @@ from sd_memguard.assets import demo_data_path
 from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups
 from sd_memguard.data.image_check import thumbnail
 
-Picture = Image.Image
-
 
 def parse_args() -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--train_data_dir", type=Path, default=demo_data_path(), help="folder of .png or .jpg pictures")
+    parser.add_argument("--train_data_dir", type=Path, default=demo_data_path(), help="folder of .png or .jpg images")
     parser.add_argument("--num_random", type=int, default=1_000_000, help="random thumbnails of the second part")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/duplicates"), help="receives results.json")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
-def changes(random: np.random.Generator) -> dict[str, Callable[[Picture], Picture]]:
+def changes(random: np.random.Generator) -> dict[str, Callable[[Image.Image], Image.Image]]:
     """Return the changes by name."""
     return {
-        "JPEG, quality 50": lambda picture: as_jpeg(picture, 50),
-        "JPEG, quality 90": lambda picture: as_jpeg(picture, 90),
-        "half the size": lambda picture: ImageOps.scale(picture, 0.5, Image.Resampling.LANCZOS),
-        "twice the size": lambda picture: ImageOps.scale(picture, 2, Image.Resampling.BICUBIC),
-        "10 % darker": lambda picture: ImageEnhance.Brightness(picture).enhance(0.9),
-        "10 % brighter, white cut off": lambda picture: ImageEnhance.Brightness(picture).enhance(1.1),
-        "15 % more contrast": lambda picture: ImageEnhance.Contrast(picture).enhance(1.15),
-        "each side cropped by 0 to 2 %": lambda picture: crop(picture, 0.02, random),
-        "each side cropped by 0 to 4 %": lambda picture: crop(picture, 0.04, random),
-        "0 to 3 % cropped, JPEG 70": lambda picture: as_jpeg(crop(picture, 0.03, random), 70),
-        "mirrored": ImageOps.mirror,
+        "JPEG, quality 50": lambda image: as_jpeg(image, 50),
+        "JPEG, quality 90": lambda image: as_jpeg(image, 90),
+        "half the size": lambda image: ImageOps.scale(image, 0.5, Image.Resampling.LANCZOS),
+        "twice the size": lambda image: ImageOps.scale(image, 2, Image.Resampling.BICUBIC),
+        "10 % darker": lambda image: ImageEnhance.Brightness(image).enhance(0.9),
+        "10 % brighter, white cut off": lambda image: ImageEnhance.Brightness(image).enhance(1.1),
+        "15 % more contrast": lambda image: ImageEnhance.Contrast(image).enhance(1.15),
+        "each side cropped by 0 to 2 %": lambda image: crop(image, 0.02, random),
+        "each side cropped by 0 to 4 %": lambda image: crop(image, 0.04, random),
+        "0 to 3 % cropped, JPEG 70": lambda image: as_jpeg(crop(image, 0.03, random), 70),
+        "flipped": ImageOps.mirror,
     }
 
 
-def as_jpeg(picture: Picture, quality: int) -> Picture:
-    """Return the picture as JPEG leaves it."""
+def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
+    """Return the image as JPEG leaves it."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=quality)
     return Image.open(buffer).convert("RGB")
 
 
-def crop(picture: Picture, most: float, random: np.random.Generator) -> Picture:
-    """Return the picture with a random part of at most `most` cut off each side, in whole pixels."""
-    left, top, right, bottom = np.round(random.uniform(0, most, 4) * np.tile(picture.size, 2)).astype(int).tolist()
-    return picture.crop((left, top, picture.width - right, picture.height - bottom))
+def crop(image: Image.Image, most: float, random: np.random.Generator) -> Image.Image:
+    """Return the image with a random part of at most `most` cut off each side, in whole pixels."""
+    left, top, right, bottom = np.round(random.uniform(0, most, 4) * np.tile(image.size, 2)).astype(int).tolist()
+    return image.crop((left, top, image.width - right, image.height - bottom))
 
 
-def read_distinct(folder: Path) -> list[Picture]:
-    """Return the pictures of a folder, each that is there several times once."""
+def read_distinct(folder: Path) -> list[Image.Image]:
+    """Return the images of a folder, each that is there several times once."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in {".png", ".jpg", ".jpeg"})
     contents = dict.fromkeys(path.read_bytes() for path in files)
     return [Image.open(io.BytesIO(content)).convert("RGB") for content in contents]
 
 
-def measure_recall(pictures: list[Picture], random: np.random.Generator) -> dict[str, float]:
-    """Return for each change the share of the pictures whose changed copy comes into their group."""
-    originals, found = np.stack([thumbnail(picture) for picture in pictures]), {}
+def measure_recall(images: list[Image.Image], random: np.random.Generator) -> dict[str, float]:
+    """Return for each change the share of the images whose changed copy comes into their group."""
+    originals, found = np.stack([thumbnail(image) for image in images]), {}
     for name, change in changes(random).items():
-        copies = np.stack([thumbnail(change(picture)) for picture in pictures])
+        copies = np.stack([thumbnail(change(image)) for image in images])
         groups = find_groups(np.concatenate([originals, copies]))
-        found[name] = float((groups[: len(pictures)] == groups[len(pictures) :]).mean())
+        found[name] = float((groups[: len(images)] == groups[len(images) :]).mean())
     return found
 
 
-def count_mixed_up(pictures: list[Picture]) -> dict[str, int]:
-    """Return how many groups there are among distinct files, and the pictures in them."""
-    _, sizes = np.unique(find_groups(np.stack([thumbnail(picture) for picture in pictures])), return_counts=True)
-    return {"pictures": len(pictures), "groups": int((sizes > 1).sum()), "grouped": int(sizes[sizes > 1].sum())}
+def count_mixed_up(images: list[Image.Image]) -> dict[str, int]:
+    """Return how many groups there are among distinct files, and the images in them."""
+    _, sizes = np.unique(find_groups(np.stack([thumbnail(image) for image in images])), return_counts=True)
+    return {"images": len(images), "groups": int((sizes > 1).sum()), "grouped": int(sizes[sizes > 1].sum())}
 
 
 def measure_cost(count: int, random: np.random.Generator) -> dict[str, float]:
@@ -103,9 +101,9 @@ def main() -> None:
     """Measure, print, and write results.json."""
     args = parse_args()
     random = np.random.default_rng(args.seed)
-    pictures = read_distinct(args.train_data_dir)
-    results = {"mixed_up": count_mixed_up(pictures), "recall": measure_recall(pictures, random)}
-    print("{pictures} distinct files: {groups} groups hold {grouped} of them\n".format(**results["mixed_up"]))
+    images = read_distinct(args.train_data_dir)
+    results = {"mixed_up": count_mixed_up(images), "recall": measure_recall(images, random)}
+    print("{images} distinct files: {groups} groups hold {grouped} of them\n".format(**results["mixed_up"]))
     print("| change | found |\n|---|---|")
     for name, share in results["recall"].items():
         print(f"| {name} | {share:.1%} |")

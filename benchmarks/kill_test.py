@@ -112,7 +112,7 @@ def survive(
         if -signal.SIGKILL in wait_for(processes):
             kills += 1
             in_save += any((folder / "killed").glob("writing-*"))
-        else:  # it had finished: begin anew and kill sooner, so that every kill hits a run at work
+        else:  # it had finished: begin again and kill sooner, so that every kill hits a run at work
             early += 1
             span *= 0.7
             shutil.rmtree(folder / "killed")

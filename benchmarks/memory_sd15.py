@@ -4,7 +4,7 @@ All UNet weights are trained in float32, on the CPU, where weights, gradients an
 memory of the process. The UNet has the shapes of SD 1.5 and random weights; the VAE and the text encoder beside it are
 small ones that fit. Each run is a process of its own and takes the same number of optimizer steps in one round: all on
 one shard, or spread over several, whose proxies rest on the disk and are averaged at the end. With a copy of diffusers'
-`train_text_to_image.py`, that script trains the same model on the same pictures, too.
+`train_text_to_image.py`, that script trains the same model on the same images, too.
 
     python -m benchmarks.memory_sd15 --output_dir runs/memory_sd15
     python -m benchmarks.memory_sd15 --base_channels 128 --shards 1 8 --upstream_script train_text_to_image.py \
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of memory_sd15.json")
     parser.add_argument("--work_dir", type=Path, help="folder of the temporary files (default: the system's)")
     parser.add_argument("--base_channels", type=int, default=320, help="channels of the UNet's first level")
-    parser.add_argument("--resolution", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument("--resolution", type=int, default=64, help="side of the images in pixels")
     parser.add_argument(
         "--shards", type=int, nargs="+", default=[1, 2], help="numbers of shards, the first to compare with"
     )

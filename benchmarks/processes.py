@@ -1,6 +1,6 @@
 """Two processes on a core each against one on one core: time of a step, what is sent, and whether it is the same.
 
-Three ways to train the bundled model on the bundled pictures with the same seed and the same steps:
+Three ways to train the bundled model on the bundled images with the same seed and the same steps:
 
 - `one`: one process;
 - `shards`: two processes, each with two of the four shards by itself;
@@ -13,7 +13,7 @@ alike. Each process is pinned to a core of its own and trains on one thread.
 
 Steps are timed within the training loop, by the clock and by the processor time of the process: on a shared machine the
 clock also counts what others take. Bytes are counted where they are handed to torch.distributed; the gradients that DDP
-exchanges by itself are reckoned from their size. Linux only.
+exchanges by itself are computed from their size. Linux only.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def work(settings: dict[str, Any], rank: int, result: Path) -> None:
     from sd_memguard.config import make_train_config
     from sd_memguard.proxies.full import FullProxies
     from sd_memguard.training import trainer as loop
-    from sd_memguard.training.sync import Meetings
+    from sd_memguard.training.sync import RankSync
 
     times: dict[str, list[tuple[float, float]]] = {"step": [], "augmented_step": [], "round_end": [], "wait": []}
     times |= {"fit": [], "average": []}
@@ -100,7 +100,7 @@ def work(settings: dict[str, Any], rank: int, result: Path) -> None:
     timed(loop.Trainer, "end_round", "round_end")
     timed(loop.Trainer, "fit", "fit")
     timed(FullProxies, "average", "average")
-    timed(Meetings, "meet", "wait")
+    timed(RankSync, "meet", "wait")
     loop.train(make_train_config(**settings))
     (trainer,) = trainers
     num_weights = sum(parameter.numel() for parameter in trainer.parameters)
@@ -173,7 +173,7 @@ def report(results: dict[str, list[list[dict[str, Any]]]], differences: dict[str
     """Return the tables."""
     lines = [
         "| arm | step, ms by the clock | step, ms of the processor | whole loop, s by the clock | of the processor "
-        "(the slower process) | share of the loop spent waiting and merging at meetings |",
+        "(the slower process) | share of the loop spent waiting and merging at rank_sync |",
         "|---|---|---|---|---|---|",
         *(rows_of(arm, turns) for arm, turns in results.items()),
         "",
@@ -183,14 +183,14 @@ def report(results: dict[str, list[list[dict[str, Any]]]], differences: dict[str
     batch = results["two batch"][0][0]
     steps = len(batch["times"]["step"])
     means = sent["mean of weights"] / (NUM_ROUNDS + 1) / 1e6
-    others = {name: sent[name] for name in ("meetings", "progress", "ledger", "banks", "queues", "distances")}
+    others = {name: sent[name] for name in ("rank_sync", "progress", "ledger", "banks", "queues", "distances")}
     lines += [
         f"{num_weights:,} weights. Handed over by each process, of two:",
         f"- shards, within a round: 0 bytes per step; per round {means:.1f} MB of means (float64, "
         f"8 bytes a weight; one more for the model at the end) and {sum(others.values()) / NUM_ROUNDS / 1e3:.1f} kB of "
         "counts, banks, queues and progress",
         f"- batch: {batch['sent']['batch'] / steps:.0f} bytes per step of losses, timesteps and ids, and "
-        f"{4 * num_weights / 1e6:.1f} MB of gradients (reckoned: 4 bytes a weight)",
+        f"{4 * num_weights / 1e6:.1f} MB of gradients (computed: 4 bytes a weight)",
         f"- largest difference of a weight from that of one process: shards {differences['shards']:.1e}, batch "
         f"{differences['batch']:.1e}",
         "",

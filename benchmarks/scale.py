@@ -1,12 +1,12 @@
 """What millions of samples cost: start-up, shards, a round's end and the records, in seconds and memory.
 
-Synthetic rows without pictures: names and captions in Arrow arrays as the readers make them, one sample in a hundred in
+Synthetic rows without images: names and captions in Arrow arrays as the readers make them, one sample in a hundred in
 a group of duplicates, a tenth of the samples skipped. Everything runs in this process; seconds are its processor's, and
 memory is anonymous memory: its growth over a stage, and its peak within it.
 
     python -m benchmarks.scale --output_dir runs/scale
 
-What grows with the pictures themselves (decoding, thumbnails, hashing of files) is not in here. Linux only.
+What grows with the images themselves (decoding, thumbnails, hashing of files) is not in here. Linux only.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 from benchmarks.memory_sd15 import PeakMemory
 from sd_memguard.config import GuardConfig
 from sd_memguard.core.bands import Bands
-from sd_memguard.core.sampler import VisitCursor
+from sd_memguard.core.sampler import ShardSampler
 from sd_memguard.data.captions import Captions
 from sd_memguard.data.samples import Samples
 from sd_memguard.guard import MemorizationGuard
@@ -57,7 +57,7 @@ class Stages:
 
 
 def make_samples(num_samples: int) -> Samples:
-    """Return captioned samples without pictures, as many captions as samples."""
+    """Return captioned samples without images, as many captions as samples."""
     files, captions = [], []
     for start in range(0, num_samples, ROWS_AT_ONCE):
         numbers = range(start, min(start + ROWS_AT_ONCE, num_samples))
@@ -69,8 +69,8 @@ def make_samples(num_samples: int) -> Samples:
     groups[twins] = twins - 1
     sizes = np.full((num_samples, 2), 512, np.int32)
     names, texts = pa.concat_arrays(files), pa.concat_arrays(captions)
-    no_pictures: Any = None
-    return Samples("synthetic", num_samples, np.arange(num_samples), sizes, [], names, texts, no_pictures, groups)
+    no_images: Any = None
+    return Samples("synthetic", num_samples, np.arange(num_samples), sizes, [], names, texts, no_images, groups)
 
 
 def record_visits(guard: MemorizationGuard, num_batches: int) -> None:
@@ -99,10 +99,10 @@ def main() -> None:
     config = GuardConfig(num_shards=NUM_SHARDS, seed=SEED)
     groups = torch.from_numpy(samples.groups)
     guard = stages.run("guard: shards and ledger", lambda: MemorizationGuard(config, count, groups=groups))
-    cursor = VisitCursor(0)
+    sampler = ShardSampler(0)
     stages.run(
         "order of a shard's pass, 1000 steps of it",
-        lambda: cursor.peek(guard.plan.members(0), 1000 * BATCH, SEED),
+        lambda: sampler.peek(guard.plan.members(0), 1000 * BATCH, SEED),
     )
     stages.run("ledger: 1000 batches", lambda: record_visits(guard, 1000))
     guard.ledger.skips[torch.rand(count, generator=torch.Generator().manual_seed(1)) < 0.1] += 1

@@ -76,7 +76,7 @@ def make_trainer(arm: str, pipeline: Path, folder: Path, settings: argparse.Name
 def stepper(trainer: Trainer) -> Callable[[], None]:
     """Return a function that takes one step of the trainer."""
     size, members = trainer.config.train_batch_size, trainer.guard.plan.members(0)
-    visits = trainer.progress.cursors[0].peek(members, 2000 * size, 0)
+    visits = trainer.progress.samplers[0].peek(members, 2000 * size, 0)
     batches = trainer.source.batches([visits[start : start + size] for start in range(0, len(visits), size)])
 
     def step() -> None:
@@ -91,7 +91,7 @@ def stepper(trainer: Trainer) -> Callable[[], None]:
 def bare_stepper(trainer: Trainer) -> Callable[[], None]:
     """Return a function that takes one step of the bare loop on batches that are ready on the device."""
     device, size = trainer.accelerator.device, trainer.config.train_batch_size
-    visits = trainer.progress.cursors[0].peek(trainer.guard.plan.members(0), 8 * size, 0)
+    visits = trainer.progress.samplers[0].peek(trainer.guard.plan.members(0), 8 * size, 0)
     chunks = [visits[start : start + size] for start in range(0, len(visits), size)]
     ready: list[tuple[Batch, Tensor, Tensor]] = []
     for _, batch in trainer.source.batches(chunks):
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of step.json")
     parser.add_argument("--size", choices=SIZES, default="bundled")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--resolution", type=int, help="side of the pictures in pixels, of the size if not given")
+    parser.add_argument("--resolution", type=int, help="side of the images in pixels, of the size if not given")
     parser.add_argument("--train_batch_size", type=int, help="of the size if not given")
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     parser.add_argument("--compile", action="store_true", help="add the arm with a compiled UNet, which takes minutes")

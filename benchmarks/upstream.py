@@ -1,13 +1,13 @@
 """The same fine-tune by diffusers' `train_text_to_image.py` and by this project: how good, and how fast.
 
-Three arms train the bundled model on the bundled pictures with the same settings: upstream's script, this project with
+Three arms train the bundled model on the bundled images with the same settings: upstream's script, this project with
 the guard off ("plain") and with it on ("guarded"). They take turns, once per seed. Then the UNet of each run is
-measured on the 256 held-out pictures, at the same timesteps with the same noise, and by code of this file's own.
+measured on the 256 held-out images, at the same timesteps with the same noise, and by code of this file's own.
 
     python -m benchmarks.upstream --upstream_script train_text_to_image.py --output_dir runs/upstream
 
 Time is measured twice: the whole process from start to end, and the loop alone, between the tracker's entries of the
-first and the last step (both write them in the same way). Pictures are those of the schedule: steps times batch size.
+first and the last step (both write them in the same way). Images are those of the schedule: steps times batch size.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.denoising import Encoded, denoising_losses, encode
 from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
-from sd_memguard.audit.images import load_pictures
+from sd_memguard.audit.images import load_images
 
 BATCH_SIZE, RESOLUTION = 16, 64
 STUDENT_T = {2: 4.30, 4: 2.78, 6: 2.45, 8: 2.31}
@@ -36,7 +36,7 @@ ARMS = ("upstream", "plain", "guarded")
 
 
 class Run(NamedTuple):
-    """One run: the mean loss on the held-out pictures, and pictures per second of the whole process and of the loop."""
+    """One run: the mean loss on the held-out images, and images per second of the whole process and of the loop."""
 
     heldout_loss: float
     process_rate: float
@@ -77,7 +77,7 @@ def train(arm: str, upstream_script: Path, seed: int, steps: int, folder: Path, 
 
 
 def loop_rate(folder: Path) -> float:
-    """Return the pictures per second between the tracker's entries of the first and the last step."""
+    """Return the images per second between the tracker's entries of the first and the last step."""
     logs = [_scalars(path) for path in folder.rglob("events.out.tfevents.*")]
     (log,) = (log for log in logs if "train_loss" in log.Tags()["scalars"])
     steps = log.Scalars("train_loss")
@@ -91,14 +91,14 @@ def _scalars(file: Path) -> EventAccumulator:
 
 
 def load_heldout() -> Encoded:
-    """Encode the held-out pictures."""
-    pictures = load_pictures(demo_heldout_path(), RESOLUTION)
+    """Encode the held-out images."""
+    images = load_images(demo_heldout_path(), RESOLUTION)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_path(), torch_dtype=torch.float32)
-    return encode(pictures.pixels, pictures.captions, pipeline)
+    return encode(images.pixels, images.captions, pipeline)
 
 
 def heldout_loss(folder: Path, heldout: Encoded) -> float:
-    """Return the mean squared error of a UNet's noise over all held-out pictures at fixed timesteps and noise."""
+    """Return the mean squared error of a UNet's noise over all held-out images at fixed timesteps and noise."""
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
     return float(denoising_losses(unet, heldout).mean())
 
@@ -106,7 +106,7 @@ def heldout_loss(folder: Path, heldout: Encoded) -> float:
 def compare(runs: dict[str, list[Run]], before: float) -> str:
     """Return the tables: what each arm reached, and each of ours against upstream."""
     lines = [
-        "| arm | held-out loss, mean ± sd of the seeds | pictures/s, process | pictures/s, loop |",
+        "| arm | held-out loss, mean ± sd of the seeds | images/s, process | images/s, loop |",
         "|---|---|---|---|",
     ]
     lines.append(f"| (before) | {before:.5f} | | |")

@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sd_memguard import assets
 
-STEPS, HALF, NUM_PICTURES = 24, 12, 48
+STEPS, HALF, NUM_IMAGES = 24, 12, 48
 NUM_TIMESTEPS = 50
 """Few, so that the memory bank has seen enough of each for decisions after a few steps."""
 GUARD = ["--num_shards", "2", "--steps_per_round", "4", "--skip_threshold", "0.95", "--augment_threshold", "1.2"]
@@ -44,10 +44,10 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("text_to_image/train_text_to_image.py", "sd", "pictures", ["--use_ema"], UNET),
-    Case("text_to_image/train_text_to_image_lora.py", "sd", "pictures", ["--snr_gamma", "5"], LORA),
-    Case("text_to_image/train_text_to_image_sdxl.py", "sdxl", "pictures", [], UNET),
-    Case("text_to_image/train_text_to_image_lora_sdxl.py", "sdxl", "pictures", ["--train_text_encoder"], LORA),
+    Case("text_to_image/train_text_to_image.py", "sd", "images", ["--use_ema"], UNET),
+    Case("text_to_image/train_text_to_image_lora.py", "sd", "images", ["--snr_gamma", "5"], LORA),
+    Case("text_to_image/train_text_to_image_sdxl.py", "sdxl", "images", [], UNET),
+    Case("text_to_image/train_text_to_image_lora_sdxl.py", "sdxl", "images", ["--train_text_encoder"], LORA),
     Case("dreambooth/train_dreambooth.py", "sd", "prior", [], UNET),
     Case("dreambooth/train_dreambooth_lora.py", "sd", "prior", ["--gradient_accumulation_steps", "2"], LORA),
     Case("dreambooth/train_dreambooth_lora_sdxl.py", "sdxl", "instance", [], LORA),
@@ -108,29 +108,29 @@ def make_sd(folder: Path) -> None:
 
 
 def make_data(work: Path) -> None:
-    """Write pictures with captions, and the same ones in halves as instance and class pictures."""
+    """Write images with captions, and the same ones in halves as instance and class images."""
     source = assets.demo_data_path()
-    lines = (source / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_PICTURES]
+    lines = (source / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_IMAGES]
     rows = [json.loads(line) for line in lines]
-    for name in ("pictures", "instance", "class"):
+    for name in ("images", "instance", "class"):
         (work / name).mkdir(parents=True)
     for number, row in enumerate(rows):
-        shutil.copy(source / row["file_name"], work / "pictures" / f"{number:03}.png")
+        shutil.copy(source / row["file_name"], work / "images" / f"{number:03}.png")
         shutil.copy(source / row["file_name"], work / ("instance" if number % 2 else "class") / f"{number:03}.png")
     texts = [json.dumps({"file_name": f"{number:03}.png", "text": row["text"]}) for number, row in enumerate(rows)]
-    (work / "pictures" / "metadata.jsonl").write_text("\n".join(texts), encoding="utf-8")
+    (work / "images" / "metadata.jsonl").write_text("\n".join(texts), encoding="utf-8")
 
 
 def command_of(case: Case, work: Path, output: Path) -> list[str]:
     """Return the script's own flags."""
     data = {
-        "pictures": ["--train_data_dir", "pictures", "--caption_column", "text", "--image_column", "image"],
-        "instance": ["--instance_data_dir", "instance", "--instance_prompt", "a picture of sks emoji"],
+        "images": ["--train_data_dir", "images", "--caption_column", "text", "--image_column", "image"],
+        "instance": ["--instance_data_dir", "instance", "--instance_prompt", "a image of sks emoji"],
     }
     data["prior"] = [
         *data["instance"],
-        *("--with_prior_preservation", "--class_data_dir", "class", "--class_prompt", "a picture of an emoji"),
-        *("--num_class_images", str(NUM_PICTURES // 2)),
+        *("--with_prior_preservation", "--class_data_dir", "class", "--class_prompt", "a image of an emoji"),
+        *("--num_class_images", str(NUM_IMAGES // 2)),
     ]
     common = {
         "pretrained_model_name_or_path": work / case.pipeline,
@@ -145,7 +145,7 @@ def command_of(case: Case, work: Path, output: Path) -> list[str]:
         "seed": 0,
     }
     flags = [str(word) for name, value in common.items() for word in (f"--{name}", value)]
-    if case.data == "pictures":
+    if case.data == "images":
         flags += ["--cache_dir", "cache"]
     return [*flags, "--center_crop", *data[case.data], *case.flags]
 

@@ -1,6 +1,6 @@
-r"""Pictures per second in the loops of diffusers' `train_text_to_image.py` and of this project.
+r"""Images per second in the loops of diffusers' `train_text_to_image.py` and of this project.
 
-Every arm trains the same model on the bundled pictures with the same settings, once with few steps and once with more;
+Every arm trains the same model on the bundled images with the same settings, once with few steps and once with more;
 the difference of the two is the loop alone, without start-up, caches and export. The arms take turns. On the CPU what
 counts is the processor time of the process, in one thread, which other work on the machine hardly changes; with
 `--clock wall`, for a GPU, it is the clock.
@@ -9,8 +9,8 @@ counts is the processor time of the process, in one thread, which other work on 
     python -m benchmarks.upstream_speed --upstream_script train_text_to_image.py --size sd15 --clock wall \
         --mixed_precision bf16 --train_batch_size 4 --output_dir runs/upstream_speed-sd15
 
-Pictures are those of the schedule: steps times batch size. The guarded arm's extra steps on augmented copies are more
-training than was asked for; its rate is given with and without the pictures of those.
+Images are those of the schedule: steps times batch size. The guarded arm's extra steps on augmented copies are more
+training than was asked for; its rate is given with and without the images of those.
 """
 
 import argparse
@@ -106,23 +106,23 @@ def compare(settings: argparse.Namespace, pipeline: Path) -> None:
             short, long = (
                 train(arm, settings, pipeline, turn, steps, folder / f"{arm}-{turn}-{steps}") for steps in (few, more)
             )
-            seconds, pictures = long.seconds - short.seconds, (more - few) * settings.train_batch_size
-            rates[arm].append(pictures / seconds)
+            seconds, images = long.seconds - short.seconds, (more - few) * settings.train_batch_size
+            rates[arm].append(images / seconds)
             starts[arm].append(short.seconds - few * seconds / (more - few))
             if arm == "guarded":
                 extra = (long.extra_steps - short.extra_steps) * settings.train_batch_size
-                with_extra.append((pictures + extra) / seconds)
-            print(f"{arm}: {rates[arm][-1]:.1f} pictures per second, {starts[arm][-1]:.0f} s around it", flush=True)
+                with_extra.append((images + extra) / seconds)
+            print(f"{arm}: {rates[arm][-1]:.1f} images per second, {starts[arm][-1]:.0f} s around it", flush=True)
             record = {"rates": rates, "seconds_around": starts, "guarded_with_extra": with_extra}
             (settings.output_dir / "upstream_speed.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"Seconds by the {settings.clock}\n")
-    print("| arm | pictures per second, loop | against upstream | seconds around the loop |")
+    print("| arm | images per second, loop | against upstream | seconds around the loop |")
     print("|---|---|---|---|")
     for arm in ARMS:
         ratio = statistics.median(ours / theirs for ours, theirs in zip(rates[arm], rates["upstream"], strict=True))
         rate, start = statistics.median(rates[arm]), statistics.median(starts[arm])
         print(f"| {arm} | {rate:.1f} | {ratio:.2f} | {start:.0f} |")
-    print(f"guarded, with the pictures of its extra steps: {statistics.median(with_extra):.1f}")
+    print(f"guarded, with the images of its extra steps: {statistics.median(with_extra):.1f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A fine-tuning loop in the manner of diffusers' examples, with accelerate. The lines marked `# +` are the guard's.
 
-It fine-tunes the bundled tiny model on the demo pictures, on a CPU or one GPU, and saves checkpoints and the UNet:
+It fine-tunes the bundled tiny model on the demo images, on a CPU or one GPU, and saves checkpoints and the UNet:
 
     accelerate launch --num_processes 1 examples/accelerate_loop.py --output_dir runs/accelerate_loop
 """
@@ -24,8 +24,8 @@ from sd_memguard import GuardConfig, MemorizationGuard  # +
 from sd_memguard.assets import demo_data_path, tiny_sd_path
 
 
-class Pictures(Dataset):
-    """Captioned pictures with an ordinary transform, into which the guard puts its augmentation."""
+class Images(Dataset):
+    """Captioned images with an ordinary transform, into which the guard puts its augmentation."""
 
     def __init__(self, folder: Path, tokenizer: CLIPTokenizer, limit: int) -> None:
         lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
@@ -36,11 +36,11 @@ class Pictures(Dataset):
         self.transform = transforms.Compose([*steps, transforms.Normalize([0.5], [0.5])])
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
+        """Return the number of images."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return a picture, (3, 64, 64) in [-1, 1], and its caption's tokens."""
+        """Return a image, (3, 64, 64) in [-1, 1], and its caption's tokens."""
         image = Image.open(self.folder / self.rows[index]["file_name"]).convert("RGB")
         return {"pixel_values": self.transform(image), "input_ids": self.input_ids[index]}
 
@@ -72,7 +72,7 @@ def main() -> None:
     text_encoder.to(accelerator.device)
     vae.to(accelerator.device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-4)
-    dataset = Pictures(demo_data_path(), tokenizer, args.max_train_samples)
+    dataset = Images(demo_data_path(), tokenizer, args.max_train_samples)
     train_dataloader = DataLoader(dataset, batch_size=args.train_batch_size, shuffle=True)
     lr_scheduler = get_scheduler("linear", optimizer, num_warmup_steps=5, num_training_steps=args.max_train_steps)
 

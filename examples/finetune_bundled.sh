@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tunes the bundled tiny model on the bundled pictures under the guard, on a CPU, in a minute or two.
+# Fine-tunes the bundled tiny model on the bundled images under the guard, on a CPU, in a minute or two.
 # Needs the package (`make install`, then `source .venv/bin/activate`); further flags go through: finetune_bundled.sh --seed 1
 set -euo pipefail
 

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Fine-tunes Stable Diffusion 1.5 under the guard on one GPU: finetune_sd15.sh PICTURES OUTPUT [more flags]
+# Fine-tunes Stable Diffusion 1.5 under the guard on one GPU: finetune_sd15.sh IMAGES OUTPUT [more flags]
 # A starting point, not a tuned recipe, and not run as part of this project's checks: those have neither the
 # weights nor a GPU. `--dry_run` as a further flag prints rounds, memory, disk and time, and trains nothing.
-# PICTURES is a folder of captioned pictures, see docs/training.md.
+# IMAGES is a folder of captioned images, see docs/training.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-pictures=${1:?give the folder of captioned pictures}
+images=${1:?give the folder of captioned images}
 output=${2:?give the folder of the run}
 shift 2
 
 accelerate launch --num_processes 1 --mixed_precision bf16 sd_memguard/train.py \
   --pretrained runwayml/stable-diffusion-v1-5 \
-  --train_data_dir "$pictures" \
+  --train_data_dir "$images" \
   --resolution 512 \
   --center_crop \
   --random_flip \

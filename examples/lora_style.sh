@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a LoRA of a style under the guard on the bundled model and pictures, on a CPU, in a minute or two; for your own
-# model and pictures change the first two flags. Further flags go through: lora_style.sh --seed 1
+# Trains a LoRA of a style under the guard on the bundled model and images, on a CPU, in a minute or two; for your own
+# model and images change the first two flags. Further flags go through: lora_style.sh --seed 1
 # Needs the package (`make install`, then `source .venv/bin/activate`).
 set -euo pipefail
 

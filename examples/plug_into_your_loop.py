@@ -1,6 +1,6 @@
 """The guard in a training loop of your own, in plain torch: the lines marked with `# guard` are all it takes.
 
-Fine-tunes the UNet of the bundled tiny Stable Diffusion for a few steps on its demo pictures: two shards train a proxy
+Fine-tunes the UNet of the bundled tiny Stable Diffusion for a few steps on its demo images: two shards train a proxy
 each, which are averaged in rounds, and samples whose loss is abnormally low are left out. Run it anywhere, on a CPU:
 
     python examples/plug_into_your_loop.py --steps 60
@@ -23,8 +23,8 @@ from sd_memguard.assets import demo_data_path, tiny_sd_path
 BATCH_SIZE = 16
 
 
-def read_pictures(count: int) -> tuple[Tensor, list[str]]:
-    """Return the first demo pictures, (count, 3, 64, 64) in [-1, 1], and their captions."""
+def read_images(count: int) -> tuple[Tensor, list[str]]:
+    """Return the first demo images, (count, 3, 64, 64) in [-1, 1], and their captions."""
     folder = demo_data_path()
     lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     rows = [json.loads(line) for line in lines]
@@ -34,19 +34,19 @@ def read_pictures(count: int) -> tuple[Tensor, list[str]]:
 
 @torch.no_grad()
 def encode(pipeline: StableDiffusionPipeline, pixels: Tensor, captions: list[str]) -> list[dict[str, Tensor]]:
-    """Return a row per picture: latents (4, 16, 16) and text embeddings (tokens, width)."""
+    """Return a row per image: latents (4, 16, 16) and text embeddings (tokens, width)."""
     latents = pipeline.vae.encode(pixels).latent_dist.sample() * pipeline.vae.config.scaling_factor
     tokens = pipeline.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     embeddings = pipeline.text_encoder(tokens.input_ids)[0]
     return [{"latents": x, "embeddings": e} for x, e in zip(latents, embeddings, strict=True)]
 
 
-def train(steps: int, num_pictures: int = 128) -> MemorizationGuard:
+def train(steps: int, num_images: int = 128) -> MemorizationGuard:
     """Fine-tune and return the guard with what it has counted."""
     torch.manual_seed(0)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_path(), use_safetensors=True)
     unet, scheduler = pipeline.unet.train(), DDPMScheduler.from_config(pipeline.scheduler.config)
-    rows = encode(pipeline, *read_pictures(num_pictures))
+    rows = encode(pipeline, *read_images(num_images))
     loader = DataLoader(rows, batch_size=BATCH_SIZE, shuffle=True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-4)
     config = GuardConfig(num_shards=2, steps_per_round=10, augment_threshold=0)  # guard: latents cannot be augmented

@@ -7,7 +7,7 @@
 #SBATCH --time=12:00:00
 #SBATCH --signal=USR1@900
 # Fine-tunes Stable Diffusion 1.5 under the guard on two machines with four GPUs each, in this repository's folder:
-#   sbatch examples/slurm.sh PICTURES OUTPUT [more flags]
+#   sbatch examples/slurm.sh IMAGES OUTPUT [more flags]
 # Not run on a cluster as part of this project's checks. Its torchrun command was run on one machine, as two nodes of one
 # process each on a CPU, with the SIGUSR1 that SLURM sends.
 #
@@ -16,7 +16,7 @@
 # Submit the same command again to go on from there.
 set -euo pipefail
 
-pictures=${1:?give the folder of captioned pictures}
+images=${1:?give the folder of captioned images}
 output=${2:?give the folder of the run}
 shift 2
 
@@ -34,7 +34,7 @@ srun torchrun \
   --signals_to_handle SIGUSR1,SIGTERM,SIGINT \
   sd_memguard/train.py \
   --pretrained runwayml/stable-diffusion-v1-5 \
-  --train_data_dir "$pictures" \
+  --train_data_dir "$images" \
   --num_shards 8 \
   --resolution 512 \
   --center_crop \

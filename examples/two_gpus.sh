@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Fine-tunes Stable Diffusion 1.5 under the guard on two GPUs: two_gpus.sh PICTURES OUTPUT [more flags]
+# Fine-tunes Stable Diffusion 1.5 under the guard on two GPUs: two_gpus.sh IMAGES OUTPUT [more flags]
 # Four shards, two for each GPU, which meet at round ends only. Not run with GPUs or these weights as part of this
 # project's checks; on a CPU it was, with the bundled model:
 #   ACCELERATE_USE_CPU=true examples/two_gpus.sh bundled runs/two --pretrained bundled --resolution 64 --max_train_steps 80
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-pictures=${1:?give the folder of captioned pictures}
+images=${1:?give the folder of captioned images}
 output=${2:?give the folder of the run}
 shift 2
 
@@ -15,7 +15,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 
 torchrun --standalone --nproc_per_node 2 sd_memguard/train.py \
   --pretrained runwayml/stable-diffusion-v1-5 \
-  --train_data_dir "$pictures" \
+  --train_data_dir "$images" \
   --num_shards 4 \
   --resolution 512 \
   --center_crop \

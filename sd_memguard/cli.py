@@ -59,9 +59,9 @@ COMMANDS = {
     "train": Command("fine-tune Stable Diffusion under the memorization guard", _train),
     "run": Command("run one of diffusers' own training scripts under the guard, unmodified", _run),
     "demo": Command("fine-tune the bundled model twice, plain and guarded, and compare what they copy", _demo),
-    "audit": Command("measure how much models copy of their training pictures", _audit),
+    "audit": Command("measure how much models copy of their training images", _audit),
     "export": Command("write a run in another format: a diffusers folder, one file, or a LoRA file", _export),
-    "inspect": Command("tell the story of a run, and show its most memory-prone pictures and its curves", _inspect),
+    "inspect": Command("tell the story of a run, and show its most memory-prone images and its curves", _inspect),
 }
 
 

@@ -29,7 +29,7 @@ __all__ = ["PRESETS", "ConfigError", "GuardConfig", "TrainConfig", "make_train_c
 GUARD = "Memorization guard"  # the heading of its flags
 MULTIPLE_OF_8 = Rule("a positive multiple of 8", lambda pixels: pixels > 0 and pixels % 8 == 0)
 AFFINE = 0.05
-"""Share of a picture's side that random affine maps take by default."""
+"""Share of a image's side that random affine maps take by default."""
 AFFINE_RULE = Rule("between 0 and 0.2", lambda share: 0 <= share <= 0.2)
 RANK = Rule("-1 or more", lambda rank: rank >= -1)
 SEED = (
@@ -70,7 +70,7 @@ class GuardConfig:
     num_shards: int | Literal["auto"] = setting(
         "auto",
         GUARD,
-        "shards, one proxy each; auto: one per 30 passes over the pictures, at most 4, of 64 or more",
+        "shards, one proxy each; auto: one per 30 passes over the images, at most 4, of 64 or more",
         POSITIVE_COUNT,
     )
     steps_per_round: int | Literal["auto"] = setting(
@@ -96,7 +96,7 @@ class GuardConfig:
         "keep", GUARD, "what happens to samples that wait for augmentation beyond one batch"
     )
     group_duplicates: Literal["off", "shard", "balance"] = setting(
-        "balance", GUARD, "near-identical pictures share a shard, move together and count as one; shard: count each"
+        "balance", GUARD, "near-identical images share a shard, move together and count as one; shard: count each"
     )
     seed: int | None = setting(None, *SEED)
 
@@ -151,30 +151,30 @@ class TrainConfig:
         None, "Model", "what the UNet predicts; as the model's scheduler says if not given"
     )
     rank: int | None = setting(None, "Model", "rank of the LoRA adapters", POSITIVE_COUNT, by_proxy={"lora": 4})
-    cache_dir: str | None = setting(None, "Model", "folder for models and data sets that come from the hub")
+    cache_dir: str | None = setting(None, "Model", "folder for models and datasets that come from the hub")
 
-    dataset_name: str | None = setting(None, "Data", "data set on the hub, or a local folder that `datasets` can read")
-    dataset_config_name: str | None = setting(None, "Data", "configuration of the data set, where it has several")
+    dataset_name: str | None = setting(None, "Data", "dataset on the hub, or a local folder that `datasets` can read")
+    dataset_config_name: str | None = setting(None, "Data", "configuration of the dataset, where it has several")
     train_data_dir: str | None = setting(
         None,
         "Data",
-        "folder of pictures with metadata.jsonl, .csv or .parquet, or a .txt beside each; `bundled`: the demo set",
+        "folder of images with metadata.jsonl, .csv or .parquet, or a .txt beside each; `bundled`: the demo set",
     )
-    image_column: str = setting("image", "Data", "column of the pictures")
+    image_column: str = setting("image", "Data", "column of the images")
     caption_column: str = setting("text", "Data", "column of the captions; a list of captions is drawn from")
     max_train_samples: int | None = setting(None, "Data", "train on this many samples at most", POSITIVE_COUNT)
     on_bad_sample: Literal["error", "skip"] = setting(
         "error", "Data", "stop with a list of unreadable samples, or leave them out"
     )
-    resolution: int = setting(512, "Data", "side of the square training pictures in pixels", MULTIPLE_OF_8)
+    resolution: int = setting(512, "Data", "side of the square training images in pixels", MULTIPLE_OF_8)
     image_interpolation_mode: Literal[
         "bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"
-    ] = setting("lanczos", "Data", "filter that resizes the pictures")
-    center_crop: bool = setting(False, "Data", "crop the middle of each picture rather than a random part")
-    random_flip: bool = setting(False, "Data", "mirror half of the pictures at random")
+    ] = setting("lanczos", "Data", "filter that resizes the images")
+    center_crop: bool = setting(False, "Data", "crop the middle of each image rather than a random part")
+    random_flip: bool = setting(False, "Data", "mirror half of the images at random")
     caption_dropout: float = setting(0.0, "Data", "share of captions replaced by an empty one", PROBABILITY)
     cache_latents: Literal["auto", "memory", "disk", "off"] = setting(
-        "auto", "Data", "compute the latents of the pictures once; auto: where that is exact, in memory, else on disk"
+        "auto", "Data", "compute the latents of the images once; auto: where that is exact, in memory, else on disk"
     )
     cache_text_embeddings: Literal["auto", "memory", "disk", "off"] = setting(
         "auto", "Data", "compute the embeddings of the captions once; auto: in memory, else on disk"
@@ -182,9 +182,9 @@ class TrainConfig:
     encoding_cache_dir: str | None = setting(
         None,
         "Data",
-        "folder that runs share: caches on disk (else in the user's cache), checked pictures (else in output_dir)",
+        "folder that runs share: caches on disk (else in the user's cache), checked images (else in output_dir)",
     )
-    dataloader_num_workers: int = setting(0, "Data", "processes that read pictures; 0: the main one", NOT_NEGATIVE)
+    dataloader_num_workers: int = setting(0, "Data", "processes that read images; 0: the main one", NOT_NEGATIVE)
 
     memguard: Literal["on", "off"] = setting("on", GUARD, "off: plain fine-tuning by the same loop")
     preset: Literal["default", "paper"] = setting(
@@ -193,7 +193,7 @@ class TrainConfig:
     random_affine: float | Literal["auto"] = setting(
         "auto",
         GUARD,
-        "show pictures shifted, turned and zoomed by up to this share of a side; auto: 0.05 for guarded full weights",
+        "show images translated, rotated and scaled by up to this share of a side; auto: 0.05 for guarded full weights",
         AFFINE_RULE,
     )
     proxy: Literal["full", "lora"] = setting(
@@ -250,13 +250,13 @@ class TrainConfig:
         None, "Validation", "a caption to draw while training", by_proxy={"lora": None}
     )
     num_validation_images: int | None = setting(
-        None, "Validation", "drawings of validation_prompt", POSITIVE_COUNT, by_proxy={"lora": 4}
+        None, "Validation", "generated images of validation_prompt", POSITIVE_COUNT, by_proxy={"lora": 4}
     )
     validation_epochs: int = setting(
         None, "Validation", "draw every so many passes over the data", POSITIVE_COUNT, by_proxy={"full": 5, "lora": 1}
     )
     validation_data_dir: str | None = setting(
-        None, "Validation", "folder of captioned pictures not trained on, to measure the loss on; `bundled`: the demo's"
+        None, "Validation", "folder of captioned images not trained on, to measure the loss on; `bundled`: the demo's"
     )
 
     output_dir: str = setting(
@@ -274,10 +274,10 @@ class TrainConfig:
     )
     report_to: Literal[
         "all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"
-    ] = setting("tensorboard", "Output", "tracker of losses and drawings")
+    ] = setting("tensorboard", "Output", "tracker of losses and generated images")
     tracker_project_name: str = setting("text2image-fine-tune", "Output", "name of the project in the tracker")
 
-    push_to_hub: bool = setting(False, "Hub", "upload the final model and its card; no pictures or captions")
+    push_to_hub: bool = setting(False, "Hub", "upload the final model and its card; no images or captions")
     hub_token: str | None = setting(None, "Hub", "token to upload with; better: `hf auth login`", secret=True)
     hub_model_id: str | None = setting(None, "Hub", "repository to upload to; the name of output_dir if not given")
 
@@ -285,8 +285,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Fill in what depends on other settings, then check each one, then all together."""
-        self._settle_by_proxy()
-        self._settle_affine()
+        self._resolve_by_proxy()
+        self._resolve_random_affine()
         check_settings(self)
         _check_together(self)
         self._set("non_ema_revision", self.non_ema_revision or self.revision)
@@ -301,7 +301,7 @@ class TrainConfig:
             if not SETTINGS[name].secret
         }
 
-    def _settle_by_proxy(self) -> None:
+    def _resolve_by_proxy(self) -> None:
         TRAIN_SETTINGS["proxy"].check(self.proxy)
         for declared in TRAIN_SETTINGS.values():
             if not declared.by_proxy:
@@ -312,8 +312,8 @@ class TrainConfig:
                 owner = " or ".join(f"`--proxy {proxy}`" for proxy in declared.by_proxy)
                 raise ConfigError(f"`--{declared.name}` belongs to {owner}, got `--proxy {self.proxy}`; leave it out")
 
-    def _settle_affine(self) -> None:
-        """Move pictures where the guard trains full weights: adapters learn less by heart; the paper has no maps."""
+    def _resolve_random_affine(self) -> None:
+        """Move images where the guard trains full weights: adapters learn less by heart; the paper has no maps."""
         if self.random_affine == "auto":
             guarded = self.memguard == "on" and self.preset == "default" and not self.guard.is_neutral
             self._set("random_affine", AFFINE if guarded and self.proxy == "full" else 0.0)
@@ -358,8 +358,8 @@ def _check_together(config: TrainConfig) -> None:
     """Refuse settings that cannot stand side by side."""
     if config.dataset_name is None and config.train_data_dir is None:
         raise ConfigError(
-            "`--train_data_dir` or `--dataset_name` must be given, got neither; name a folder of captioned pictures, "
-            "a data set on the hub, or `--train_data_dir bundled` for the demo set"
+            "`--train_data_dir` or `--dataset_name` must be given, got neither; name a folder of captioned images, "
+            "a dataset on the hub, or `--train_data_dir bundled` for the demo set"
         )
     if config.report_to == "wandb" and config.hub_token is not None:
         raise ConfigError(

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from sd_memguard.config import GuardConfig
-from sd_memguard.core.async_copy import HostCopy
+from sd_memguard.core.async_copy import AsyncCPUCopy
 from sd_memguard.core.augmentation import AugmentQueue, augment_magnitude, augment_strength
 from sd_memguard.core.bands import Bands, classify
 from sd_memguard.core.decision import Counted, Verdict
 from sd_memguard.core.ledger import SampleLedger
 from sd_memguard.core.memory_bank import LossMemoryBank
 from sd_memguard.core.redistribution import redistribute
-from sd_memguard.core.shards import Moves, ShardPlan, auto_num_shards, count_pictures, split_into_shards
+from sd_memguard.core.shards import Moves, ShardPlan, auto_num_shards, count_images, split_into_shards
 from sd_memguard.errors import LoopError
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ class MemorizationGuard:
         num_samples: number of samples, ids ``0 .. num_samples-1``.
         num_timesteps: number of timesteps of the noise schedule.
         groups: (num_samples,) int64, duplicates share a number and stay together. With ``group_duplicates="balance"``
-            a group counts as one picture: in the sizes of the shards, in what moves, and in the weights of the proxies;
+            a group counts as one image: in the sizes of the shards, in what moves, and in the weights of the proxies;
             the loop is to visit one member of each group in a pass. Without groups there are no duplicates, with a
             notice.
-        exclude: sample ids that are not trained on, e.g. unreadable pictures.
+        exclude: sample ids that are not trained on, e.g. unreadable images.
         augments: whether the loop trains augmented copies; if not there are two bands.
         device: where the memory banks live.
 
@@ -87,7 +87,7 @@ class MemorizationGuard:
         self.groups = self._check_groups(groups, num_samples)
         num_shards = config.num_shards
         if num_shards == "auto":
-            num_shards = auto_num_shards(count_pictures(num_samples, groups, exclude))
+            num_shards = auto_num_shards(count_images(num_samples, groups, exclude))
         balanced = config.group_duplicates == "balance"
         self.plan = split_into_shards(num_samples, num_shards, self.seed, groups, exclude, balanced=balanced)
         if groups is None and (balanced or (config.group_duplicates == "shard" and num_shards > 1)):
@@ -126,7 +126,7 @@ class MemorizationGuard:
         """The groups of which each pass visits one member, None where every sample is visited."""
         return self.groups if self.config.group_duplicates == "balance" else None
 
-    def num_pictures(self) -> list[int]:
+    def num_images(self) -> list[int]:
         """Return the length of a pass over each shard: its samples, or its groups of duplicates under ``balance``."""
         return self.plan.sizes(self.balanced_groups)
 
@@ -166,7 +166,7 @@ class MemorizationGuard:
                 verdict, in their order, before it goes on to the next step.
 
         Raises:
-            ValueError: the shapes differ, or a sample is not of this data set.
+            ValueError: the shapes differ, or a sample is not of this dataset.
         """
         if not losses.shape == timesteps.shape == sample_ids.shape or losses.dim() != 1:
             raise ValueError(
@@ -184,7 +184,7 @@ class MemorizationGuard:
         if len(host_ids) and not 0 <= int(host_ids.min()) <= int(host_ids.max()) < num_samples:
             raise ValueError(
                 f"`sample_ids` must be between 0 and {num_samples - 1}, got {host_ids.tolist()}; "
-                "give each sample its row number in the data set"
+                "give each sample its row number in the dataset"
             )
         rounds = None if self.attachment is None else self.attachment.rounds
         if rounds is not None:
@@ -200,7 +200,9 @@ class MemorizationGuard:
         weighted = losses if weights is None else losses * weights
         clean_sum = torch.where(bands.clean_mask, weighted, 0.0).sum()
         # One transfer to the host for everything that is counted there.
-        on_its_way = HostCopy(torch.stack((losses.detach().float(), loss_ratio, bands.skip_mask, bands.augment_mask)))
+        on_its_way = AsyncCPUCopy(
+            torch.stack((losses.detach().float(), loss_ratio, bands.skip_mask, bands.augment_mask))
+        )
         counts, shard_index = rounds is None or not rounds.augmented, self.shard_index
 
         def count() -> Counted:
@@ -234,11 +236,11 @@ class MemorizationGuard:
         return AugmentBatch(sample_ids, augment_magnitude(strengths))
 
     def aggregation_weights(self) -> list[float]:
-        """Return the weight of each proxy in the aggregate: the shard's number of pictures, or 1 (paper)."""
-        return [float(size) if self.config.shard_weights == "size" else 1.0 for size in self.num_pictures()]
+        """Return the weight of each proxy in the aggregate: the shard's number of images, or 1 (paper)."""
+        return [float(size) if self.config.shard_weights == "size" else 1.0 for size in self.num_images()]
 
     def redistribute(self) -> Moves:
-        """Move the memory-prone samples of each shard to the next one and count skips anew."""
+        """Move the memory-prone samples of each shard to the next one and count skips again."""
         fraction = self.config.redistribute_fraction
         balanced = self.config.group_duplicates == "balance"
         self.plan, moves = redistribute(self.plan, self.ledger.skips, fraction, self.groups, balanced=balanced)
@@ -307,7 +309,7 @@ class MemorizationGuard:
             models: further models that the same optimizer trains, e.g. text encoders.
             ema: the EMA of the trained weights (diffusers' ``EMAModel``), to be kept per proxy and averaged.
             augment: returns a batch like the dataloader's, of augmented copies of the samples with these ids, at a
-                magnitude of RandAugment (of 30). Without it RandAugment goes into the data set's own transform; where
+                magnitude of RandAugment (of 30). Without it RandAugment goes into the dataset's own transform; where
                 there is none, nothing is augmented, with a notice.
             store_dir: folder where resting proxies wait, in place of memory; what it holds is removed.
 

@@ -1,4 +1,4 @@
-"""What the tests of training share: a tiny pipeline built from configs, a folder of pictures, and runs with them."""
+"""What the tests of training share: a tiny pipeline built from configs, a folder of images, and runs with them."""
 
 import json
 from collections.abc import Callable
@@ -67,15 +67,15 @@ def pipeline(tmp_path_factory) -> Path:
     return folder
 
 
-def write_pictures(folder: Path, sizes: list[tuple[int, int]]) -> Path:
-    """Write random pictures of these sizes, every third with a list of two captions."""
+def write_images(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    """Write random images of these sizes, every third with a list of two captions."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     lines = []
     for number, (width, height) in enumerate(sizes):
         coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"secret-{number:02}.png")
-        caption = f"picture {number} of a private thing"
+        caption = f"image {number} of a private thing"
         text = caption if number % 3 else [caption, f"another word for {number}"]
         lines.append(json.dumps({"file_name": f"secret-{number:02}.png", "text": text}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
@@ -83,18 +83,18 @@ def write_pictures(folder: Path, sizes: list[tuple[int, int]]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
-    """Return a folder of 24 square pictures."""
-    return write_pictures(tmp_path_factory.mktemp("square") / "pictures", [(RESOLUTION, RESOLUTION)] * 24)
+def images(tmp_path_factory) -> Path:
+    """Return a folder of 24 square images."""
+    return write_images(tmp_path_factory.mktemp("square") / "images", [(RESOLUTION, RESOLUTION)] * 24)
 
 
 @pytest.fixture(scope="session")
-def wide_pictures(tmp_path_factory) -> Path:
-    """Return a folder of 24 pictures that are not square."""
-    return write_pictures(tmp_path_factory.mktemp("wide") / "pictures", [(48, 40), (40, 56)] * 12)
+def wide_images(tmp_path_factory) -> Path:
+    """Return a folder of 24 images that are not square."""
+    return write_images(tmp_path_factory.mktemp("wide") / "images", [(48, 40), (40, 56)] * 12)
 
 
-def short_run(pipeline: Path, pictures: Path, output_dir: Path, **settings) -> TrainConfig:
+def short_run(pipeline: Path, images: Path, output_dir: Path, **settings) -> TrainConfig:
     """Return the config of a short run under the full guard, with what is given on top."""
     guard = {"num_shards": 3, "steps_per_round": 2, "skip_threshold": 0.95, "augment_threshold": 1.2}
     guard |= {"group_duplicates": "shard", "random_affine": 0.0}
@@ -102,7 +102,7 @@ def short_run(pipeline: Path, pictures: Path, output_dir: Path, **settings) -> T
         guard = {}
     defaults = {
         "pretrained_model_name_or_path": str(pipeline),
-        "train_data_dir": str(pictures),
+        "train_data_dir": str(images),
         "output_dir": str(output_dir),
         "resolution": RESOLUTION,
         "train_batch_size": 4,
@@ -115,17 +115,17 @@ def short_run(pipeline: Path, pictures: Path, output_dir: Path, **settings) -> T
 
 
 @pytest.fixture
-def configure(pipeline, pictures, tmp_path) -> Callable[..., TrainConfig]:
+def configure(pipeline, images, tmp_path) -> Callable[..., TrainConfig]:
     """Return a function that makes the config of a short run under the full guard, with what is given on top."""
-    return lambda output="run", **settings: short_run(pipeline, pictures, tmp_path / output, **settings)
+    return lambda output="run", **settings: short_run(pipeline, images, tmp_path / output, **settings)
 
 
 @pytest.fixture(scope="session")
-def finished_run(pipeline, pictures, wide_pictures, tmp_path_factory) -> TrainResult:
+def finished_run(pipeline, images, wide_images, tmp_path_factory) -> TrainResult:
     """Return a short run that is over, with a held-out gap and a checkpoint; whoever changes it makes a copy first."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    heldout = {"validation_data_dir": str(wide_pictures), "center_crop": True}
-    return train(short_run(pipeline, pictures, folder, **heldout, checkpointing_steps=15))
+    heldout = {"validation_data_dir": str(wide_images), "center_crop": True}
+    return train(short_run(pipeline, images, folder, **heldout, checkpointing_steps=15))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def pixels(folder: Path) -> list[bytes]:
-    """Decoded pictures, so that equal pictures in differently compressed files count as equal."""
+    """Decoded images, so that equal images in differently compressed files count as equal."""
     return [np.asarray(Image.open(folder / row["file_name"]).convert("RGB")).tobytes() for row in read_rows(folder)]
 
 
@@ -115,18 +115,18 @@ def test_imagefolder_reads_every_row_with_its_caption(folder, num_rows, tmp_path
     assert first["text"] == captions[min(captions)]
 
 
-def test_32_captions_are_there_16_times_with_one_picture_each():
-    pictures_of: dict[str, list[bytes]] = {}
-    for row, picture in zip(read_rows(demo_data_path()), pixels(demo_data_path()), strict=True):
-        pictures_of.setdefault(row["text"], []).append(picture)
-    assert Counter(map(len, pictures_of.values())) == {16: 32, 1: 480}
-    assert all(len(set(pictures)) == 1 for pictures in pictures_of.values())
+def test_32_captions_are_there_16_times_with_one_image_each():
+    images_of: dict[str, list[bytes]] = {}
+    for row, image in zip(read_rows(demo_data_path()), pixels(demo_data_path()), strict=True):
+        images_of.setdefault(row["text"], []).append(image)
+    assert Counter(map(len, images_of.values())) == {16: 32, 1: 480}
+    assert all(len(set(images)) == 1 for images in images_of.values())
     # The repeated rows are spread over the folder, not one block.
-    rows = [len(pictures_of[row["text"]]) == 16 for row in read_rows(demo_data_path())]
+    rows = [len(images_of[row["text"]]) == 16 for row in read_rows(demo_data_path())]
     assert 0.3 < np.mean(rows[: len(rows) // 2]) < 0.7
 
 
-def test_no_heldout_picture_is_trained_on():
+def test_no_heldout_image_is_trained_on():
     heldout = pixels(demo_heldout_path())
     assert len(set(heldout)) == 256
     assert not set(heldout) & set(pixels(demo_data_path()))

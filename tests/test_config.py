@@ -67,8 +67,8 @@ def test_guard_off_turns_every_part_off():
         ({"random_affine": 0}, 0.0),
     ],
 )
-def test_pictures_are_moved_where_the_guard_is_on(settings, share):
-    config = make_train_config(pretrained="model", train_data_dir="pictures", **settings)
+def test_images_are_moved_where_the_guard_is_on(settings, share):
+    config = make_train_config(pretrained="model", train_data_dir="images", **settings)
     assert config.random_affine == share
     assert make_train_config(**config.to_dict()).random_affine == share
 

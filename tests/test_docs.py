@@ -22,7 +22,7 @@ OTHERS = {
 }
 KNOWN = {*SETTINGS, *ALIASES, *OTHERS, "config", "help"}
 # Flags of other programs, and those that the text says are refused or do not exist yet.
-FOREIGN = {"plot", "work_dir", "num_processes", "images_per_caption", "steps", "num_pictures"}
+FOREIGN = {"plot", "work_dir", "num_processes", "images_per_caption", "steps", "num_images"}
 FOREIGN |= {"quick", "arms", "seeds", "cells", "points", "all_points"}  # of benchmarks/memorization
 # Flags of diffusers' scripts that the launcher runs.
 FOREIGN |= {"do_edm_style_training", "use_dora", "output_kohya_format"}

@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def test_own_loop_skips_samples_and_stays_short(capsys):
     example = EXAMPLES / "plug_into_your_loop.py"
-    guard = runpy.run_path(str(example))["train"](steps=25, num_pictures=32)
+    guard = runpy.run_path(str(example))["train"](steps=25, num_images=32)
 
     assert int(guard.ledger.seen.sum()) == 25 * 16
     assert 0 < int(guard.ledger.skipped.sum()) < 25 * 16

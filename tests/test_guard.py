@@ -204,17 +204,17 @@ def test_groups_stay_together():
         assert len(set(guard.plan.assignment[groups == group].tolist())) == 1
 
 
-GROUPS = torch.tensor([0] * 8 + list(range(8, NUM_SAMPLES)))  # eight copies of one picture and twelve others
+GROUPS = torch.tensor([0] * 8 + list(range(8, NUM_SAMPLES)))  # eight copies of one image and twelve others
 
 
-def test_a_balanced_group_counts_as_one_picture_everywhere():
+def test_a_balanced_group_counts_as_one_image_everywhere():
     shard, balance = (make_guard(groups=GROUPS, group_duplicates=mode) for mode in ("shard", "balance"))
-    assert shard.num_pictures() == shard.plan.sizes() == [10, 10]
+    assert shard.num_images() == shard.plan.sizes() == [10, 10]
     assert shard.aggregation_weights() == [10, 10]
     assert shard.balanced_groups is None
-    assert sorted(balance.num_pictures()) == [6, 7]
+    assert sorted(balance.num_images()) == [6, 7]
     assert sorted(balance.plan.sizes()) in ([6, 14], [7, 13])
-    assert balance.aggregation_weights() == balance.num_pictures()
+    assert balance.aggregation_weights() == balance.num_images()
     assert torch.equal(balance.balanced_groups, GROUPS)
     assert make_guard(groups=torch.zeros(NUM_SAMPLES, dtype=torch.int64), num_shards="auto").num_shards == 1
 
@@ -238,7 +238,7 @@ def test_a_saved_state_brings_its_groups():
     other = make_guard(groups=torch.arange(NUM_SAMPLES), group_duplicates="balance")
     other.load_state_dict(saved.state_dict())
     assert_same_state(other.state_dict(), saved.state_dict())
-    assert other.num_pictures() == saved.num_pictures()
+    assert other.num_images() == saved.num_images()
 
 
 def test_a_seed_is_drawn_where_none_is_given():

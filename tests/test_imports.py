@@ -46,7 +46,7 @@ LIBRARIES = {
     "audit.report": {"jinja2"},
     "audit.report_charts": {"numpy", "pyarrow"},
     "audit.report_input": {"pyarrow"},
-    "audit.report_pictures": {"PIL"},
+    "audit.report_images": {"PIL"},
     "audit.report_view": set(),
     "audit.report_words": set(),
     "audit.scores": {"torch"},

@@ -1,9 +1,9 @@
 """Train the bundled copy descriptor: the features by which the audit tells copies without a download.
 
-Two changed views of a picture are to be alike, and unlike those of every other picture (InfoNCE); a second term spreads
+Two changed views of a image are to be alike, and unlike those of every other image (InfoNCE); a second term spreads
 the vectors over the sphere (KoLeo), both as in SSCD (Pizzi et al. 2022, arXiv 2202.10261). The views are what happens
 to copies: shifted, zoomed, scaled down and up, compressed like JPEG, tinted, noisy. Both views of a pair
-share a random recolouring, flip and blend, which makes many more styles of the few pictures at hand.
+share a random recolouring, flip and blend, which makes many more styles of the few images at hand.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sd_memguard.audit.features.copy_descriptor import SIZE, CopyDescriptor
-from sd_memguard.audit.images import load_pictures
+from sd_memguard.audit.images import load_images
 
 TEMPERATURE = 0.07
 BATCH_SIZE = 128
@@ -56,16 +56,16 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
-    pixels = torch.cat([load_pictures(folder, SIZE).pixels for folder in args.data_dirs])
-    pictures = pixels.permute(0, 3, 1, 2).float() / 255
+    pixels = torch.cat([load_images(folder, SIZE).pixels for folder in args.data_dirs])
+    images = pixels.permute(0, 3, 1, 2).float() / 255
     model = CopyDescriptor()
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=args.max_train_steps)
     start = time.monotonic()
     for step in range(args.max_train_steps):
-        batch = restyle(pictures[torch.randint(len(pictures), (BATCH_SIZE,))])
+        batch = restyle(images[torch.randint(len(images), (BATCH_SIZE,))])
         vectors = torch.cat([model(disguise(batch)), model(disguise(batch))])
-        contrast, spread = losses(vectors, same_picture(batch))
+        contrast, spread = losses(vectors, same_image(batch))
         optimizer.zero_grad()
         (contrast + spread).backward()
         optimizer.step()
@@ -83,7 +83,7 @@ def chance(probability: float) -> bool:
 
 
 def restyle(batch: Tensor) -> Tensor:
-    """Return the pictures with channels exchanged, inverted, flipped or blended with others, all in the same way."""
+    """Return the images with channels exchanged, inverted, flipped or blended with others, all in the same way."""
     if chance(0.7):
         batch = batch[:, torch.randperm(3)]
     if chance(0.3):
@@ -99,7 +99,7 @@ def restyle(batch: Tensor) -> Tensor:
 
 
 def disguise(batch: Tensor) -> Tensor:
-    """Return each picture as a copy of it might look."""
+    """Return each image as a copy of it might look."""
     count = len(batch)
     zoom = 1 - 0.12 * torch.rand(count)
     shift = (2 * torch.rand(count, 2) - 1) * (1 - zoom + 0.02)[:, None]
@@ -121,7 +121,7 @@ def disguise(batch: Tensor) -> Tensor:
 
 
 def compress(batch: Tensor, step: float) -> Tensor:
-    """Return the pictures with the cosine coefficients of their 8 x 8 blocks rounded; step 0 leaves them alone."""
+    """Return the images with the cosine coefficients of their 8 x 8 blocks rounded; step 0 leaves them alone."""
     if not step:
         return batch
     count, channels, height, width = batch.shape
@@ -131,8 +131,8 @@ def compress(batch: Tensor, step: float) -> Tensor:
     return blocks.transpose(3, 4).reshape(count, channels, height, width)
 
 
-def same_picture(batch: Tensor) -> Tensor:
-    """Return which pictures of the batch are one and the same, (B, B) bool, so that they are not held apart."""
+def same_image(batch: Tensor) -> Tensor:
+    """Return which images of the batch are one and the same, (B, B) bool, so that they are not held apart."""
     rows = batch.flatten(1)[:, ::97]
     return torch.cdist(rows, rows, p=1) < 1e-3
 

@@ -1,4 +1,4 @@
-"""Build the bundled tiny Stable Diffusion from folders of captioned pictures, one stage after the other.
+"""Build the bundled tiny Stable Diffusion from folders of captioned images, one stage after the other.
 
 Every stage works on one diffusers folder, `--model_dir`, and goes on from what lies there; README.md has the commands.
 """
@@ -94,7 +94,7 @@ SAMPLE_CAPTIONS = """grinning face, red apple, france flag, dog face, cat face, 
 white medium star, heavy black heart, slice of pizza, evergreen tree, crescent moon, smiling face with sunglasses,
 green book, large blue circle, ship, alarm clock, sunflower, guitar, hamburger, airplane, lion face, police officer,
 keyboard"""
-# A mirrored flag, letter or clock is another one, so pictures with such captions are not flipped.
+# A flipped flag, letter or clock is another one, so images with such captions are not flipped.
 ONE_SIDED = re.compile(r"flag|left|right|letter|squared|clock|keycap|symbol|sign|arrow|ideograph|digit")
 
 
@@ -117,7 +117,7 @@ def parse_args() -> argparse.Namespace:
     def add_training(stage: argparse.ArgumentParser, steps: int, batch_size: int, learning_rate: float) -> None:
         stage.add_argument("--max_train_steps", type=int, default=steps, help="Optimizer steps.")
         stage.add_argument("--max_minutes", type=float, default=math.inf, help="The learning rate is 0 by then, too.")
-        stage.add_argument("--batch_size", type=int, default=batch_size, help="Pictures per step.")
+        stage.add_argument("--batch_size", type=int, default=batch_size, help="Images per step.")
         stage.add_argument("--learning_rate", type=float, default=learning_rate, help="Peak of the cosine.")
         stage.add_argument("--save_steps", type=int, default=500, help="Steps between two saves.")
 
@@ -141,8 +141,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_pictures(folders: list[Path]) -> tuple[torch.Tensor, list[str]]:
-    """Return the pictures (N, 3, 64, 64) in [-1, 1] and their captions."""
+def read_images(folders: list[Path]) -> tuple[torch.Tensor, list[str]]:
+    """Return the images (N, 3, 64, 64) in [-1, 1] and their captions."""
     pixels, captions = [], []
     for folder in folders:
         for row in map(json.loads, (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()):
@@ -184,7 +184,7 @@ def build_text_encoder(args: argparse.Namespace) -> None:
 
     config = CLIPTextConfig(**TEXT_ENCODER, architectures=["CLIPTextModel"], dtype="float32")
     text_encoder = CLIPTextModel(config).eval()
-    ids = tokenize(args.model_dir, read_pictures(args.data_dirs)[1])
+    ids = tokenize(args.model_dir, read_images(args.data_dirs)[1])
     with torch.no_grad():
         embeddings = text_encoder(ids)[0].flatten(0, 1)
         norm = next(module for name, module in text_encoder.named_modules() if name.endswith("final_layer_norm"))
@@ -210,7 +210,7 @@ def train_steps(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> I
 
 def train_vae(args: argparse.Namespace) -> None:
     """Train the autoencoder on L1 + L2 + a little KL, and set its scaling factor from the latents."""
-    images, _ = read_pictures(args.data_dirs)
+    images, _ = read_images(args.data_dirs)
     exists = (args.model_dir / "vae").exists()
     vae = AutoencoderKL.from_pretrained(args.model_dir, subfolder="vae") if exists else AutoencoderKL(**VAE)
     trained = [vae.decoder, vae.post_quant_conv] if args.freeze_encoder else [vae]
@@ -253,7 +253,7 @@ def take_step(loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: 
 
 def train_unet(args: argparse.Namespace) -> None:
     """Train the UNet to predict the noise, together with the text encoder, and save the mean of their weights."""
-    images, captions = read_pictures(args.data_dirs)
+    images, captions = read_images(args.data_dirs)
     vae = AutoencoderKL.from_pretrained(args.model_dir, subfolder="vae")
     flips = [encode(vae, flipped) for flipped in (images, images.flip(-1))]
     means, stds = (torch.stack(each) * vae.config.scaling_factor for each in zip(*flips, strict=True))
@@ -313,18 +313,18 @@ def denoising_loss(pipeline: StableDiffusionPipeline, images: torch.Tensor, ids:
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Draw a grid of 24 captions, and print the denoising loss on the first 512 pictures of each folder."""
+    """Draw a grid of 24 captions, and print the denoising loss on the first 512 images of each folder."""
     pipeline = StableDiffusionPipeline.from_pretrained(args.model_dir, local_files_only=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     draw = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     generator = torch.Generator().manual_seed(args.seed)
-    images = pipeline(re.split(r",\s+", SAMPLE_CAPTIONS), generator=generator, output_type="np", **draw).images
-    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in (images[:12], images[12:])])
+    generated = pipeline(re.split(r",\s+", SAMPLE_CAPTIONS), generator=generator, output_type="np", **draw).images
+    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in (generated[:12], generated[12:])])
     Image.fromarray((grid * 255).round().astype(np.uint8)).save(args.output_file)
     for folder in args.data_dirs:
-        pictures, captions = read_pictures([folder])
-        loss = denoising_loss(pipeline, pictures[:512], tokenize(args.model_dir, captions[:512]))
+        images, captions = read_images([folder])
+        loss = denoising_loss(pipeline, images[:512], tokenize(args.model_dir, captions[:512]))
         print(f"denoising loss on {folder.parent.name}/{folder.name}: {loss:.5f}")
 
 

@@ -82,7 +82,7 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, exam: Exam | None)
     for checkpoint in list_checkpoints(folder):
         step = int(checkpoint.name.rpartition("-")[2])
         if step in files and not is_complete(files[step]):
-            judged = judge(exam, checkpoint / "unet", folder / f"drawings-{step}.safetensors", f"{arm} {step}")
+            judged = judge(exam, checkpoint / "unet", folder / f"generated images-{step}.safetensors", f"{arm} {step}")
             if files[step].exists():  # made before all that is judged now was
                 cell = json.loads(files[step].read_text(encoding="utf-8")) | judged
             else:
@@ -107,13 +107,13 @@ def judge_base(options: argparse.Namespace, exam: Exam) -> None:
     if is_complete(file):
         return
     about = {"arm": "base", "title": ARMS["base"].title, "seed": 0, "step": 0, "settings": {}, "data": "demo"}
-    costs = {"extra_steps": 0, "empty_steps": 0, "picture_forwards": 0, "cpu_seconds_of_run": 0}
+    costs = {"extra_steps": 0, "empty_steps": 0, "image_forwards": 0, "cpu_seconds_of_run": 0}
     command = "python -m benchmarks.memorization --arms base --work_dir runs/memorization"
     write_cell(
         file,
         about
         | {"command": command, "commit": commit(), **costs}
-        | judge(exam, tiny_sd_path() / "unet", options.work_dir / "drawings-base.safetensors", "base"),
+        | judge(exam, tiny_sd_path() / "unet", options.work_dir / "generated images-base.safetensors", "base"),
     )
 
 
@@ -174,7 +174,7 @@ def describe(arm: str, seed: int, step: int, checkpoint: Path, options: argparse
         "unet_sha256": hashlib.sha256(weights).hexdigest(),
         "extra_steps": sum(progress["extra_steps"]),
         "empty_steps": progress["empty_steps"],
-        "picture_forwards": progress["picture_forwards"],
+        "image_forwards": progress["image_forwards"],
         "cpu_seconds_of_run": json.loads(seconds.read_text(encoding="utf-8")) if seconds.exists() else None,
     }
 

@@ -35,7 +35,7 @@ MSR = {"redistribute_fraction": 0.25}
 
 
 class Arm(NamedTuple):
-    """A fine-tune: its row in the table, its settings on top of ``COMMON``, and the pictures it is trained on."""
+    """A fine-tune: its row in the table, its settings on top of ``COMMON``, and the images it is trained on."""
 
     title: str
     settings: dict[str, Any]
@@ -82,7 +82,7 @@ ARMS = {
         "plain, duplicates removed, RandAugment on everything", FULL | {"memguard": "off"}, data="distinct_augmented"
     ),
     "plain_distinct_moved": Arm(
-        "plain, duplicates removed, pictures moved a little", FULL | {"memguard": "off"}, data="distinct_moved"
+        "plain, duplicates removed, images moved a little", FULL | {"memguard": "off"}, data="distinct_moved"
     ),
     "plain_affine": Arm("plain, affine maps", FULL | {"memguard": "off"} | AFFINE),
     "plain_distinct_affine": Arm(

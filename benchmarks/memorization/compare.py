@@ -2,7 +2,7 @@
 
 Plain training passes every quality on its way from the untouched model, with few copies early and many late: stopping
 it early is the simplest guard of all. So an arm is set beside the first place where plain training's loss on unseen
-pictures (or its KID) has come down to the arm's own, found by linear interpolation between the points judged. An arm
+images (or its KID) has come down to the arm's own, found by linear interpolation between the points judged. An arm
 better than every point of plain training is set beside plain training's best point, marked by an asterisk.
 """
 
@@ -28,7 +28,7 @@ class Fall(NamedTuple):
     """By how much an arm copies less than plain training of the same quality: 1 is no copies, 0 as many, all shares.
 
     Attributes:
-        value: over the drawings of all seeds.
+        value: over the generated images of all seeds.
         low: 2.5th percentile of resampled captions.
         high: 97.5th.
         by_seed: of each seed by itself.
@@ -62,15 +62,15 @@ def find_place(values: Sequence[float], wanted: float) -> Place:
 
 
 def quality(cell: Cell, measure: str) -> float:
-    """Return a cell's loss on unseen pictures ("loss") or a KID by its name; the lower, the better."""
+    """Return a cell's loss on held-out images ("loss") or a KID by its name; the lower, the better."""
     return float((cell["losses"]["heldout"] if measure == "loss" else cell[measure])["mean"])
 
 
 def shares_by_caption(cell: Cell, kind: str) -> Tensor:
-    """Return the share of copies among the drawings of each caption, (captions,) float64."""
+    """Return the share of copies among the generated images of each caption, (captions,) float64."""
     one = cell["copies"][kind]
     return torch.tensor([int(digit) for digit in one["copies_by_caption"]]).double() / (
-        one["drawings"] / one["captions"]
+        one["generated"] / one["captions"]
     )
 
 

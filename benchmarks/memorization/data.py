@@ -1,4 +1,4 @@
-"""The pictures that the arms are trained on: the bundled set, and two changed copies of it."""
+"""The images that the arms are trained on: the bundled set, and two changed copies of it."""
 
 import json
 import random
@@ -11,20 +11,20 @@ from torchvision.transforms import RandAugment, RandomAffine
 from sd_memguard.assets import demo_data_path
 
 COPIES, MAGNITUDE = 4, 5
-"""Changed versions of each picture, and the magnitude of RandAugment, of 30 (the method's own go up to 5)."""
+"""Changed versions of each image, and the magnitude of RandAugment, of 30 (the method's own go up to 5)."""
 WHITE = [255, 255, 255]
 CHANGES = {
     "augmented": RandAugment(num_ops=2, magnitude=MAGNITUDE, fill=WHITE),
     "moved": RandomAffine(degrees=5, translate=(0.06, 0.06), scale=(0.9, 1.1), fill=WHITE),
 }
-"""What is done to the pictures of a set whose name ends so; the second leaves their colours alone."""
+"""What is done to the images of a set whose name ends so; the second leaves their colours alone."""
 
 
 def training_folder(name: str, work_dir: Path) -> Path:
     """Return the folder of a set, made in ``work_dir`` where it is not there yet.
 
-    ``demo`` is the bundled one; ``distinct`` has each of its pictures once; ``augmented`` has changed versions of every
-    row in its place, so that no picture is seen as it is; ``distinct_augmented`` and ``distinct_moved`` have both.
+    ``demo`` is the bundled one; ``distinct`` has each of its images once; ``augmented`` has changed versions of every
+    row in its place, so that no image is seen as it is; ``distinct_augmented`` and ``distinct_moved`` have both.
     """
     if name == "demo":
         return demo_data_path()
@@ -43,7 +43,7 @@ def _rows() -> list[dict[str, str]]:
 
 
 def _distinct(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    # Each copy of a repeated picture is a file of its own: it is the content that tells.
+    # Each copy of a repeated image is a file of its own: it is the content that tells.
     return list({(demo_data_path() / row["file_name"]).read_bytes(): row for row in reversed(rows)}.values())
 
 
@@ -58,11 +58,11 @@ def _write_changed(folder: Path, rows: list[dict[str, str]], change: torch.nn.Mo
     torch.manual_seed(0)
     random.seed(0)
     for number, row in enumerate(rows):
-        with Image.open(demo_data_path() / row["file_name"]) as image:
-            picture = image.convert("RGB")
+        with Image.open(demo_data_path() / row["file_name"]) as opened:
+            image = opened.convert("RGB")
         for copy in range(COPIES):
             name = f"{number:04}-{copy}.png"
-            change(picture).save(folder / name)
+            change(image).save(folder / name)
             written.append({"file_name": name, "text": row["text"]})
     _write_metadata(folder, written)
 

@@ -28,12 +28,15 @@ class Panel(NamedTuple):
     words: str
 
 
-LOSS, KID = "denoising loss on unseen pictures", "distance of the drawings of single captions to unseen pictures (KID)"
+LOSS, KID = (
+    "denoising loss on held-out images",
+    "distance of the generated images of single captions to held-out images (KID)",
+)
 PANELS = (Panel("repeated", "loss", LOSS), Panel("single", "loss", LOSS), Panel("repeated", "kid", KID))
 
 
 def plot(points: Points, file: Path) -> None:
-    """Draw the shares of copies of repeated and of single captions against the loss on unseen pictures, and the KID."""
+    """Draw the shares of copies of repeated and of single captions against the loss on held-out images, and the KID."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,7 +47,7 @@ def plot(points: Points, file: Path) -> None:
         for number, arm in enumerate(SHOWN):
             draw_arm(axis, points, arm, panel, f"C{number}")
         axis.set_xlabel(panel.words)
-        axis.set_ylabel(f"near copies, % of the drawings of {panel.kind} captions")
+        axis.set_ylabel(f"near copies, % of the generated images of {panel.kind} captions")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_title("lower and further left is better", loc="left")

@@ -28,7 +28,7 @@ def report(made: Points, published: Points) -> Iterable[str]:
         yield f"{title(arm)}, {step} steps: " + "; ".join(
             (
                 _verdict("copies of repeated captions", value, share_interval(theirs), "{:.0%}"),
-                _verdict("loss on unseen pictures", loss, loss_interval(theirs), "{:.4f}"),
+                _verdict("loss on held-out images", loss, loss_interval(theirs), "{:.4f}"),
             )
         )
 
@@ -41,7 +41,7 @@ def share_interval(cells: Sequence[Cell]) -> tuple[float, float]:
 
 
 def loss_interval(cells: Sequence[Cell]) -> tuple[float, float]:
-    """Return between what the loss on unseen pictures is expected, from the cells of several seeds."""
+    """Return between what the loss on held-out images is expected, from the cells of several seeds."""
     losses = torch.tensor([quality(cell, "loss") for cell in cells], dtype=torch.float64)
     margin = max(SMALLEST_MARGIN, 2 * float(losses.std()) if len(losses) > 1 else 0.0)
     return float(losses.mean()) - margin, float(losses.mean()) + margin

@@ -2,7 +2,7 @@
 
     python -m benchmarks.memorization.table --plot docs/images/memorization.png
 
-Shares of copies are over all drawings of all seeds; intervals are 95 % bootstrap intervals over captions. Losses are
+Shares of copies are over all generated images of all seeds; intervals are 95 % bootstrap intervals over captions. Losses are
 means at fixed timesteps and noise, the same for every model. The second table compares at equal quality, see
 `compare.py`.
 """
@@ -82,14 +82,14 @@ def table(points: Points) -> Iterable[str]:
         "KID",
         "KID of latents",
     ]
-    columns += ["picture-forwards", "CPU seconds"]
+    columns += ["image-forwards", "CPU seconds"]
     yield _line(columns)
     yield "|---" * len(columns) + "|"
     for (arm, step), cells in points.items():
         shares = [share_text(cells, measure, kind) for measure in ("copies", "recognized") for kind in KINDS]
         losses = [f"{mean_loss(cells, name):.4f}" for name in ("heldout", "single")]
         kids = [kid_text(cells, name) for name in ("kid", "kid_latents")]
-        forwards = f"{sum(cell['picture_forwards'] for cell in cells) / len(cells):,.0f}"
+        forwards = f"{sum(cell['image_forwards'] for cell in cells) / len(cells):,.0f}"
         yield _line([title(arm), step, len(cells), *shares, *losses, *kids, forwards, seconds_text(cells)])
 
 
@@ -168,7 +168,7 @@ def seconds_text(cells: Sequence[Cell]) -> str:
 
 
 def share(copies: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
-    """Return the share of copies among the drawings of several seeds, and its interval over captions."""
+    """Return the share of copies among the generated images of several seeds, and its interval over captions."""
     by_caption = torch.stack([shares_by_caption({"copies": {"all": one}}, "all") for one in copies]).mean(0)
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(by_caption), (NUM_RESAMPLES, len(by_caption)), generator=generator)

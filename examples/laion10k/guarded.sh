@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# IET-AGC+ with its authors' settings for SD 2.1 on LAION-10k: guarded.sh PICTURES OUTPUT [more flags]
-# 4 shards x 50 rounds x 1,000 steps of 8 pictures; departures from their code: docs/method.md. Not run here.
+# IET-AGC+ with its authors' settings for SD 2.1 on LAION-10k: guarded.sh IMAGES OUTPUT [more flags]
+# 4 shards x 50 rounds x 1,000 steps of 8 images; departures from their code: docs/method.md. Not run here.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-pictures=${1:?give the folder of the 10,000 pictures}
+images=${1:?give the folder of the 10,000 images}
 output=${2:?give the folder of the run}
 shift 2
 
 accelerate launch --num_processes 1 --mixed_precision fp16 sd_memguard/train.py \
   --pretrained stabilityai/stable-diffusion-2-1-base \
-  --train_data_dir "$pictures" \
+  --train_data_dir "$images" \
   --preset paper \
   --num_shards 4 \
   --steps_per_round 1000 \

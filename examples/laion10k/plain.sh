@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Plain fine-tuning of SD 2.1 on LAION-10k, the baseline that the papers compare with: plain.sh PICTURES OUTPUT [more flags]
+# Plain fine-tuning of SD 2.1 on LAION-10k, the baseline that the papers compare with: plain.sh IMAGES OUTPUT [more flags]
 # Same images seen and same learning rate as guarded.sh, so that the guard alone makes the difference. Not run here.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-pictures=${1:?give the folder of the 10,000 pictures}
+images=${1:?give the folder of the 10,000 images}
 output=${2:?give the folder of the run}
 shift 2
 
 accelerate launch --num_processes 1 --mixed_precision fp16 sd_memguard/train.py \
   --pretrained stabilityai/stable-diffusion-2-1-base \
-  --train_data_dir "$pictures" \
+  --train_data_dir "$images" \
   --memguard off \
   --resolution 256 \
   --center_crop \

@@ -4,4 +4,4 @@ from sd_memguard.errors import UserError
 
 
 class AuditError(UserError):
-    """Pictures, a model or a setting that the audit cannot work with."""
+    """Images, a model or a setting that the audit cannot work with."""

@@ -33,7 +33,7 @@ class AuditSettings:
     reference_data_dir: str | None
     num_prompts: int
     num_probes: int
-    images_per_prompt: int
+    num_images_per_prompt: int
     num_inference_steps: int
     guidance_scale: float
     resolution: int | None
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="sd-memguard audit",
-        description="Measure how much models copy of their training pictures; docs/audit.md defines every figure.",
+        description="Measure how much models copy of their training images; docs/audit.md defines every figure.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -63,24 +63,28 @@ def build_parser() -> argparse.ArgumentParser:
     subject = parser.add_argument_group("what is audited, one or more")
     help = "pipeline folder, whole checkpoint FILE.safetensors, FOLDER+LORA.safetensors, or `bundled`"
     subject.add_argument("--model", action="append", default=[], metavar="[NAME=]DIR", help=help)
-    subject.add_argument("--images", action="append", default=[], metavar="[NAME=]DIR", help="pictures drawn already")
-    pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--train_data_dir", help="the training pictures: a folder, or `bundled`")
-    pictures.add_argument("--dataset_name", help="the training pictures: a data set on the hub or in a folder")
-    pictures.add_argument("--reference_data_dir", help="like pictures not trained on: a folder, or `bundled`")
-    pictures.add_argument("--image_column", default="image", help="of the data set")
-    pictures.add_argument("--caption_column", default="text", help="of the metadata or data set")
-    drawing = parser.add_argument_group("drawing")
-    drawing.add_argument(
-        "--num_prompts", type=_count, default=64, help="captions of repeated and of single pictures, each"
+    subject.add_argument("--images", action="append", default=[], metavar="[NAME=]DIR", help="images drawn already")
+    images = parser.add_argument_group("images")
+    images.add_argument("--train_data_dir", help="the training images: a folder, or `bundled`")
+    images.add_argument("--dataset_name", help="the training images: a dataset on the hub or in a folder")
+    images.add_argument("--reference_data_dir", help="like images not trained on: a folder, or `bundled`")
+    images.add_argument("--image_column", default="image", help="of the dataset")
+    images.add_argument("--caption_column", default="text", help="of the metadata or dataset")
+    generating = parser.add_argument_group("generation")
+    generating.add_argument(
+        "--num_prompts", type=_count, default=64, help="captions of repeated and of single images, each"
     )
-    drawing.add_argument("--images_per_prompt", type=_count, default=4, help="drawings of each caption")
+    generating.add_argument("--num_images_per_prompt", type=_count, default=4, help="generated images of each caption")
     measuring = parser.add_argument_group("measuring")
-    drawing.add_argument("--num_inference_steps", type=_count, default=50, help="DDIM steps")
-    drawing.add_argument("--guidance_scale", type=_not_negative, default=7.5, help="classifier-free guidance; 1: none")
-    drawing.add_argument("--resolution", type=_edge, help="edge of the drawings in pixels; default: the model's own")
-    drawing.add_argument("--seed", type=int, default=0, help="of every draw")
-    help = "most captions and pictures, trained on and unseen, each, for the measures without drawing; 0: none"
+    generating.add_argument("--num_inference_steps", type=_count, default=50, help="DDIM steps")
+    generating.add_argument(
+        "--guidance_scale", type=_not_negative, default=7.5, help="classifier-free guidance; 1: none"
+    )
+    generating.add_argument(
+        "--resolution", type=_edge, help="edge of the generated images in pixels; default: the model's own"
+    )
+    generating.add_argument("--seed", type=int, default=0, help="of every draw")
+    help = "most captions and images, trained on and unseen, each, for the measures without generated image; 0: none"
     measuring.add_argument("--num_probes", type=_whole, default=256, help=help)
     measuring.add_argument("--extractor", default="bundled", help="bundled, sscd, sscd-paper, dinov2 or clip")
     measuring.add_argument("--extractor_weights", help="file, folder or hub name of its weights")
@@ -91,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     measuring.add_argument("--quality_weights", help="file, folder or hub name of its weights")
     measuring.add_argument("--clip_model", help="folder or hub name of a CLIP model, for the CLIP score")
     measuring.add_argument("--copy_threshold", type=_cosine, help="similarity of a copy; default: from the background")
-    add("--batch_size", type=_count, default=16, help="pictures at a time")
+    add("--batch_size", type=_count, default=16, help="images at a time")
     add("--output_dir", type=Path, required=True, help="where report and cache go")
     return parser
 
@@ -111,7 +115,7 @@ def parse_arguments(argv: Sequence[str]) -> AuditSettings:
     if both := models.keys() & images.keys():
         raise AuditError(f"`--model` and `--images` must have different names, both have {min(both)}; write NAME=DIR")
     if (flags["train_data_dir"] is None) == (flags["dataset_name"] is None):
-        raise AuditError("the training pictures must be given, as one of `--train_data_dir` and `--dataset_name`")
+        raise AuditError("the training images must be given, as one of `--train_data_dir` and `--dataset_name`")
     _check_output_dir(flags["output_dir"], [flags["train_data_dir"], flags["reference_data_dir"], *images.values()])
     command = shlex.join(["sd-memguard", "audit", *argv])
     return AuditSettings(models=models, images=images, flags=shown, command=command, **flags)
@@ -141,7 +145,7 @@ def _check_output_dir(folder: Path, sources: Sequence[str | Path | None]) -> Non
         )
     for source in sources:
         if source is not None and folder.resolve().is_relative_to(Path(source).resolve()):
-            raise AuditError(f"`--output_dir` {folder} must not lie in the pictures' folder {source}; name another")
+            raise AuditError(f"`--output_dir` {folder} must not lie in the images' folder {source}; name another")
 
 
 def _whole(text: str) -> int:

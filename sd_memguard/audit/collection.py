@@ -1,4 +1,4 @@
-"""Collections of pictures to audit: a folder or a data set, read row by row, identified by content."""
+"""Collections of images to audit: a folder or a dataset, read row by row, identified by content."""
 
 import csv
 import hashlib
@@ -23,11 +23,11 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", 
 
 @dataclass(frozen=True, eq=False)
 class Collection:
-    """Pictures with their captions, in the order of their rows; a row number is the sample id of training.
+    """Images with their captions, in the order of their rows; a row number is the sample id of training.
 
     Attributes:
-        place: The folder, or the data set's name.
-        files: Names, relative to the folder; of a data set, the row number with ``.png``.
+        place: The folder, or the dataset's name.
+        files: Names, relative to the folder; of a dataset, the row number with ``.png``.
         captions: One for each; the first where a row has several, empty where it has none.
         read: Gives the bytes of a row's file.
         is_folder: Whether ``files`` are files below ``place``.
@@ -45,31 +45,33 @@ class Collection:
 
     @cached_property
     def hashes(self) -> list[str]:
-        """The SHA-256 of each row's file, with a progress bar; two rows with the same are the same picture.
+        """The SHA-256 of each row's file, with a progress bar; two rows with the same are the same image.
 
         Raises:
-            AuditError: Where a file is missing, unreadable or not a picture; names the first ones.
+            AuditError: Where a file is missing, unreadable or not a image; names the first ones.
         """
         found, faults = [], []
-        for row in tqdm(range(len(self)), desc=f"reading {self.place or 'drawings'}", unit="picture", leave=False):
+        for row in tqdm(
+            range(len(self)), desc=f"reading {self.place or 'generated images'}", unit="image", leave=False
+        ):
             try:
                 content = self.read(row)
                 with Image.open(io.BytesIO(content)) as image:
-                    image.size  # noqa: B018 (opening reads the header, which tells a picture from anything else)
+                    image.size  # noqa: B018 (opening reads the header, which tells a image from anything else)
                 found.append(hashlib.sha256(content).hexdigest())
             except (OSError, ValueError) as error:
                 faults.append(f"{self.files[row]}: {error}")
         if faults:
             more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
             raise AuditError(
-                f"{len(faults)} of {len(self)} pictures in {self.place} cannot be read: {'; '.join(faults[:3])}{more}; "
+                f"{len(faults)} of {len(self)} images in {self.place} cannot be read: {'; '.join(faults[:3])}{more}; "
                 "repair or remove them"
             )
         return found
 
     @cached_property
     def distinct(self) -> list[int]:
-        """The first row of each distinct picture, ascending."""
+        """The first row of each distinct image, ascending."""
         first: dict[str, int] = {}
         for row, content in enumerate(self.hashes):
             first.setdefault(content, row)
@@ -82,7 +84,7 @@ class Collection:
         return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
     def image(self, row: int) -> PIL.Image.Image:
-        """Return a picture in RGB, turned upright by its EXIF tag, transparency put on white.
+        """Return a image in RGB, turned upright by its EXIF tag, transparency put on white.
 
         Raises:
             AuditError: Where its pixels are damaged.
@@ -98,34 +100,34 @@ class Collection:
 
 
 def read_folder(folder: Path, flag: str, caption_column: str = "text", *, needs_captions: bool = True) -> Collection:
-    """Return the pictures of a folder in the order that training gives them.
+    """Return the images of a folder in the order that training gives them.
 
-    With ``metadata.jsonl``, ``.csv`` or ``.parquet`` at its top: its rows. Otherwise every picture below the folder in
+    With ``metadata.jsonl``, ``.csv`` or ``.parquet`` at its top: its rows. Otherwise every image below the folder in
     the order of their paths, captions from the ``.txt`` file of the same name.
 
     Args:
-        folder: Where the pictures are.
+        folder: Where the images are.
         flag: The flag that named it, for messages.
         caption_column: Column of the metadata that holds the caption, or a list of which the first counts.
-        needs_captions: Refuse pictures without captions, otherwise they get an empty one.
+        needs_captions: Refuse images without captions, otherwise they get an empty one.
 
     Raises:
-        AuditError: No such folder, no pictures, no captions, or metadata that cannot be read.
+        AuditError: No such folder, no images, no captions, or metadata that cannot be read.
     """
     if not folder.is_dir():
-        raise AuditError(f"`{flag}` {folder} is not a folder; name the folder that holds the pictures")
+        raise AuditError(f"`{flag}` {folder} is not a folder; name the folder that holds the images")
     metadata = [folder / name for name in METADATA if (folder / name).is_file()]
     if metadata:
         rows = list(_metadata_rows(metadata[0], flag, caption_column, needs_captions))
     else:
         rows = list(_text_rows(folder, needs_captions))
     if not rows:
-        raise AuditError(f"`{flag}` {folder} holds no pictures (.png, .jpg, ...); name another folder")
+        raise AuditError(f"`{flag}` {folder} holds no images (.png, .jpg, ...); name another folder")
     root = folder.resolve()
     for name, _ in rows:
         if not (root / name).resolve().is_relative_to(root):
             raise AuditError(
-                f"`{flag}` {folder} lists {name}, which lies outside of it; move the picture into the folder"
+                f"`{flag}` {folder} lists {name}, which lies outside of it; move the image into the folder"
             )
     files = [name for name, _ in rows]
     return Collection(
@@ -146,8 +148,8 @@ def _text_rows(folder: Path, needs_captions: bool) -> Iterator[tuple[str, str]]:
         yield file.as_posix(), captions[0] if captions else ""
     if missing and needs_captions:
         raise AuditError(
-            f"{len(missing)} pictures in {folder} have no caption, the first is {missing[0]}; add metadata.jsonl, "
-            ".csv or .parquet with `file_name` and the caption, or a .txt file beside each picture"
+            f"{len(missing)} images in {folder} have no caption, the first is {missing[0]}; add metadata.jsonl, "
+            ".csv or .parquet with `file_name` and the caption, or a .txt file beside each image"
         )
 
 
@@ -159,7 +161,7 @@ def _metadata_rows(file: Path, flag: str, caption_column: str, needs_captions: b
     for number, row in enumerate(rows, start=1):
         name = row.get("file_name")
         if not isinstance(name, str) or not name:
-            raise AuditError(f"row {number} of {file} must name a picture as `file_name`, it has {sorted(row)}; add it")
+            raise AuditError(f"row {number} of {file} must name a image as `file_name`, it has {sorted(row)}; add it")
         caption = row.get(caption_column)
         caption = caption[0] if isinstance(caption, list) and caption else caption
         if not isinstance(caption, str) and needs_captions:
@@ -188,7 +190,7 @@ def _read_parquet(file: Path) -> list[dict[str, object]]:
 
 
 def read_dataset(name: str, image_column: str, caption_column: str) -> Collection:
-    """Return the `train` split of a data set on the hub or in a local folder, as training numbers its rows.
+    """Return the `train` split of a dataset on the hub or in a local folder, as training numbers its rows.
 
     Raises:
         AuditError: It cannot be loaded, or lacks the split or a column.
@@ -213,14 +215,14 @@ def read_dataset(name: str, image_column: str, caption_column: str) -> Collectio
     captions = [value[0] if isinstance(value, list) else value for value in rows[caption_column]]
 
     def read(row: int) -> bytes:
-        picture = stored[row][image_column]
-        return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
+        image = stored[row][image_column]
+        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
     return Collection(name, [f"{row:08}.png" for row in range(len(rows))], captions, read, False)
 
 
 def without(collection: Collection, excluded: Set[str]) -> Collection:
-    """Return the collection without the pictures whose hashes are given."""
+    """Return the collection without the images whose hashes are given."""
     kept = [row for row, content in enumerate(collection.hashes) if content not in excluded]
     return Collection(
         collection.place,

@@ -1,4 +1,4 @@
-"""`sd-memguard audit`: how much models copy of their training pictures, in numbers and pictures."""
+"""`sd-memguard audit`: how much models copy of their training images, in numbers and images."""
 
 import logging
 import shutil
@@ -21,7 +21,7 @@ from sd_memguard.audit.captions import ChosenCaptions
 from sd_memguard.audit.collection import Collection
 from sd_memguard.audit.features.cache import Store
 from sd_memguard.audit.features.extractors import Extractor
-from sd_memguard.audit.generate import DrawingSettings, draw_into, load_pipeline
+from sd_memguard.audit.generate import GenerationSettings, draw_into, load_pipeline
 from sd_memguard.audit.inputs import Inputs, open_inputs
 from sd_memguard.audit.metrics.background import (
     Gallery,
@@ -33,15 +33,15 @@ from sd_memguard.audit.metrics.background import (
     choose_threshold,
 )
 from sd_memguard.audit.metrics.measures import (
+    GeneratedSet,
     Probes,
     Probing,
-    Subject,
     compare,
     copy_figures,
     detection_figures,
     membership_figures,
 )
-from sd_memguard.audit.metrics.quality import MAX_QUALITY_PICTURES, Quality, quality_features, quality_figures
+from sd_memguard.audit.metrics.quality import MAX_QUALITY_IMAGES, Quality, quality_features, quality_figures
 from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD
 from sd_memguard.audit.metrics.statistics import summarize
 from sd_memguard.audit.models import ModelFiles, default_device, model_sha256, read_run
@@ -58,9 +58,9 @@ class Background(NamedTuple):
     """What is alike without being copied, and what follows from it.
 
     Attributes:
-        positions: Which distinct training pictures ``train`` is about.
+        positions: Which distinct training images ``train`` is about.
         train: Their nearest others.
-        reference: The nearest training pictures of the reference pictures, or None.
+        reference: The nearest training images of the reference images, or None.
         threshold: Similarity of a copy.
         chosen: Training rows whose captions are drawn.
     """
@@ -114,10 +114,10 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
     setup = Setup(
         settings, inputs, gallery, background, choose_probes(settings, inputs), prepare_quality(inputs, gallery)
     )
-    shutil.rmtree(settings.output_dir / "drawings", ignore_errors=True)
+    shutil.rmtree(settings.output_dir / "generated", ignore_errors=True)
     audited = [
         *(audit_model(name, files, setup) for name, files in settings.models.items()),
-        *(audit_images(name, pictures, setup) for name, pictures in inputs.images.items()),
+        *(audit_images(name, images, setup) for name, images in inputs.images.items()),
     ]
     report = describe(setup, [one.figures for one in audited])
     write(setup, audited, report)
@@ -125,7 +125,7 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
 
 
 def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery) -> Background:
-    """Return how alike pictures are that nobody copied, the threshold, and the captions to draw."""
+    """Return how alike images are that nobody copied, the threshold, and the captions to draw."""
     train, distinct = inputs.train, inputs.train.distinct
     positions = background_positions(len(distinct), settings.seed)
     others = gallery.match_own(positions)
@@ -135,23 +135,23 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
         threshold = Threshold(settings.copy_threshold, "given as --copy_threshold", "flag")
     chosen = ChosenCaptions([], [])
     if settings.models:
-        # Twice as many as are drawn, so that look-alikes can be left out without comparing all pictures of a large set.
+        # Twice as many as are drawn, so that near-duplicates can be left out without comparing all images of a large set.
         kinds = [rows[: 2 * settings.num_prompts] for rows in candidates(train, settings.seed)]
         place = {row: position for position, row in enumerate(distinct)}
         asked = torch.tensor([place[row] for rows in kinds for row in rows], dtype=torch.int64)
         like = gallery.match_own(asked).similarity >= threshold.similarity if len(asked) else torch.zeros(0)
-        look_alikes = {distinct[position] for position in asked[like.bool()].tolist()}
-        chosen = choose_rows(ChosenCaptions(*kinds), look_alikes, settings.num_prompts)
+        near_duplicates = {distinct[position] for position in asked[like.bool()].tolist()}
+        chosen = choose_rows(ChosenCaptions(*kinds), near_duplicates, settings.num_prompts)
         if not any(chosen):
             raise AuditError(
-                f"{train.place} has no caption to draw: each belongs to several pictures, or its picture has a "
-                "look-alike; raise `--copy_threshold`, or draw yourself and give the pictures as `--images`"
+                f"{train.place} has no caption to draw: each belongs to several images, or its image has a "
+                "look-alike; raise `--copy_threshold`, or draw yourself and give the images as `--images`"
             )
     return Background(positions, others, reference, threshold, chosen)
 
 
 def choose_probes(settings: AuditSettings, inputs: Inputs) -> Probes | str:
-    """Return the captions and pictures that models are probed with, or why there are none."""
+    """Return the captions and images that models are probed with, or why there are none."""
     train, reference, count = inputs.train, inputs.reference, settings.num_probes
     if reference is None:
         return "no --reference_data_dir"
@@ -161,7 +161,7 @@ def choose_probes(settings: AuditSettings, inputs: Inputs) -> Probes | str:
     known = set(train.captions)
     unseen = [row for row in reference.distinct if reference.captions[row] and reference.captions[row] not in known]
     if not trained or not unseen:
-        return "the reference pictures have no captions that the training pictures have not"
+        return "the reference images have no captions that the training images have not"
     rows = [
         sorted(pool[number] for number in permutation(settings.seed, purpose, length=len(pool))[:count].tolist())
         for purpose, pool in (("trained probes", trained), ("unseen probes", unseen))
@@ -170,20 +170,20 @@ def choose_probes(settings: AuditSettings, inputs: Inputs) -> Probes | str:
 
 
 def prepare_quality(inputs: Inputs, gallery: Gallery) -> Quality:
-    """Return the features that the drawings' distribution is compared with."""
+    """Return the features that the generated images' distribution is compared with."""
     extractor = inputs.quality_extractor
 
-    def features_of(pictures: Collection, rows: Sequence[int]) -> torch.Tensor:
-        return quality_features(gallery.extract(extractor, pictures, rows), extractor)
+    def features_of(images: Collection, rows: Sequence[int]) -> torch.Tensor:
+        return quality_features(gallery.extract(extractor, images, rows), extractor)
 
-    train = features_of(inputs.train, inputs.train.distinct[:MAX_QUALITY_PICTURES])
+    train = features_of(inputs.train, inputs.train.distinct[:MAX_QUALITY_IMAGES])
     reference = inputs.reference
-    unseen = None if reference is None else features_of(reference, reference.distinct[:MAX_QUALITY_PICTURES])
+    unseen = None if reference is None else features_of(reference, reference.distinct[:MAX_QUALITY_IMAGES])
     return Quality(extractor, features_of, train, unseen, inputs.clip)
 
 
 def audit_model(name: str, files: ModelFiles, setup: Setup) -> Audited:
-    """Draw with a model and measure drawings and model."""
+    """Draw with a model and measure generated images and model."""
     settings, store = setup.settings, setup.gallery.store
     sha256 = model_sha256(files)
     load = cache(lambda: load_pipeline(files, setup.gallery.device))
@@ -203,26 +203,26 @@ def audit_model(name: str, files: ModelFiles, setup: Setup) -> Audited:
     return Audited({**figures, "why_missing": missing}, pairs)
 
 
-def audit_images(name: str, pictures: Collection, setup: Setup) -> Audited:
-    """Measure pictures that somebody has drawn already."""
-    place = str(Path(pictures.place).resolve())
-    subject = Subject(replace(pictures, place=place), ["given"] * len(pictures), 1, [], [])
-    source = {"name": name, "source": "images", "path": pictures.place, "sha256": pictures.sha256, "run": None}
+def audit_images(name: str, images: Collection, setup: Setup) -> Audited:
+    """Measure images that somebody has drawn already."""
+    place = str(Path(images.place).resolve())
+    subject = GeneratedSet(replace(images, place=place), ["given"] * len(images), 1, [], [])
+    source = {"name": name, "source": "images", "path": images.place, "sha256": images.sha256, "run": None}
     figures, pairs = _measure(source, subject, setup, None)
-    reason = "pictures were given, no model"
+    reason = "images were given, no model"
     missing = {"run": reason, "detection": reason, "membership": reason}
     return Audited({**figures, "detection": None, "membership": None, "why_missing": missing}, pairs)
 
 
 def _measure(
-    source: dict[str, Any], subject: Subject, setup: Setup, samples: dict[str, list[Any]] | None
+    source: dict[str, Any], subject: GeneratedSet, setup: Setup, samples: dict[str, list[Any]] | None
 ) -> tuple[dict[str, Any], pa.Table]:
-    """Return what drawings alone tell, and their rows."""
+    """Return what generated images alone tell, and their rows."""
     threshold, seed = setup.background.threshold.similarity, setup.settings.seed
     compared = compare(subject, setup.gallery)
     figures = {
         **source,
-        "num_drawings": len(subject.pictures),
+        "num_generated": len(subject.images),
         "copies": copy_figures(subject, compared, threshold, seed),
         "quality": quality_figures(subject, setup.quality, seed),
     }
@@ -230,24 +230,24 @@ def _measure(
     return figures, pairs
 
 
-def draw_subject(name: str, sha256: str, load: Callable[[], StableDiffusionPipeline], setup: Setup) -> Subject:
-    """Draw the chosen captions, all models from the same noises, and put the drawings below the output folder."""
+def draw_subject(name: str, sha256: str, load: Callable[[], StableDiffusionPipeline], setup: Setup) -> GeneratedSet:
+    """Draw the chosen captions, all models from the same noises, and put the generated images below the output folder."""
     settings, train, chosen = setup.settings, setup.inputs.train, setup.background.chosen
-    count = settings.images_per_prompt
+    count = settings.num_images_per_prompt
     rows = [row for kind in chosen for row in kind for _ in range(count)]
     kinds = [kind for kind, members in chosen._asdict().items() for _ in range(count * len(members))]
     captions = [train.captions[row] for row in rows]
-    seeds = [derive_seed(settings.seed, "audit drawing", row, index % count) for index, row in enumerate(rows)]
-    drawing = DrawingSettings(
+    seeds = [derive_seed(settings.seed, "audit generated image", row, index % count) for index, row in enumerate(rows)]
+    generated_image = GenerationSettings(
         settings.num_inference_steps, settings.guidance_scale, settings.resolution, settings.batch_size
     )
     store = setup.gallery.store
-    keys = draw_into(store, load, sha256, captions, seeds, drawing, f"drawing with {name}")
-    files = [f"drawings/{name}/{index:05}.png" for index in range(len(keys))]
+    keys = draw_into(store, load, sha256, captions, seeds, generated_image, f"generated image with {name}")
+    files = [f"generated/{name}/{index:05}.png" for index in range(len(keys))]
     for key, file in zip(keys, files, strict=True):
         store.place_file(key, settings.output_dir / file)
-    pictures = Collection("", files, captions, lambda row: (settings.output_dir / files[row]).read_bytes(), True)
-    return Subject(pictures, kinds, count, seeds, rows)
+    images = Collection("", files, captions, lambda row: (settings.output_dir / files[row]).read_bytes(), True)
+    return GeneratedSet(images, kinds, count, seeds, rows)
 
 
 def describe(setup: Setup, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -270,8 +270,8 @@ def describe(setup: Setup, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "rule": background.threshold.rule,
             "source": background.threshold.source,
         },
-        "train": _describe_pictures(inputs.train),
-        "reference": None if inputs.reference is None else _describe_pictures(inputs.reference),
+        "train": _describe_images(inputs.train),
+        "reference": None if inputs.reference is None else _describe_images(inputs.reference),
         "background": {
             "train": summarize(background.train.similarity, threshold),
             "reference": None if reference is None else summarize(reference.similarity, threshold),
@@ -285,24 +285,24 @@ def _describe_extractor(extractor: Extractor) -> dict[str, Any]:
     return {name: getattr(extractor, name) for name in names}
 
 
-def _describe_pictures(pictures: Collection) -> dict[str, Any]:
-    repeated = sum(count > 1 for count in Counter(pictures.hashes).values())
+def _describe_images(images: Collection) -> dict[str, Any]:
+    repeated = sum(count > 1 for count in Counter(images.hashes).values())
     return {
-        "folder": pictures.place,
-        "num_pictures": len(pictures),
-        "num_distinct": len(pictures.distinct),
+        "folder": images.place,
+        "num_images": len(images),
+        "num_distinct": len(images.distinct),
         "num_repeated": repeated,
-        "sha256": pictures.sha256,
+        "sha256": images.sha256,
     }
 
 
 def training_folder(settings: AuditSettings, train: Collection) -> Path:
-    """Return where the training pictures that the rows name are found: their folder, or below the output folder."""
+    """Return where the training images that the rows name are found: their folder, or below the output folder."""
     return Path(train.place) if train.is_folder else settings.output_dir / "training"
 
 
 def write(setup: Setup, audited: Sequence[Audited], report: dict[str, Any]) -> None:
-    """Write the three files; the training pictures of a data set that are named in them go to ``training/``."""
+    """Write the three files; the training images of a dataset that are named in them go to ``training/``."""
     folder, inputs, background = setup.settings.output_dir, setup.inputs, setup.background
     train, reference = inputs.train, inputs.reference
     rows = [train.distinct[position] for position in background.positions.tolist()]

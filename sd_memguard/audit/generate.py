@@ -1,4 +1,4 @@
-"""Drawing captions with a diffusers folder, so that the same caption and seed always give the same picture."""
+"""Generated image captions with a diffusers folder, so that the same caption and seed always give the same image."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from sd_memguard.audit.features.cache import Store, digest
 from sd_memguard.audit.models import load_pipeline
 
-__all__ = ["DrawingSettings", "draw", "draw_into", "drawing_key", "load_pipeline"]
+__all__ = ["GenerationSettings", "draw", "draw_into", "image_key", "load_pipeline"]
 
 
-class DrawingSettings(NamedTuple):
+class GenerationSettings(NamedTuple):
     """How captions are drawn; ``size`` is the edge in pixels, None the model's own."""
 
     num_inference_steps: int
@@ -34,11 +34,11 @@ def draw(
     guidance_scale: float = 2.5,
     size: int | None = None,
     batch_size: int = 32,
-    description: str = "drawing",
+    description: str = "generated_image",
 ) -> Tensor:
-    """Return one picture per caption, in order, with a progress bar.
+    """Return one image per caption, in order, with a progress bar.
 
-    Each picture has a generator of its own, so batch size and company change it by no more than float rounding.
+    Each image has a generator of its own, so batch size and company change it by no more than float rounding.
 
     Args:
         pipeline: From ``load_pipeline``.
@@ -47,17 +47,17 @@ def draw(
         num_inference_steps: DDIM steps (eta 0).
         guidance_scale: Weight of classifier-free guidance; 1 or less is none.
         size: Edge in pixels; default: the model's own.
-        batch_size: Pictures drawn at a time.
+        batch_size: Images drawn at a time.
         description: Text of the progress bar.
 
     Returns:
         (N, H, W, 3) uint8.
     """
     drawn = []
-    with tqdm(total=len(captions), desc=description, unit="picture") as progress:
+    with tqdm(total=len(captions), desc=description, unit="image") as progress:
         for start in range(0, len(captions), batch_size):
             part = slice(start, start + batch_size)
-            settings = DrawingSettings(num_inference_steps, guidance_scale, size, batch_size)
+            settings = GenerationSettings(num_inference_steps, guidance_scale, size, batch_size)
             drawn.append(_draw_batch(pipeline, captions[part], seeds[part], settings))
             progress.update(len(drawn[-1]))
     return torch.cat(drawn)
@@ -65,10 +65,10 @@ def draw(
 
 @torch.no_grad()
 def _draw_batch(
-    pipeline: StableDiffusionPipeline, captions: Sequence[str], seeds: Sequence[int], settings: DrawingSettings
+    pipeline: StableDiffusionPipeline, captions: Sequence[str], seeds: Sequence[int], settings: GenerationSettings
 ) -> Tensor:
     """Return (B, H, W, 3) uint8."""
-    pictures = pipeline(
+    images = pipeline(
         list(captions),
         height=settings.size,
         width=settings.size,
@@ -77,13 +77,19 @@ def _draw_batch(
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pt",
     ).images
-    return (pictures.permute(0, 2, 3, 1).float().cpu() * 255).round().to(torch.uint8)
+    return (images.permute(0, 2, 3, 1).float().cpu() * 255).round().to(torch.uint8)
 
 
-def drawing_key(model_sha256: str, caption: str, seed: int, settings: DrawingSettings) -> str:
-    """Return the name of a drawing in the store: a hash of all that decides it."""
+def image_key(model_sha256: str, caption: str, seed: int, settings: GenerationSettings) -> str:
+    """Return the name of a generated image in the store: a hash of all that decides it."""
     return digest(
-        "drawing", model_sha256, caption, seed, settings.num_inference_steps, settings.guidance_scale, settings.size
+        "generated_image",
+        model_sha256,
+        caption,
+        seed,
+        settings.num_inference_steps,
+        settings.guidance_scale,
+        settings.size,
     )
 
 
@@ -93,15 +99,15 @@ def draw_into(
     model_sha256: str,
     captions: Sequence[str],
     seeds: Sequence[int],
-    settings: DrawingSettings,
+    settings: GenerationSettings,
     description: str,
 ) -> list[str]:
-    """Draw what the store does not hold yet, with a progress bar, and return the keys of all drawings as PNG files.
+    """Draw what the store does not hold yet, with a progress bar, and return the keys of all generated images as PNG files.
 
     Batches are cut at fixed places and kept whole or not at all, so an interrupted audit goes on with the same ones.
 
     Args:
-        store: Where drawings are kept.
+        store: Where generated images are kept.
         load: Gives the pipeline; called only where something is missing.
         model_sha256: Of the model.
         captions: N prompts.
@@ -109,7 +115,7 @@ def draw_into(
         settings: How to draw.
         description: Text of the progress bar.
     """
-    keys = [drawing_key(model_sha256, *pair, settings) for pair in zip(captions, seeds, strict=True)]
+    keys = [image_key(model_sha256, *pair, settings) for pair in zip(captions, seeds, strict=True)]
     size = settings.batch_size
     missing = [
         slice(start, start + size)
@@ -119,7 +125,7 @@ def draw_into(
     if missing:
         pipeline = load()
         for part in tqdm(missing, desc=description, unit="batch"):
-            pictures = _draw_batch(pipeline, captions[part], seeds[part], settings)
-            for key, picture in zip(keys[part], pictures, strict=True):
-                store.keep_file(key, partial(Image.fromarray(picture.numpy()).save, format="PNG"))
+            images = _draw_batch(pipeline, captions[part], seeds[part], settings)
+            for key, image in zip(keys[part], images, strict=True):
+                store.keep_file(key, partial(Image.fromarray(image.numpy()).save, format="PNG"))
     return keys

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Inputs(NamedTuple):
-    """The pictures and networks of an audit; ``reference`` and ``clip`` are None where not given."""
+    """The images and networks of an audit; ``reference`` and ``clip`` are None where not given."""
 
     train: Collection
     reference: Collection | None
@@ -32,7 +32,7 @@ def open_inputs(settings: AuditSettings, store: Store, device: torch.device) -> 
     """Return what the settings name.
 
     Raises:
-        AuditError: Pictures, captions or weights that are missing or cannot be used.
+        AuditError: Images, captions or weights that are missing or cannot be used.
     """
     train = _open_train(settings)
     reference = _open_reference(settings, train)
@@ -40,8 +40,8 @@ def open_inputs(settings: AuditSettings, store: Store, device: torch.device) -> 
         name: read_folder(folder, "--images", settings.caption_column, needs_captions=False)
         for name, folder in settings.images.items()
     }
-    for pictures in images.values():
-        _ = pictures.hashes  # every picture is opened once, so that a damaged one is named now
+    for collection in images.values():
+        _ = collection.hashes  # every image is opened once, so that a damaged one is named now
     extractor = make_extractor(settings.extractor, settings.extractor_weights, device)
     if not extractor.is_normalized:
         raise AuditError(f"`--extractor` {extractor.name} tells no copies; name it as `--quality_extractor`")
@@ -65,7 +65,7 @@ def _open_train(settings: AuditSettings) -> Collection:
 
 
 def _open_reference(settings: AuditSettings, train: Collection) -> Collection | None:
-    """Return the pictures not trained on, without those that the training set holds as well."""
+    """Return the images not trained on, without those that the training set holds as well."""
     if settings.reference_data_dir is None:
         return None
     folder = _folder(settings.reference_data_dir, demo_heldout_path())
@@ -73,10 +73,10 @@ def _open_reference(settings: AuditSettings, train: Collection) -> Collection | 
     common = set(reference.hashes) & set(train.hashes)
     if not common:
         return reference
-    logger.warning("%d pictures of --reference_data_dir are in the training set as well and left out", len(common))
+    logger.warning("%d images of --reference_data_dir are in the training set as well and left out", len(common))
     kept = without(reference, common)
     if not len(kept):
-        raise AuditError(f"`--reference_data_dir` {folder} holds nothing but training pictures; name unseen ones")
+        raise AuditError(f"`--reference_data_dir` {folder} holds nothing but training images; name unseen ones")
     return kept
 
 

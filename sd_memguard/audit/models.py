@@ -96,7 +96,7 @@ def model_sha256(files: ModelFiles) -> str:
 def load_pipeline(model: Path | ModelFiles, device: torch.device | None = None) -> StableDiffusionPipeline:
     """Return the pipeline of a model in float32 with a DDIM scheduler, ready to draw; asks no hub.
 
-    The safety checker is left out: it blackens pictures, and a blackened copy would not be found.
+    The safety checker is left out: it blackens images, and a blackened copy would not be found.
 
     Args:
         model: A diffusers folder as ``save_pretrained`` writes it, in safetensors; or what ``find_model`` returns.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class HostCopy:
+class AsyncCPUCopy:
     """A tensor on its way to the host.
 
     On CUDA the copy goes to pinned memory behind what is queued so far, and ``wait`` waits for it alone; the device

@@ -1,10 +1,10 @@
-"""Near-identical pictures, found in near-linear time: a 64-bit hash proposes pairs, a thumbnail confirms them.
+"""Near-identical images, found in near-linear time: a 64-bit hash proposes pairs, a thumbnail confirms them.
 
-Ours, not the paper's. A perceptual hash is a row of signs of low frequencies, so that two versions of one picture
+Ours, not the paper's. A perceptual hash is a row of signs of low frequencies, so that two versions of one image
 differ in few bits. The hashes are sorted under 28 orders of their bits, one for each two of their eight bytes in
 front: two hashes that differ in six bits at most agree in two bytes at least, and so lie near each other in one of the
 orders (the sorted tables of Manku et al. 2007, "Detecting near-duplicates for web crawling"). Equal hashes are sorted
-by a random projection of the thumbnail, another one in each order. Each picture is compared with the next few in each
+by a random projection of the thumbnail, another one in each order. Each image is compared with the next few in each
 order, and with no more once it was unlike 64 others: so the time is bounded also where all hashes are alike.
 """
 
@@ -18,19 +18,19 @@ import numpy.typing as npt
 THUMBNAIL_SIDE = 12
 """Side of a thumbnail in pixels; of 8, 12, 16, 24 the smallest that tells apart as well as the larger ones."""
 MAX_DISTANCE = 0.12
-"""Thumbnails no farther apart than this are of one picture; measured, see docs/method.md."""
+"""Thumbnails no farther apart than this are of one image; measured, see docs/method.md."""
 MAX_BITS = 10
 """Hashes that differ in more bits are not looked at."""
 WINDOW = 16
-"""Neighbours in each order with which a picture is compared."""
+"""Neighbours in each order with which a image is compared."""
 MAX_FAILURES = 64
-"""Comparisons in vain after which a picture is left alone."""
+"""Comparisons in vain after which a image is left alone."""
 
-_MIN_CONTRAST = 4.0  # grey levels; below that a picture counts as flat and its noise is not blown up
-_MAX_BRIGHTER = 32.0  # grey levels by which one of two pictures of the same pattern may be brighter
+_MIN_CONTRAST = 4.0  # grey levels; below that a image counts as flat and its noise is not blown up
+_MAX_BRIGHTER = 32.0  # grey levels by which one of two images of the same pattern may be brighter
 _MIN_COEFFICIENT = 2.0  # grey levels; a frequency as weak as this is noise, whatever its sign
 _MAX_SHIFT = 0.6  # pixels of the thumbnail, 5 % of its side: what a crop may shift, and stretch each half
-_MAX_DISTANCE_BEFORE_SHIFT = 0.4  # a crop of 4 % moves pictures hardly farther apart
+_MAX_DISTANCE_BEFORE_SHIFT = 0.4  # a crop of 4 % moves images hardly farther apart
 _ROWS_PER_CHUNK = 4096
 _ORDERS = [[*front, *(byte for byte in range(8) if byte not in front)] for front in combinations(range(8), 2)]
 
@@ -40,9 +40,9 @@ Ids = npt.NDArray[np.int64]
 
 
 def find_groups(thumbnails: Thumbnails) -> Ids:
-    """Return for each picture the first one of its group, (N,) int64; its own number where it is single.
+    """Return for each image the first one of its group, (N,) int64; its own number where it is single.
 
-    Every member of a group was compared with the first one, so a chain of pictures each like the next is not one group.
+    Every member of a group was compared with the first one, so a chain of images each like the next is not one group.
     The result depends on nothing but the thumbnails and their order.
 
     Args:
@@ -58,7 +58,7 @@ def find_groups(thumbnails: Thumbnails) -> Ids:
 
 
 def hash_thumbnails(thumbnails: Thumbnails) -> npt.NDArray[np.uint8]:
-    """Return the perceptual hashes, (N, 8) uint8: which of the 8 x 8 lowest frequencies of the grey picture are large.
+    """Return the perceptual hashes, (N, 8) uint8: which of the 8 x 8 lowest frequencies of the grey image are large.
 
     A bit is set where the coefficient of the cosine transform lies above the median of all 64 by more than noise.
     """
@@ -78,7 +78,7 @@ def hash_thumbnails(thumbnails: Thumbnails) -> npt.NDArray[np.uint8]:
 def distances(first: Thumbnails, second: Thumbnails) -> npt.NDArray[np.float32]:
     """Return how far thumbnails are apart, pair by pair, (N,) float32.
 
-    The root mean square difference of the pixels, each picture's mean subtracted and its contrast divided out, after
+    The root mean square difference of the pixels, each image's mean subtracted and its contrast divided out, after
     the small shift and stretch that fit best: 0 for the same pattern, also darker, brighter or of another contrast;
     about 1.4 for unrelated ones. Infinite where one is much brighter than the other.
 
@@ -100,11 +100,11 @@ def distances(first: Thumbnails, second: Thumbnails) -> npt.NDArray[np.float32]:
 def _aligned(difference: Pixels, mean: Pixels) -> npt.NDArray[np.float32]:
     """Return the root mean square of what a shift and stretch leave of the differences, (N,) float32.
 
-    To first order these add multiples of the gradients, and of the gradients times the place, to a picture (Lucas and
+    To first order these add multiples of the gradients, and of the gradients times the place, to a image (Lucas and
     Kanade 1981); the multiples are those of least squares. Infinite where they would move a pixel too far.
 
     Args:
-        difference: (N, side, side, 3) of two pictures.
+        difference: (N, side, side, 3) of two images.
         mean: (N, side, side, 3) of the same two.
     """
     place = np.linspace(-1, 1, mean.shape[1], dtype=np.float32)
@@ -113,7 +113,7 @@ def _aligned(difference: Pixels, mean: Pixels) -> npt.NDArray[np.float32]:
     num_values = math.prod(mean.shape[1:])
     moves = moves.reshape(-1, num_values, 4)
     flat = difference.reshape(-1, num_values, 1)
-    # A grain of ridge, for pictures without gradients in one direction.
+    # A grain of ridge, for images without gradients in one direction.
     normal = moves.transpose(0, 2, 1) @ moves + 0.05 * np.eye(4, dtype=np.float32)
     shifts = np.linalg.solve(normal, moves.transpose(0, 2, 1) @ flat)
     left = _root_mean_square(flat - moves @ shifts)
@@ -122,7 +122,7 @@ def _aligned(difference: Pixels, mean: Pixels) -> npt.NDArray[np.float32]:
 
 
 class _Leaders:
-    """Pictures that lead groups, and who follows whom.
+    """Images that lead groups, and who follows whom.
 
     Args:
         thumbnails: (N, side, side, 3) uint8, no two equal.
@@ -147,18 +147,18 @@ class _Leaders:
             both_open = self._is_open(one) & self._is_open(other)
             self._merge(np.minimum(one, other)[both_open], np.maximum(one, other)[both_open])
 
-    def _is_open(self, pictures: Ids) -> npt.NDArray[np.bool_]:
-        """Say which pictures lead a group, alone or not, and were not compared too often."""
-        leads: npt.NDArray[np.bool_] = self.leader_of[pictures] == pictures
-        return leads & (self.failures[pictures] < MAX_FAILURES)
+    def _is_open(self, images: Ids) -> npt.NDArray[np.bool_]:
+        """Say which images lead a group, alone or not, and were not compared too often."""
+        leads: npt.NDArray[np.bool_] = self.leader_of[images] == images
+        return leads & (self.failures[images] < MAX_FAILURES)
 
-    def _project(self, pictures: Ids, number: int) -> npt.NDArray[np.float32]:
+    def _project(self, images: Ids, number: int) -> npt.NDArray[np.float32]:
         """Return a random projection of the thumbnails, (N,); in whole numbers, so that it is exact on any machine."""
         size = math.prod(self.thumbnails.shape[1:])
         weights = np.random.default_rng(number).integers(-8, 9, size).astype(np.float32)
-        projected = np.empty(len(pictures), dtype=np.float32)
-        for rows in _chunks(len(pictures)):
-            projected[rows] = self.thumbnails[pictures[rows]].reshape(-1, size).astype(np.float32) @ weights
+        projected = np.empty(len(images), dtype=np.float32)
+        for rows in _chunks(len(images)):
+            projected[rows] = self.thumbnails[images[rows]].reshape(-1, size).astype(np.float32) @ weights
         return projected
 
     def _merge(self, targets: Ids, sources: Ids) -> None:
@@ -166,7 +166,7 @@ class _Leaders:
         alike = self._alike(targets, sources)
         np.add.at(self.failures, np.concatenate((targets[~alike], sources[~alike])), 1)
         targets, sources = targets[alike], sources[alike]
-        # Nobody follows a picture that itself begins to follow, and nobody follows two.
+        # Nobody follows a image that itself begins to follow, and nobody follows two.
         free = ~np.isin(targets, sources)
         sources, index = np.unique(sources[free], return_index=True)
         targets = targets[free][index]
@@ -184,7 +184,7 @@ class _Leaders:
         self.leader_of[followers] = new_leader[self.leader_of[followers]]
 
     def _alike(self, one: Ids, other: Ids) -> npt.NDArray[np.bool_]:
-        """Say which pairs are of one picture."""
+        """Say which pairs are of one image."""
         self.num_compared += len(one)
         alike = np.empty(len(one), dtype=bool)
         for rows in _chunks(len(one)):

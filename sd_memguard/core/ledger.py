@@ -36,7 +36,7 @@ class SampleLedger:
         self.skips.index_add_(0, sample_ids, skipped + augmented)
 
     def record_moves(self, sample_ids: Tensor) -> None:
-        """Count samples that changed shard and start counting skips anew, for all samples."""
+        """Count samples that changed shard and start counting skips again, for all samples."""
         self.moves[sample_ids] += 1
         self.skips.zero_()
 

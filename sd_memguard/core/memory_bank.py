@@ -9,7 +9,7 @@ BankMode = Literal["paper", "corrected", "smoothed"]
 
 SMOOTHING_RADIUS = 20
 """Half width, in timesteps, of the window of the smoothed bank."""
-MIN_VISITS = {"paper": 0, "corrected": 3, "smoothed": 5}
+MIN_TIMES_SEEN = {"paper": 0, "corrected": 3, "smoothed": 5}
 """Visits below which no decision is due: of the timestep itself, or effective (decayed) ones of the window."""
 
 
@@ -43,8 +43,8 @@ class LossMemoryBank:
         mode: BankMode = "smoothed",
         device: torch.device | str = "cpu",
     ) -> None:
-        if mode not in MIN_VISITS:
-            raise ValueError(f"`mode` must be one of {', '.join(MIN_VISITS)}, got {mode!r}")
+        if mode not in MIN_TIMES_SEEN:
+            raise ValueError(f"`mode` must be one of {', '.join(MIN_TIMES_SEEN)}, got {mode!r}")
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be at least 0 and below 1, got {decay}")
         self.num_timesteps, self.decay, self.mode = num_timesteps, decay, mode
@@ -73,7 +73,7 @@ class LossMemoryBank:
         """
         mean = self.mean(timesteps)
         ratio = losses.detach().float() / mean
-        due = (mean > 0) & (self._effective_visits(timesteps) >= MIN_VISITS[self.mode])
+        due = (mean > 0) & (self._effective_times_seen(timesteps) >= MIN_TIMES_SEEN[self.mode])
         return torch.where(due, ratio, torch.inf)
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
@@ -106,7 +106,7 @@ class LossMemoryBank:
         inside = (around >= 0) & (around < self.num_timesteps)
         return (values[around.clamp(0, self.num_timesteps - 1)] * inside).sum(dim=1)
 
-    def _effective_visits(self, timesteps: Tensor) -> Tensor:
+    def _effective_times_seen(self, timesteps: Tensor) -> Tensor:
         if self.mode == "smoothed":
             return self._window(self.counts, timesteps)
         return self.visits[timesteps]

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sd_memguard.core.sampler import VisitCursor
+from sd_memguard.core.sampler import ShardSampler
 
 if TYPE_CHECKING:
     from sd_memguard.core.decision import Verdict
@@ -45,7 +45,7 @@ class Progress:
 
     ``global_step`` counts optimizer steps of the schedule over all proxies, also those not taken because no sample was
     clean (``empty_steps``) or a number was not finite (``nonfinite_steps``); ``extra_steps`` are those of augmented
-    batches, outside the schedule. ``lost_visits`` were to pictures that could not be read any more.
+    batches, outside the schedule. ``unreadable_samples`` were to images that could not be read any more.
     """
 
     num_shards: int
@@ -55,11 +55,11 @@ class Progress:
     global_step: int = 0
     empty_steps: int = 0
     nonfinite_steps: int = 0
-    lost_visits: int = 0
-    picture_forwards: int = 0
+    unreadable_samples: int = 0
+    image_forwards: int = 0
     shard_steps: list[int] = field(default_factory=list)
     extra_steps: list[int] = field(default_factory=list)
-    cursors: list[VisitCursor] = field(default_factory=list)
+    samplers: list[ShardSampler] = field(default_factory=list)
     meters: list[ShardMeter] = field(default_factory=list)
     round_extra_steps: int = 0
 
@@ -67,7 +67,7 @@ class Progress:
         """Begin where nothing was restored."""
         self.shard_steps = self.shard_steps or [0] * self.num_shards
         self.extra_steps = self.extra_steps or [0] * self.num_shards
-        self.cursors = self.cursors or [VisitCursor(shard_index) for shard_index in range(self.num_shards)]
+        self.samplers = self.samplers or [ShardSampler(shard_index) for shard_index in range(self.num_shards)]
         self.meters = self.meters or [ShardMeter() for _ in range(self.num_shards)]
 
     def begin_round(self) -> None:
@@ -83,6 +83,6 @@ class Progress:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
         """Return the progress that ``to_dict`` wrote."""
-        cursors = [VisitCursor(**cursor) for cursor in values["cursors"]]
+        samplers = [ShardSampler(**sampler) for sampler in values["samplers"]]
         meters = [ShardMeter(**meter) for meter in values["meters"]]
-        return cls(**{**values, "cursors": cursors, "meters": meters})
+        return cls(**{**values, "samplers": samplers, "meters": meters})

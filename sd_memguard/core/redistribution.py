@@ -20,7 +20,7 @@ def redistribute(
         fraction: share of a shard that may move, in [0, 1).
         groups: (num_samples,) int64, duplicates share a number: a group counts the mean of its members and moves
             whole; one that does not fit in what is left of the share stays.
-        balanced: a group counts as one picture: its skips are those of all its members together, and the share is one
+        balanced: a group counts as one image: its skips are those of all its members together, and the share is one
             of the shard's groups, whatever their sizes.
     """
     if plan.num_shards == 1:

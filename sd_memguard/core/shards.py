@@ -11,8 +11,8 @@ from torch import Tensor
 from sd_memguard.core.seeding import permutation
 
 NO_SHARD = -1
-PASSES_PER_SHARD = 30
-"""Passes over the pictures for each of which `auto` takes another shard."""
+EPOCHS_PER_SHARD = 30
+"""Passes over the images for each of which `auto` takes another shard."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ def auto_num_shards(num_samples: int, passes: float | None = None) -> int:
     """Return the default number of shards: one for each 64 samples, at least 1 and at most 4.
 
     Smaller shards are memorized sooner (the time to memorize grows with their size, Bonnaire et al. 2025). Where the
-    length of the training is known, there is one for each `PASSES_PER_SHARD` passes at most: a short training gains
+    length of the training is known, there is one for each `EPOCHS_PER_SHARD` passes at most: a short training gains
     nothing from an ensemble, of which each proxy takes a part of the steps (docs/results.md).
 
     Args:
-        num_samples: different pictures.
+        num_samples: different images.
         passes: over them, that one model would take; unknown by default.
     """
     most = min(max(num_samples // 64, 1), 4)
-    return most if passes is None else min(most, max(math.ceil(passes / PASSES_PER_SHARD), 1))
+    return most if passes is None else min(most, max(math.ceil(passes / EPOCHS_PER_SHARD), 1))
 
 
-def count_pictures(num_samples: int, groups: Tensor | None = None, exclude: Tensor | None = None) -> int:
-    """Return the number of different pictures among the samples: of groups where these are given.
+def count_images(num_samples: int, groups: Tensor | None = None, exclude: Tensor | None = None) -> int:
+    """Return the number of different images among the samples: of groups where these are given.
 
     Args:
         num_samples: number of samples, ids ``0 .. num_samples-1``.
@@ -102,8 +102,8 @@ def split_into_shards(
         num_shards: number of shards.
         seed: seed of the shuffle.
         groups: (num_samples,) int64, equal numbers stay in one shard; sizes are then as even as the groups allow.
-        exclude: sample ids that belong to no shard, e.g. unreadable pictures.
-        balanced: a group counts as one picture, so that the shards are even in groups, not in samples.
+        exclude: sample ids that belong to no shard, e.g. unreadable images.
+        balanced: a group counts as one image, so that the shards are even in groups, not in samples.
 
     Raises:
         ValueError: there are fewer usable samples (or groups) than shards.

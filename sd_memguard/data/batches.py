@@ -1,4 +1,4 @@
-"""From visits to tensors: pictures become latents and captions embeddings, once in a cache or at each visit."""
+"""From visits to tensors: images become latents and captions embeddings, once in a cache or at each visit."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -11,16 +11,16 @@ from torch.utils.data import DataLoader
 
 from sd_memguard.config import TrainConfig
 from sd_memguard.core.async_copy import to_device
-from sd_memguard.core.sampler import Visit
+from sd_memguard.core.sampler import SampleRef
 from sd_memguard.core.seeding import Address, draw_normal
 from sd_memguard.data.captions import Captions
 from sd_memguard.data.encoding_cache import Cache, embedding_cache, latent_caches
 from sd_memguard.data.samples import Samples
-from sd_memguard.data.transforms import PixelDataset, Preprocess, visit_address
+from sd_memguard.data.transforms import PixelDataset, Preprocess, sample_address
 from sd_memguard.distributed import Exchange
 from sd_memguard.models.encoders import Encoders
 
-__all__ = ["NOTHING", "Batch", "BatchSource", "Encoders", "visit_address"]
+__all__ = ["NOTHING", "Batch", "BatchSource", "Encoders", "sample_address"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +40,13 @@ class BatchSource:
     """Makes batches of visits.
 
     Args:
-        samples: the captioned pictures.
+        samples: the captioned images.
         encoders: the frozen networks.
         config: preprocessing, caption dropout, workers and caches.
         seed: seed of the run.
         progress: whether to show a bar while the caches are filled.
         cache: whether there are caches at all.
-        num_visits: of the whole run, where known: pictures that are seen less often than encoded are not kept.
+        num_samples_seen: of the whole run, where known: images that are seen less often than encoded are not kept.
         exchange: the processes that fill them together; by default this one.
     """
 
@@ -59,7 +59,7 @@ class BatchSource:
         *,
         progress: bool = False,
         cache: bool = True,
-        num_visits: int | None = None,
+        num_samples_seen: int | None = None,
         exchange: Exchange | None = None,
     ) -> None:
         self.samples, self.encoders, self.seed, self.config = samples, encoders, seed, config
@@ -72,14 +72,14 @@ class BatchSource:
         if cache:
             crew = Exchange(alone=True) if exchange is None else exchange
             self._latents = latent_caches(
-                samples, encoders, self.preprocess, config, crew, num_visits=num_visits, progress=progress
+                samples, encoders, self.preprocess, config, crew, num_samples_seen=num_samples_seen, progress=progress
             )
             self._embeddings = embedding_cache(self.captions, encoders, config, crew, progress=progress)
 
-    def batches(self, visits: Iterable[list[Visit]]) -> Iterator[tuple[list[Visit], Batch]]:
+    def batches(self, visits: Iterable[list[SampleRef]]) -> Iterator[tuple[list[SampleRef], Batch]]:
         """Yield the batch of each list of visits, and the visits in it.
 
-        A picture that was good when it was checked and cannot be read now is named once and left out of its batches;
+        A image that was good when it was checked and cannot be read now is named once and left out of its batches;
         a batch may even be empty then.
         """
         if self.caches_latents:
@@ -101,9 +101,9 @@ class BatchSource:
             yield present, self._batch(present, self._moments_at(kept, pixels)) if kept else NOTHING
 
     def augmented(self, sample_ids: list[int], addresses: list[Address], magnitude: int) -> tuple[list[Address], Batch]:
-        """Return a batch of augmented copies and their addresses, without pictures that cannot be read any more.
+        """Return a batch of augmented copies and their addresses, without images that cannot be read any more.
 
-        Nothing of it comes from a cache of pictures or enters one.
+        Nothing of it comes from a cache of images or enters one.
         """
         pixels = [self.pixels.read(*one, magnitude) for one in zip(sample_ids, addresses, strict=True)]
         kept = self._readable(sample_ids, pixels)
@@ -113,12 +113,12 @@ class BatchSource:
         return present, self._sampled(ids, present, self._moments_at(kept, pixels), purpose="augment_")
 
     def _readable(self, sample_ids: list[int], pixels: list[Tensor | str]) -> list[int]:
-        """Return the positions of the pictures that could be read, and name the others, each once."""
-        for sample_id, picture in zip(sample_ids, pixels, strict=True):
-            if isinstance(picture, str) and sample_id not in self.lost:
+        """Return the positions of the images that could be read, and name the others, each once."""
+        for sample_id, image in zip(sample_ids, pixels, strict=True):
+            if isinstance(image, str) and sample_id not in self.lost:
                 self.lost.add(sample_id)
-                logger.warning("%s; the run goes on without it", picture)
-        return [position for position, picture in enumerate(pixels) if isinstance(picture, Tensor)]
+                logger.warning("%s; the run goes on without it", image)
+        return [position for position, image in enumerate(pixels) if isinstance(image, Tensor)]
 
     def _moments_at(self, positions: list[int], pixels: list[Any]) -> Tensor:
         return self.encoders.moments(torch.stack([pixels[position] for position in positions]))
@@ -139,8 +139,8 @@ class BatchSource:
         """Whether text embeddings come from a cache, so that the text encoder has nothing left to do."""
         return self._embeddings is not None
 
-    def _batch(self, visits: list[Visit], moments: Tensor) -> Batch:
-        return self._sampled([v.sample_id for v in visits], [visit_address(v) for v in visits], moments)
+    def _batch(self, visits: list[SampleRef], moments: Tensor) -> Batch:
+        return self._sampled([v.sample_id for v in visits], [sample_address(v) for v in visits], moments)
 
     def _sampled(self, sample_ids: list[int], addresses: list[Address], moments: Tensor, purpose: str = "") -> Batch:
         shape = (moments.shape[1] // 2, *moments.shape[2:])
@@ -153,11 +153,11 @@ class BatchSource:
             return self.encoders.embeddings([self.captions.text(number) for number in captions]).float()
         return to_device(self._embeddings.read(np.array(captions)), self.encoders.device).float()
 
-    def _cached_moments(self, visits: list[Visit]) -> Tensor:
+    def _cached_moments(self, visits: list[SampleRef]) -> Tensor:
         rows = np.searchsorted(self.samples.sample_ids, [visit.sample_id for visit in visits])
         if len(self._latents) == 1:
             return to_device(self._latents[0].read(rows), self.encoders.device)
-        views = self.preprocess.draw_views([visit_address(visit) for visit in visits]).numpy()
+        views = self.preprocess.draw_views([sample_address(visit) for visit in visits]).numpy()
         moments = torch.cat([cache.read(rows[views == view]) for view, cache in enumerate(self._latents)])
         order = np.argsort(np.concatenate([np.flatnonzero(views == view) for view in range(len(self._latents))]))
         return to_device(moments[torch.from_numpy(order)], self.encoders.device)

@@ -21,7 +21,7 @@ class Captions:
     Arrow.
 
     Args:
-        samples: the captioned pictures.
+        samples: the captioned images.
         dropout: share of the visits without a caption.
         seed: seed of the run.
     """

@@ -1,4 +1,4 @@
-"""Which pictures of a data set are near-identical, told by name."""
+"""Which images of a dataset are near-identical, told by name."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ NUM_NAMED_SAMPLES = 3
 
 
 class DuplicateCount(NamedTuple):
-    """How many groups of near-identical pictures there are, and how many samples they hold together."""
+    """How many groups of near-identical images there are, and how many samples they hold together."""
 
     num_groups: int
     num_samples: int
@@ -21,9 +21,9 @@ class DuplicateCount(NamedTuple):
     def __str__(self) -> str:
         """Return both numbers as words."""
         groups = (
-            "1 group of near-identical pictures holds"
+            "1 group of near-identical images holds"
             if self.num_groups == 1
-            else (f"{self.num_groups:,} groups of near-identical pictures hold")
+            else (f"{self.num_groups:,} groups of near-identical images hold")
         )
         return f"{groups} {self.num_samples:,} samples"
 
@@ -47,7 +47,7 @@ def describe_duplicates(samples: Samples) -> str:
     assert samples.groups is not None
     count = count_duplicates(samples.groups[samples.sample_ids])
     if count.num_groups == 0:
-        return "no near-identical pictures were found"
+        return "no near-identical images were found"
     firsts, sizes = np.unique(samples.groups[samples.sample_ids], return_counts=True)
     largest = np.argsort(-sizes, kind="stable")[:NUM_NAMED_GROUPS]
     lines = [f"{count} of {len(samples.sample_ids):,}; the largest:"]

@@ -1,12 +1,12 @@
-"""What the frozen networks make of pictures and captions, computed once: in memory, or in a folder that runs share.
+"""What the frozen networks make of images and captions, computed once: in memory, or in a folder that runs share.
 
-A latent is exact to keep when the crop is the same at every visit: with `--center_crop`, or where all pictures are
+A latent is exact to keep when the crop is the same at every visit: with `--center_crop`, or where all images are
 square. Otherwise each visit draws a crop of its own, and the VAE runs at each visit: a few kept crops would be seen
 again and again, which is what the guard is there to prevent. Mean and log variance are kept, so that the latent itself
-is drawn anew at each visit. Where pictures are mirrored or moved, every view of each picture is kept.
+is drawn again at each visit. Where images are flipped or moved, every view of each image is kept.
 
 Every batch that goes through a network here has the same size, the last one too, so that what is kept depends on the
-picture or caption alone, not on what else was missing.
+image or caption alone, not on what else was missing.
 """
 
 import importlib.metadata
@@ -44,10 +44,10 @@ MEMORY_SHARE = 0.25
 """Share of the free host memory that each cache may take under ``auto``."""
 DISK_SHARE = 0.5
 """Share of the free disk that each cache may take under ``auto``."""
-CHANGED = "pictures were changed while they were read; start again when nothing writes to them"
+CHANGED = "images were changed while they were read; start again when nothing writes to them"
 CAPTIONS_AT_ONCE = 64
 PIXELS_AT_ONCE = 2**21
-"""Of the pictures that the VAE encodes at once, at most 64 of them: 8 of 512 pixels."""
+"""Of the images that the VAE encodes at once, at most 64 of them: 8 of 512 pixels."""
 VERSIONED = ("torch", "torchvision", "diffusers", "transformers", "pillow")
 
 Rows = npt.NDArray[np.int64]
@@ -96,7 +96,7 @@ class DiskCache:
         return self.store.read(self.place[rows])
 
 
-class Need(NamedTuple):
+class CacheSpec(NamedTuple):
     """A cache that is to be made: the setting that asks for it, its number of rows, their shape and precision.
 
     ``num_reads`` says how often a row will be read in all, where that is known.
@@ -115,7 +115,7 @@ class Need(NamedTuple):
 
 
 def latents_are_exact(samples: Samples, config: TrainConfig) -> bool:
-    """Say whether every visit to a picture sees the same crop."""
+    """Say whether every visit to a image sees the same crop."""
     sizes = samples.sizes[samples.sample_ids]
     return config.center_crop or bool((sizes[:, 0] == sizes[:, 1]).all())
 
@@ -128,7 +128,7 @@ def refuse_inexact_cache(samples: Samples, config: TrainConfig) -> None:
     """
     if config.cache_latents in {"memory", "disk"} and not latents_are_exact(samples, config):
         raise ConfigError(
-            f"`--cache_latents {config.cache_latents}` needs `--center_crop` (or square pictures): with random crops "
+            f"`--cache_latents {config.cache_latents}` needs `--center_crop` (or square images): with random crops "
             "each visit has another latent; add `--center_crop`, or use `--cache_latents off`"
         )
 
@@ -140,7 +140,7 @@ def cache_folder(config: TrainConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd_memguard"
 
 
-def choose_place_together(need: Need, config: TrainConfig, exchange: Exchange) -> Literal["memory", "disk", "off"]:
+def choose_place_together(need: CacheSpec, config: TrainConfig, exchange: Exchange) -> Literal["memory", "disk", "off"]:
     """Return where a cache goes in all processes: where the main one has room for it.
 
     Raises:
@@ -164,7 +164,7 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def choose_place(need: Need, config: TrainConfig) -> Literal["memory", "disk", "off"]:
+def choose_place(need: CacheSpec, config: TrainConfig) -> Literal["memory", "disk", "off"]:
     """Return where a cache goes; ``auto`` takes memory while it suffices, for each process its own, then the disk.
 
     Where more would be computed for it than without it, every row counted though equal ones are computed once, ``auto``
@@ -199,10 +199,10 @@ def latent_caches(
     config: TrainConfig,
     exchange: Exchange,
     *,
-    num_visits: int | None,
+    num_samples_seen: int | None,
     progress: bool,
 ) -> list[Cache]:
-    """Return the moments of all pictures in each of the views of ``preprocess``; empty without cache.
+    """Return the moments of all images in each of the views of ``preprocess``; empty without cache.
 
     The rows of each are those of ``samples.sample_ids``. All processes call it together.
     """
@@ -212,14 +212,14 @@ def latent_caches(
     channels, factor = encoders.moments_shape
     side = config.resolution // factor
     shape = (channels, side, side)
-    need = Need("cache_latents", len(views) * len(samples.sample_ids), shape, encoders.dtype, num_visits)
+    need = CacheSpec("cache_latents", len(views) * len(samples.sample_ids), shape, encoders.dtype, num_samples_seen)
     place = choose_place_together(need, config, exchange)
     if place == "off":
         return []
     batch = max(1, min(64, PIXELS_AT_ONCE // config.resolution**2))
 
     def encoded(positions: Rows) -> Iterator[tuple[Rows, list[bytes], list[Tensor]]]:
-        for chunk, keys, pixels in _read_pictures(samples, positions, preprocess, batch, progress):
+        for chunk, keys, pixels in _read_images(samples, positions, preprocess, batch, progress):
             yield chunk, keys, [_in_full(encoders.moments, one, batch) for one in pixels]
 
     if place == "memory":
@@ -262,7 +262,7 @@ def embedding_cache(
     captions: Captions, encoders: Encoders, config: TrainConfig, exchange: Exchange, *, progress: bool
 ) -> Cache | None:
     """Return the embeddings of all captions by their numbers, None without cache. All processes call it together."""
-    need = Need("cache_text_embeddings", len(captions.texts), encoders.embedding_shape, encoders.dtype)
+    need = CacheSpec("cache_text_embeddings", len(captions.texts), encoders.embedding_shape, encoders.dtype)
     place = choose_place_together(need, config, exchange)
     if place == "off":
         return None
@@ -291,7 +291,7 @@ def embedding_cache(
 def _view_context(view: View, config: TrainConfig) -> dict[str, object]:
     """Return what tells the latents of a view from those of others."""
     moved = {"random_affine": config.random_affine, "map": view.map} if config.random_affine else {}
-    return {"mirrored": view.flip, **moved}
+    return {"flipped": view.flip, **moved}
 
 
 def _circumstances(encoders: Encoders, batch: int) -> dict[str, object]:
@@ -304,13 +304,13 @@ def _circumstances(encoders: Encoders, batch: int) -> dict[str, object]:
     }
 
 
-def _read_pictures(
+def _read_images(
     samples: Samples, positions: Rows, preprocess: Preprocess, batch: int, progress: bool
 ) -> Iterator[tuple[Rows, list[bytes], list[Tensor]]]:
-    """Yield the pictures at positions among the usable samples in batches, read in threads and a batch ahead.
+    """Yield the images at positions among the usable samples in batches, read in threads and a batch ahead.
 
     Yields:
-        Positions (B,), the hashes of the files, and for each view the pictures (B, 3, resolution, resolution).
+        Positions (B,), the hashes of the files, and for each view the images (B, 3, resolution, resolution).
     """
 
     def read(position: int) -> tuple[bytes, list[Tensor]]:

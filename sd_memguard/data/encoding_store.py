@@ -1,10 +1,10 @@
-"""Rows on disk (latents, text embeddings, checked pictures), keyed by what they were made of, and shared by runs.
+"""Rows on disk (latents, text embeddings, checked images), keyed by what they were made of, and shared by runs.
 
 A folder holds rows of one kind that were made in one way (its *context*: network, preprocessing, precision, versions).
-It consists of safetensors files with ``keys`` (n, 16) uint8, the hashes of the pictures or captions, and ``values``
+It consists of safetensors files with ``keys`` (n, 16) uint8, the hashes of the images or captions, and ``values``
 (n, ...). A file is complete when it gets its name and never changes: runs may write and read at the same time. Its
 header names the context and the hash of the content, so that a file that is damaged, or lies in the wrong folder, is
-noticed and its rows are made anew.
+noticed and its rows are made again.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""Captioned pictures from a folder, with metadata or with caption files.
+"""Captioned images from a folder, with metadata or with caption files.
 
-The folder is read here rather than by `imagefolder`, which drops pictures that the metadata leave out, ignores `.txt`
+The folder is read here rather than by `imagefolder`, which drops images that the metadata leave out, ignores `.txt`
 captions and fails as a whole on one bad caption.
 """
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from sd_memguard.data.image_check import (
-    PictureError,
+    ImageError,
     SampleError,
     caption_fault,
     first_names,
@@ -29,7 +29,7 @@ from sd_memguard.data.rows import Row, Source, collect_rows, unknown_column
 
 logger = logging.getLogger(__name__)
 
-_PICTURE = re.compile(
+_IMAGE = re.compile(
     r".*\.(a?png|avif|bmp|dib|gif|hei[cf]|j2k|jfif|jp2|jpe|jpe?g|jxl|p[bgnp]m|tga|tiff?|webp)$", re.IGNORECASE
 )
 _METADATA_RULE = "`metadata.jsonl` (one JSON object per line), `metadata.csv` or `metadata.parquet`"
@@ -39,14 +39,14 @@ _LIKE_METADATA = re.compile(r"metadata|.*\.(json\w*|ndjson|csv|tsv|parquet)$", r
 class _Listing(NamedTuple):
     """The files below a folder, relative to it and written with slashes."""
 
-    pictures: list[str]  # sorted
+    images: list[str]  # sorted
     texts: dict[str, str]  # file without its extension -> caption file
     metadata: list[str]  # sorted
     others: list[str]
 
 
-class FolderPictures:
-    """Pictures below a folder; nothing outside it is opened, neither by `..` nor through a link."""
+class FolderImages:
+    """Images below a folder; nothing outside it is opened, neither by `..` nor through a link."""
 
     def __init__(self, folder: Path, files: pa.Array) -> None:
         """Remember where the folder really lies."""
@@ -57,42 +57,42 @@ class FolderPictures:
         self._allowed = [self._root, *(parent.parent / "blobs" for parent in snapshots)]
 
     def read(self, row: int) -> Mapping[str, object]:
-        """Return the bytes of a picture."""
+        """Return the bytes of a image."""
         file = self._files[row].as_py()
         path = self._root / file
         try:
             if not path.is_file():
-                raise PictureError("is not a file" if path.exists() else "is listed, but there is no such file")
+                raise ImageError("is not a file" if path.exists() else "is listed, but there is no such file")
             if not any(path.resolve().is_relative_to(allowed) for allowed in self._allowed):
-                raise PictureError("is a link that leaves the data folder; copy the picture into it")
+                raise ImageError("is a link that leaves the data folder; copy the image into it")
             return {"path": file, "bytes": path.read_bytes()}
         except OSError as error:
-            raise PictureError(f"cannot be read: {error.strerror}") from error
+            raise ImageError(f"cannot be read: {error.strerror}") from error
 
 
 def read_folder(folder: str, *, image_column: str, caption_column: str) -> Source:
-    """Return the rows of a folder: those of its metadata files, else its pictures with their `.txt` captions.
+    """Return the rows of a folder: those of its metadata files, else its images with their `.txt` captions.
 
-    Metadata files may lie in sub-folders; picture files are relative to them. Several are read in the order of their
-    paths. Without metadata the rows are the pictures in the order of their paths; each line of a `.txt` file that is
-    not blank is one caption of the picture with the same name.
+    Metadata files may lie in sub-folders; image files are relative to them. Several are read in the order of their
+    paths. Without metadata the rows are the images in the order of their paths; each line of a `.txt` file that is
+    not blank is one caption of the image with the same name.
 
     Raises:
-        SampleError: no such folder, no pictures, no captions at all, an unknown column or an unreadable metadata file.
+        SampleError: no such folder, no images, no captions at all, an unknown column or an unreadable metadata file.
     """
     root = Path(folder)
     if not root.is_dir():
         fault = "is a file, not a folder" if root.exists() else "does not exist"
-        raise SampleError(f"`--train_data_dir` {folder} {fault}; give the folder that holds the pictures")
+        raise SampleError(f"`--train_data_dir` {folder} {fault}; give the folder that holds the images")
     listing = _list_files(root)
     if listing.metadata:
         rows = _metadata_rows(root, listing, image_column, caption_column)
-    elif not listing.pictures:
-        raise SampleError(f"`--train_data_dir` {folder} holds no pictures (.png, .jpg, ...){_hint(listing, root)}")
-    elif listing.texts.keys().isdisjoint(_stem(file) for file in listing.pictures):
+    elif not listing.images:
+        raise SampleError(f"`--train_data_dir` {folder} holds no images (.png, .jpg, ...){_hint(listing, root)}")
+    elif listing.texts.keys().isdisjoint(_stem(file) for file in listing.images):
         raise SampleError(
-            f"`--train_data_dir` {folder} holds {len(listing.pictures)} pictures, but no captions: add {_METADATA_RULE}"
-            f" or a `.txt` file of the same name beside each picture{_hint(listing, root)}"
+            f"`--train_data_dir` {folder} holds {len(listing.images)} images, but no captions: add {_METADATA_RULE}"
+            f" or a `.txt` file of the same name beside each image{_hint(listing, root)}"
         )
     else:
         rows = _text_rows(root, listing)
@@ -101,7 +101,7 @@ def read_folder(folder: str, *, image_column: str, caption_column: str) -> Sourc
         raise SampleError(f"`--train_data_dir` {folder}: {', '.join(listing.metadata)} holds no rows")
     if listing.metadata:
         _warn_of_unlisted(listing, set(collected.files.to_pylist()))
-    return Source(folder, collected, FolderPictures(root, collected.files))
+    return Source(folder, collected, FolderImages(root, collected.files))
 
 
 def _list_files(root: Path) -> _Listing:
@@ -113,10 +113,10 @@ def _list_files(root: Path) -> _Listing:
         linked += [posixpath.join(prefix, name) for name in folders if os.path.islink(os.path.join(parent, name))]
         for name in sorted(names):
             if name.startswith("."):
-                continue  # `datasets` leaves hidden files out, too: macOS puts a `._photo.jpg` beside each picture
+                continue  # `datasets` leaves hidden files out, too: macOS puts a `._photo.jpg` beside each image
             file = posixpath.join(prefix, name)
-            if _PICTURE.match(name):
-                listing.pictures.append(file)
+            if _IMAGE.match(name):
+                listing.images.append(file)
             elif name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
                 listing.metadata.append(file)
             elif name.lower().endswith(".txt"):
@@ -124,8 +124,8 @@ def _list_files(root: Path) -> _Listing:
             else:
                 listing.others.append(file)
     if linked:
-        logger.warning("Linked folders are not searched for pictures: %s", first_names(linked))
-    listing.pictures.sort()
+        logger.warning("Linked folders are not searched for images: %s", first_names(linked))
+    listing.images.sort()
     listing.metadata.sort()
     return listing
 
@@ -144,7 +144,7 @@ def _hint(listing: _Listing, root: Path) -> str:
     misnamed = [file for file in files if _LIKE_METADATA.match(posixpath.basename(file))]
     if misnamed:
         return f"; found `{printable(misnamed[0])}`: captions are read from {_METADATA_RULE}; rename or rewrite it" + (
-            f", or load the folder with `--dataset_name {root}` if it holds the pictures as well"
+            f", or load the folder with `--dataset_name {root}` if it holds the images as well"
             if misnamed[0].endswith(".parquet")
             else ""
         )
@@ -155,16 +155,16 @@ def _hint(listing: _Listing, root: Path) -> str:
 
 
 def _text_rows(root: Path, listing: _Listing) -> Iterator[Row]:
-    """Yield the pictures of a folder without metadata, each with the lines of the caption file beside it."""
-    unused = listing.texts.keys() - {_stem(file) for file in listing.pictures}
+    """Yield the images of a folder without metadata, each with the lines of the caption file beside it."""
+    unused = listing.texts.keys() - {_stem(file) for file in listing.images}
     if unused:
         names = first_names(listing.texts[stem] for stem in unused)
-        logger.warning("%d .txt files have no picture of the same name and are not used: %s", len(unused), names)
+        logger.warning("%d .txt files have no image of the same name and are not used: %s", len(unused), names)
     misnamed = [file for file in listing.others if _LIKE_METADATA.match(posixpath.basename(file))]
     if misnamed:
         logger.warning("Not read: %s; metadata are read from %s", first_names(misnamed), _METADATA_RULE)
-    logger.info("Captions come from the .txt files beside the pictures in %s", root)
-    for file in listing.pictures:
+    logger.info("Captions come from the .txt files beside the images in %s", root)
+    for file in listing.images:
         if not is_unicode(file):
             yield Row(printable(file), [], row_fault="file name is not valid UTF-8; rename it")
         elif (text := listing.texts.get(_stem(file))) is None:
@@ -193,7 +193,7 @@ def _metadata_rows(root: Path, listing: _Listing, image_column: str, caption_col
         logger.info("The %d .txt files in %s are not used: metadata win", len(listing.texts), root)
     # `imagefolder` makes a column `image` of `file_name` and a column `photo` of `photo_file_name`.
     keys = [*(["file_name"] if image_column == "image" else []), f"{image_column}_file_name"]
-    known = set(listing.pictures)
+    known = set(listing.images)
     columns: dict[str, None] = {}
     for file in listing.metadata:
         read = READERS[posixpath.splitext(file)[1]]
@@ -201,16 +201,16 @@ def _metadata_rows(root: Path, listing: _Listing, image_column: str, caption_col
             columns.update(dict.fromkeys(record.columns))
             yield _metadata_row(file, record, keys, caption_column, known)
     if columns and not columns.keys() & set(keys):
-        pictures = [_picture_column(name) for name in columns if name == "file_name" or name.endswith("_file_name")]
-        if not pictures:
+        images = [_image_column(name) for name in columns if name == "file_name" or name.endswith("_file_name")]
+        if not images:
             found = ", ".join(columns)
             raise SampleError(f"{', '.join(listing.metadata)} needs a column `file_name`, found: {found}; add it")
-        raise unknown_column("--image_column", image_column, pictures)
+        raise unknown_column("--image_column", image_column, images)
     if columns and caption_column not in columns:
         raise unknown_column("--caption_column", caption_column, columns)
 
 
-def _picture_column(name: str) -> str:
+def _image_column(name: str) -> str:
     return name.removesuffix("file_name").removesuffix("_") or "image"
 
 
@@ -223,7 +223,7 @@ def _metadata_row(file: str, record: Record, keys: list[str], caption_column: st
     fault = f"{fault} (`{caption_column}`, {where})" if fault else ""
     name = next((record.values[key] for key in keys if record.values.get(key)), None)
     if not isinstance(name, str):
-        return Row(where, caption, f"`{keys[0]}` must name a picture, got {shortened(name)}", fault)
+        return Row(where, caption, f"`{keys[0]}` must name a image, got {shortened(name)}", fault)
     path = _relative_path(posixpath.dirname(file), name)
     if path is None:
         rule = f"`{keys[0]}` must be a path inside the data folder, relative to the metadata file"
@@ -245,7 +245,7 @@ def _as_stored(path: str, known: set[str]) -> str:
 
 
 def _warn_of_unlisted(listing: _Listing, listed: set[str]) -> None:
-    unlisted = [file for file in listing.pictures if file not in listed]
+    unlisted = [file for file in listing.images if file not in listed]
     if unlisted:
         names = first_names(unlisted)
-        logger.warning("%d pictures are not listed in the metadata and are not used: %s", len(unlisted), names)
+        logger.warning("%d images are not listed in the metadata and are not used: %s", len(unlisted), names)

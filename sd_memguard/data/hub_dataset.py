@@ -1,4 +1,4 @@
-"""Captioned pictures from a data set of `datasets`, on the hub or in a local folder."""
+"""Captioned images from a dataset of `datasets`, on the hub or in a local folder."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -8,15 +8,15 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sd_memguard.data.image_check import PictureError, SampleError, caption_fault
+from sd_memguard.data.image_check import ImageError, SampleError, caption_fault
 from sd_memguard.data.metadata import as_python
 from sd_memguard.data.rows import ROWS_PER_BATCH, Row, Source, collect_rows, unknown_column
 
 logger = logging.getLogger(__name__)
 
 
-class DatasetPictures:
-    """The picture column of a data set, memory-mapped and not decoded."""
+class DatasetImages:
+    """The image column of a dataset, memory-mapped and not decoded."""
 
     def __init__(self, dataset: datasets.Dataset, image_column: str) -> None:
         """Keep that column alone."""
@@ -24,14 +24,14 @@ class DatasetPictures:
         self._rows = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
     def read(self, row: int) -> Mapping[str, object]:
-        """Return the bytes of a picture, or its path where the data set stores no more."""
+        """Return the bytes of a image, or its path where the dataset stores no more."""
         stored: Mapping[str, object] | None = self._rows[row][self._column]
         if stored is None or (stored["bytes"] is None and stored["path"] is None):
-            raise PictureError(f"has no picture in `{self._column}`")
+            raise ImageError(f"has no image in `{self._column}`")
         return stored
 
     def paths(self) -> Iterator[object]:
-        """Yield the stored path of each picture, or None."""
+        """Yield the stored path of each image, or None."""
         for batch in self._rows.with_format("arrow").iter(ROWS_PER_BATCH):
             yield from map(as_python, pc.struct_field(batch[self._column], "path"))
 
@@ -45,7 +45,7 @@ def read_dataset(
     image_column: str,
     caption_column: str,
 ) -> Source:
-    """Return the rows of the `train` split of a data set on the hub or in a local folder.
+    """Return the rows of the `train` split of a dataset on the hub or in a local folder.
 
     Raises:
         SampleError: it cannot be loaded, is streamed, has no split `train` or not these columns.
@@ -56,20 +56,20 @@ def read_dataset(
             raise unknown_column(setting, column, dataset.column_names)
     kinds = dataset.features.arrow_schema
     if not (isinstance(dataset.features[image_column], datasets.Image) or _holds_bytes(kinds.field(image_column).type)):
-        raise SampleError(_wrong_kind("--image_column", image_column, "pictures", dataset))
+        raise SampleError(_wrong_kind("--image_column", image_column, "images", dataset))
     if not _holds_text(kinds.field(caption_column).type):
         raise SampleError(_wrong_kind("--caption_column", caption_column, "texts", dataset))
     if len(dataset) == 0:
         raise SampleError(f"`--dataset_name` {dataset_name}: the split `train` has no rows")
-    pictures = DatasetPictures(dataset, image_column)
+    images = DatasetImages(dataset, image_column)
     captions = dataset.select_columns([caption_column]).with_format("arrow").iter(ROWS_PER_BATCH)
     values = (as_python(value) for batch in captions for value in batch[caption_column])
     rows = (
         Row(path if isinstance(path, str) else f"row {row}", value, caption_fault=caption_fault(value))
-        for row, (path, value) in enumerate(zip(pictures.paths(), values, strict=True))
+        for row, (path, value) in enumerate(zip(images.paths(), values, strict=True))
     )
     logger.info("Captions come from column %s of %s", caption_column, dataset_name)
-    return Source(dataset_name, collect_rows(rows), pictures)
+    return Source(dataset_name, collect_rows(rows), images)
 
 
 def _train_split(
@@ -85,11 +85,11 @@ def _train_split(
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise SampleError(
             f"`--dataset_name` {dataset_name} cannot be loaded: {error}{cause}; check its name, its files and the"
-            " connection, or give a folder of pictures as `--train_data_dir`"
+            " connection, or give a folder of images as `--train_data_dir`"
         ) from error
     if isinstance(loaded, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise SampleError(
-            f"`--dataset_name` {dataset_name} is a streaming data set ({type(loaded).__name__}), but samples are told"
+            f"`--dataset_name` {dataset_name} is a streaming dataset ({type(loaded).__name__}), but samples are told"
             " apart by their row number; load it without streaming"
         )
     if isinstance(loaded, datasets.DatasetDict):

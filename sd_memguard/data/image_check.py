@@ -1,4 +1,4 @@
-"""What makes a sample usable: a caption with words in it and a picture that decodes."""
+"""What makes a sample usable: a caption with words in it and a image that decodes."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ import PIL.Image
 from tqdm.auto import tqdm
 
 from sd_memguard.core.duplicates import THUMBNAIL_SIDE
-from sd_memguard.data.image_check_cache import CheckCache, GoodPicture
+from sd_memguard.data.image_check_cache import CheckCache, GoodImage
 from sd_memguard.errors import UserError
 
 _MAX_LISTED = 20
@@ -31,7 +31,7 @@ class BadSample(NamedTuple):
 
 
 class SampleError(UserError):
-    """The captioned pictures cannot be used as they are.
+    """The captioned images cannot be used as they are.
 
     Attributes:
         bad: every bad sample, also those that the message leaves out; empty where the fault is not in single samples.
@@ -43,15 +43,15 @@ class SampleError(UserError):
         self.bad = list(bad)
 
 
-class PictureError(ValueError):
-    """A single picture cannot be read; the message continues a sentence that begins with its name."""
+class ImageError(ValueError):
+    """A single image cannot be read; the message continues a sentence that begins with its name."""
 
 
-class Pictures(Protocol):
-    """Stored pictures by row number, in the form that `datasets.Image` decodes."""
+class Images(Protocol):
+    """Stored images by row number, in the form that `datasets.Image` decodes."""
 
     def read(self, row: int) -> Mapping[str, object]:
-        """Return the picture's `bytes` and `path`, or raise PictureError."""
+        """Return the image's `bytes` and `path`, or raise ImageError."""
 
 
 def bad_samples_message(name: str, bad: Sequence[BadSample], num_samples: int, advice: str) -> str:
@@ -108,7 +108,7 @@ def shortened(value: object) -> str:
 
 
 def content_key(stored: Mapping[str, object]) -> bytes:
-    """Return the hash of a stored picture's bytes, 16 bytes."""
+    """Return the hash of a stored image's bytes, 16 bytes."""
     content = stored["bytes"]
     if content is None:
         content = Path(str(stored["path"])).read_bytes()
@@ -116,50 +116,50 @@ def content_key(stored: Mapping[str, object]) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def decode_picture(stored: Mapping[str, object]) -> PIL.Image.Image:
-    """Return a stored picture in RGB, turned upright by its EXIF tag: what `datasets` decodes, in 8 bits.
+def decode_image(stored: Mapping[str, object]) -> PIL.Image.Image:
+    """Return a stored image in RGB, turned upright by its EXIF tag: what `datasets` decodes, in 8 bits.
 
     Alpha is dropped and the first frame of an animation is taken, as `convert("RGB")` does. Pillow clips 16-bit
     greyscale at 255, which makes it white; here its range is scaled to 8 bits.
 
     Raises:
-        PictureError: whatever is wrong with the bytes.
+        ImageError: whatever is wrong with the bytes.
     """
     if stored["bytes"] == b"":
-        raise PictureError("picture is empty (0 bytes)")
+        raise ImageError("image is empty (0 bytes)")
     try:
         return _to_rgb(datasets.Image().decode_example(dict(stored)))
-    except PictureError:
+    except ImageError:
         raise
     except PIL.UnidentifiedImageError as error:
-        raise PictureError("is not a picture that Pillow can read; convert it to PNG or JPEG") from error
+        raise ImageError("is not a image that Pillow can read; convert it to PNG or JPEG") from error
     except PIL.Image.DecompressionBombError as error:
-        raise PictureError(f"has too many pixels: {error}") from error
-    except Exception as error:  # decoders meet broken bytes with almost any exception: each one names a bad picture
-        raise PictureError(f"picture cannot be decoded ({type(error).__name__}: {error})") from error
+        raise ImageError(f"has too many pixels: {error}") from error
+    except Exception as error:  # decoders meet broken bytes with almost any exception: each one names a bad image
+        raise ImageError(f"image cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if 0 in image.size:
-        raise PictureError(f"picture has no pixels ({image.width}x{image.height})")
+        raise ImageError(f"image has no pixels ({image.width}x{image.height})")
     if image.mode == "F":
-        raise PictureError("pixels are floating point numbers without a known range; convert the picture to 8 bits")
+        raise ImageError("pixels are floating point numbers without a known range; convert the image to 8 bits")
     if not image.mode.startswith("I"):
         return image.convert("RGB")
     levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > _MAX_16_BIT:
-        raise PictureError("greyscale does not fit in 16 bits; convert the picture to 8 bits")
+        raise ImageError("greyscale does not fit in 16 bits; convert the image to 8 bits")
     return PIL.Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
-def thumbnail(picture: PIL.Image.Image) -> npt.NDArray[np.uint8]:
-    """Return a picture squeezed to a small square, (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)."""
+def thumbnail(image: PIL.Image.Image) -> npt.NDArray[np.uint8]:
+    """Return a image squeezed to a small square, (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)."""
     size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
-    return np.asarray(picture.resize(size, PIL.Image.Resampling.BILINEAR, reducing_gap=3.0))
+    return np.asarray(image.resize(size, PIL.Image.Resampling.BILINEAR, reducing_gap=3.0))
 
 
-def check_pictures(
-    pictures: Pictures,
+def check_images(
+    images: Images,
     rows: npt.NDArray[np.int64],
     *,
     num_workers: int | None = None,
@@ -167,18 +167,18 @@ def check_pictures(
     thumbnails: npt.NDArray[np.uint8] | None = None,
     cache: CheckCache | None = None,
 ) -> tuple[npt.NDArray[np.int32], dict[int, str]]:
-    """Decode every picture that is not in the cache, in threads, and return the sizes and what is wrong with them.
+    """Decode every image that is not in the cache, in threads, and return the sizes and what is wrong with them.
 
     Args:
-        pictures: where the pictures are read from.
+        images: where the images are read from.
         rows: (N,) row numbers to decode.
         num_workers: number of threads; one per CPU core by default.
         progress: show a progress bar that disappears when it is full.
-        thumbnails: (N, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), filled with small versions of the good pictures if given.
+        thumbnails: (N, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), filled with small versions of the good images if given.
         cache: what earlier checks have found; takes in what this one finds, also where it is interrupted.
 
     Returns:
-        (N, 2) width and height after EXIF rotation (0, 0 where the picture is bad), and the fault of each bad row.
+        (N, 2) width and height after EXIF rotation (0, 0 where the image is bad), and the fault of each bad row.
     """
     sizes = np.zeros((len(rows), 2), dtype=np.int32)
     faults: dict[int, str] = {}
@@ -189,8 +189,8 @@ def check_pictures(
         task = rows[start : start + per_task]
         for position, row in enumerate(task.tolist(), start):
             try:
-                seen = _look_at(pictures.read(row), cache, with_thumbnail=thumbnails is not None)
-            except PictureError as error:
+                seen = _look_at(images.read(row), cache, with_thumbnail=thumbnails is not None)
+            except ImageError as error:
                 faults[row] = printable(str(error))
                 continue
             sizes[position] = seen.size
@@ -200,18 +200,18 @@ def check_pictures(
 
     executor = ThreadPoolExecutor(num_workers or os.cpu_count())
     try:
-        with tqdm(total=len(rows), desc="Checking pictures", unit="picture", leave=False, disable=not progress) as bar:
+        with tqdm(total=len(rows), desc="Checking images", unit="image", leave=False, disable=not progress) as bar:
             for num_checked in executor.map(check, range(0, len(rows), per_task)):
                 bar.update(num_checked)
     finally:
-        executor.shutdown(cancel_futures=True)  # an interrupt does not wait for the pictures still queued
+        executor.shutdown(cancel_futures=True)  # an interrupt does not wait for the images still queued
         if cache is not None:
             cache.flush()
     return sizes, faults
 
 
-def _look_at(stored: Mapping[str, object], cache: CheckCache | None, *, with_thumbnail: bool) -> GoodPicture:
-    """Return what is known of a picture, which is decoded where nothing is."""
+def _look_at(stored: Mapping[str, object], cache: CheckCache | None, *, with_thumbnail: bool) -> GoodImage:
+    """Return what is known of a image, which is decoded where nothing is."""
     if cache is None:
         return _decoded(stored, with_thumbnail)
     try:
@@ -225,9 +225,9 @@ def _look_at(stored: Mapping[str, object], cache: CheckCache | None, *, with_thu
     return seen
 
 
-def _decoded(stored: Mapping[str, object], with_thumbnail: bool) -> GoodPicture:
-    picture = decode_picture(stored)
-    return GoodPicture(picture.size, thumbnail(picture) if with_thumbnail else None)
+def _decoded(stored: Mapping[str, object], with_thumbnail: bool) -> GoodImage:
+    image = decode_image(stored)
+    return GoodImage(image.size, thumbnail(image) if with_thumbnail else None)
 
 
 def first_names(names: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
-"""What earlier checks have found out about good pictures, so that the same files need not be decoded again.
+"""What earlier checks have found out about good images, so that the same files need not be decoded again.
 
-Rows are found by the hash of a file's content: names may change. A bad picture is never kept; it is looked at again
-each time, and its fault told anew.
+Rows are found by the hash of a file's content: names may change. A bad image is never kept; it is looked at again
+each time, and its fault told again.
 """
 
 import importlib.metadata
@@ -21,27 +21,27 @@ from sd_memguard.data.encoding_store import KEY, MISSING, EncodingStore
 from sd_memguard.errors import UserError
 
 VERSIONED = ("datasets", "pillow")
-"""Libraries that decide what a picture is once it is decoded."""
+"""Libraries that decide what a image is once it is decoded."""
 _SIZE_BYTES = 8
 
 
 class CheckCacheError(UserError):
-    """What was found out about the pictures cannot be kept."""
+    """What was found out about the images cannot be kept."""
 
 
-class GoodPicture(NamedTuple):
-    """A good picture: width and height after EXIF rotation, and its thumbnail where these are kept."""
+class GoodImage(NamedTuple):
+    """A good image: width and height after EXIF rotation, and its thumbnail where these are kept."""
 
     size: tuple[int, int]
     thumbnail: npt.NDArray[np.uint8] | None
 
 
 class CheckCache:
-    """Good pictures by the hash of their files; threads may use it at once.
+    """Good images by the hash of their files; threads may use it at once.
 
     Args:
         folder: where the rows lie, in a sub-folder of their own.
-        thumbnails: keep (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3) of each picture too, for the search for duplicates.
+        thumbnails: keep (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3) of each image too, for the search for duplicates.
 
     Raises:
         CheckCacheError: the folder cannot be written or is full; so do ``add`` and ``flush``.
@@ -56,19 +56,19 @@ class CheckCache:
         self._folder = folder
         self._adding = Lock()
 
-    def find(self, key: bytes) -> GoodPicture | None:
-        """Return what is known of the picture with this hash, None where it was not seen yet."""
+    def find(self, key: bytes) -> GoodImage | None:
+        """Return what is known of the image with this hash, None where it was not seen yet."""
         place = self._store.find(np.array([key], KEY))
         if place[0] == MISSING:
             return None
         row = self._store.read(place)[0].numpy()
         width, height = row[:_SIZE_BYTES].view(np.int32).tolist()
-        return GoodPicture(
+        return GoodImage(
             (width, height), None if self._thumbnail is None else row[_SIZE_BYTES:].reshape(self._thumbnail)
         )
 
-    def add(self, key: bytes, seen: GoodPicture) -> None:
-        """Take in a good picture, to be found after the next ``flush``."""
+    def add(self, key: bytes, seen: GoodImage) -> None:
+        """Take in a good image, to be found after the next ``flush``."""
         size = np.array(seen.size, np.int32).view(np.uint8)
         row = size if seen.thumbnail is None else np.concatenate((size, seen.thumbnail.reshape(-1)))
         with self._adding, _named_faults(self._folder):
@@ -86,6 +86,6 @@ def _named_faults(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckCacheError(
-            f"what the check of the pictures finds cannot be kept in {folder}: {error}; make room there, or name "
+            f"what the check of the images finds cannot be kept in {folder}: {error}; make room there, or name "
             "another folder by `--encoding_cache_dir`"
         ) from error

@@ -1,4 +1,4 @@
-"""The rows of a data set, kept in Arrow arrays so that a million of them fit."""
+"""The rows of a dataset, kept in Arrow arrays so that a million of them fit."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from sd_memguard.data.image_check import Pictures, SampleError, printable
+from sd_memguard.data.image_check import Images, SampleError, printable
 
 ROWS_PER_BATCH = 10_000
 
 
 class Row(NamedTuple):
-    """What is known of a row before its picture is opened."""
+    """What is known of a row before its image is opened."""
 
     file: str  # the place in the metadata where they name none
     caption: object  # a text or a list of texts, unless there is a fault
@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Every row of a data set, and what is wrong with some of them."""
+    """Every row of a dataset, and what is wrong with some of them."""
 
     files: pa.Array  # (num_rows,) text
     captions: pa.Array  # (num_rows,) list of texts, empty where there is a fault
@@ -31,11 +31,11 @@ class Rows(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A data set before any picture is opened."""
+    """A dataset before any image is opened."""
 
     name: str
     rows: Rows
-    pictures: Pictures
+    images: Images
 
 
 def collect_rows(rows: Iterator[Row]) -> Rows:

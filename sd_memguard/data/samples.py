@@ -1,4 +1,4 @@
-"""The captioned pictures of a run, read and checked before any model is loaded."""
+"""The captioned images of a run, read and checked before any model is loaded."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +15,13 @@ from sd_memguard.data.folder import read_folder
 from sd_memguard.data.hub_dataset import read_dataset
 from sd_memguard.data.image_check import (
     BadSample,
-    PictureError,
-    Pictures,
+    ImageError,
+    Images,
     SampleError,
     bad_samples_message,
-    check_pictures,
+    check_images,
     content_key,
-    decode_picture,
+    decode_image,
 )
 from sd_memguard.data.image_check_cache import CheckCache
 from sd_memguard.data.rows import Source
@@ -34,7 +34,7 @@ _KEYS_PER_TASK = 1024
 
 
 class Checked(NamedTuple):
-    """What the check of the pictures has found; see ``Samples`` for the fields."""
+    """What the check of the images has found; see ``Samples`` for the fields."""
 
     sizes: npt.NDArray[np.int32]
     bad: list[BadSample]
@@ -43,10 +43,10 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Captioned pictures; a sample id is the row number before any row is dropped.
+    """Captioned images; a sample id is the row number before any row is dropped.
 
     Attributes:
-        name: the folder or the data set's name, for messages.
+        name: the folder or the dataset's name, for messages.
         num_rows: rows of the source, bad ones and those beyond `max_train_samples` included.
         sample_ids: (num_good,) int64, ascending: the rows to train on.
         sizes: (num_rows, 2) int32, width and height after EXIF rotation; 0, 0 for rows that are not used.
@@ -62,11 +62,11 @@ class Samples:
     bad: list[BadSample]
     _files: pa.Array = field(repr=False)
     _captions: pa.Array = field(repr=False)
-    _pictures: Pictures = field(repr=False)
+    _images: Images = field(repr=False)
     groups: npt.NDArray[np.int64] | None = field(default=None, repr=False)
 
     def image(self, sample_id: int) -> PIL.Image.Image:
-        """Return the picture in RGB, turned upright by its EXIF tag.
+        """Return the image in RGB, turned upright by its EXIF tag.
 
         Raises:
             SampleError: it has been changed or removed since it was checked.
@@ -74,15 +74,15 @@ class Samples:
         return self.keyed_image(sample_id)[1]
 
     def keyed_image(self, sample_id: int) -> tuple[bytes, PIL.Image.Image]:
-        """Return the hash of the picture's file (16 bytes) and the picture, from one and the same read.
+        """Return the hash of the image's file (16 bytes) and the image, from one and the same read.
 
         Raises:
             SampleError: it has been changed or removed since it was checked.
         """
         try:
-            stored = self._pictures.read(sample_id)
-            return content_key(stored), decode_picture(stored)
-        except (PictureError, OSError) as error:
+            stored = self._images.read(sample_id)
+            return content_key(stored), decode_image(stored)
+        except (ImageError, OSError) as error:
             raise self._changed(sample_id, error) from error
 
     def content_keys(self) -> npt.NDArray[np.bytes_]:
@@ -97,8 +97,8 @@ class Samples:
             for position in range(start, min(start + _KEYS_PER_TASK, len(keys))):
                 sample_id = int(self.sample_ids[position])
                 try:
-                    keys[position] = content_key(self._pictures.read(sample_id))
-                except (PictureError, OSError) as error:
+                    keys[position] = content_key(self._images.read(sample_id))
+                except (ImageError, OSError) as error:
                     raise self._changed(sample_id, error) from error
 
         with ThreadPoolExecutor() as executor:
@@ -123,7 +123,7 @@ class Samples:
         return captions
 
     def file(self, sample_id: int) -> str:
-        """Return the file relative to the data folder, or what a data set stores as its path, or "row 12"."""
+        """Return the file relative to the data folder, or what a dataset stores as its path, or "row 12"."""
         file: str = self._files[sample_id].as_py()
         return file
 
@@ -145,25 +145,25 @@ def load_samples(
     checked: Checked | None = None,
     cache: CheckCache | None = None,
 ) -> Samples:
-    """Return the captioned pictures of a folder or data set, with every row in use read and every picture decoded.
+    """Return the captioned images of a folder or dataset, with every row in use read and every image decoded.
 
-    The settings are those of diffusers' `train_text_to_image.py`. With a data set, `train_data_dir` is the part of it
+    The settings are those of diffusers' `train_text_to_image.py`. With a dataset, `train_data_dir` is the part of it
     that is loaded.
 
     Args:
-        train_data_dir: folder with pictures and metadata.jsonl, .csv, .parquet or caption .txt files.
-        dataset_name: data set on the hub or in a local folder; comes before `train_data_dir`.
+        train_data_dir: folder with images and metadata.jsonl, .csv, .parquet or caption .txt files.
+        dataset_name: dataset on the hub or in a local folder; comes before `train_data_dir`.
         dataset_config_name: its configuration.
         cache_dir: where downloads are kept.
-        image_column: column of the pictures; in a folder, `image` stands for the column `file_name`.
+        image_column: column of the images; in a folder, `image` stands for the column `file_name`.
         caption_column: column of a caption or a list of captions.
         max_train_samples: use this many rows, drawn with `seed`: the rows that the upstream script draws.
         seed: of that draw.
         on_bad_sample: refuse the data, or drop the bad samples and keep the ids of the others.
-        find_duplicates: group the near-identical pictures.
+        find_duplicates: group the near-identical images.
         num_workers: threads that decode; one per CPU core by default.
         progress: show a progress bar.
-        checked: what a check of the same rows has found; no picture is opened then.
+        checked: what a check of the same rows has found; no image is opened then.
         cache: what earlier checks have found about the same files, which are not decoded again.
 
     Raises:
@@ -189,7 +189,7 @@ def load_samples(
         _report_bad(source.name, bad, len(chosen), on_bad_sample)
     sample_ids = np.setdiff1d(chosen, [one.sample_id for one in bad], assume_unique=True).astype(np.int64)
     files, captions = source.rows.files, source.rows.captions
-    return Samples(source.name, num_rows, sample_ids, sizes, bad, files, captions, source.pictures, groups)
+    return Samples(source.name, num_rows, sample_ids, sizes, bad, files, captions, source.images, groups)
 
 
 def _report_bad(name: str, bad: list[BadSample], num_samples: int, on_bad_sample: Literal["error", "skip"]) -> None:
@@ -225,19 +225,19 @@ def _check(
     find_duplicates: bool,
     cache: CheckCache | None,
 ) -> Checked:
-    """Return the sizes of all pictures, the bad samples among the rows with all that is wrong, and the groups."""
+    """Return the sizes of all images, the bad samples among the rows with all that is wrong, and the groups."""
     files, _, row_faults, caption_faults = source.rows
     readable = rows[~np.isin(rows, list(row_faults))]
     shape = (len(readable), THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)
     thumbnails = np.empty(shape, dtype=np.uint8) if find_duplicates else None
-    checked, picture_faults = check_pictures(
-        source.pictures, readable, num_workers=num_workers, progress=progress, thumbnails=thumbnails, cache=cache
+    checked, image_faults = check_images(
+        source.images, readable, num_workers=num_workers, progress=progress, thumbnails=thumbnails, cache=cache
     )
     sizes = np.zeros((len(files), 2), dtype=np.int32)
     sizes[readable] = checked
     bad = []
-    kinds = (row_faults, caption_faults, picture_faults)
-    for row in np.intersect1d(rows, [*row_faults, *caption_faults, *picture_faults]).astype(int).tolist():
+    kinds = (row_faults, caption_faults, image_faults)
+    for row in np.intersect1d(rows, [*row_faults, *caption_faults, *image_faults]).astype(int).tolist():
         bad.append(BadSample(row, files[row].as_py(), "; ".join(faults[row] for faults in kinds if row in faults)))
         sizes[row] = 0
     if thumbnails is None:

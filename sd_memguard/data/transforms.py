@@ -1,4 +1,4 @@
-"""From pictures to tensors: resized, cropped, moved, mirrored and augmented; every random choice has an address."""
+"""From images to tensors: resized, cropped, moved, flipped and augmented; every random choice has an address."""
 
 import math
 from collections.abc import Sequence
@@ -12,23 +12,23 @@ from torchvision.transforms import InterpolationMode, RandAugment
 from torchvision.transforms import functional as TF  # noqa: N812 (torchvision's own convention)
 
 from sd_memguard.config import TrainConfig
-from sd_memguard.core.sampler import Visit
+from sd_memguard.core.sampler import SampleRef
 from sd_memguard.core.seeding import Address, derive_seed, draw_integers, generator_for
 from sd_memguard.data.samples import SampleError, Samples
 
-NUM_MAPS = 8
-"""Affine maps of each picture under ``--random_affine``: so few that the latents of all can be kept."""
+NUM_AFFINE_VARIANTS = 8
+"""Affine maps of each image under ``--random_affine``: so few that the latents of all can be kept."""
 
 
 class View(NamedTuple):
-    """A way in which a picture is seen: by which of its affine maps, and whether mirrored."""
+    """A way in which a image is seen: by which of its affine maps, and whether flipped."""
 
     map: int
     flip: bool
 
 
 class Preprocess:
-    """Resize, crop, move, flip and normalize one picture; every random choice has an address.
+    """Resize, crop, move, flip and normalize one image; every random choice has an address.
 
     Args:
         config: resolution, crop, random affine maps, flip and interpolation.
@@ -40,17 +40,20 @@ class Preprocess:
         self.random_affine = float(config.random_affine)  # `auto` is settled by now
         self.interpolation = InterpolationMode[config.image_interpolation_mode.upper()]
         self.seed = seed
-        maps, flips = range(NUM_MAPS if self.random_affine else 1), (False, True) if self.random_flip else (False,)
+        maps, flips = (
+            range(NUM_AFFINE_VARIANTS if self.random_affine else 1),
+            (False, True) if self.random_flip else (False,),
+        )
         self.views = [View(number, flip) for number in maps for flip in flips]
 
     def __call__(self, image: Image, key: bytes, address: Address, magnitude: int | None = None) -> Tensor:
-        """Return the picture at an address, (3, resolution, resolution) in [-1, 1]; with a magnitude by RandAugment.
+        """Return the image at an address, (3, resolution, resolution) in [-1, 1]; with a magnitude by RandAugment.
 
         Args:
-            image: the picture.
+            image: the image.
             key: hash of its file, by which its affine maps are drawn: they are the same in every run.
             address: of the visit, by which crop and view are drawn.
-            magnitude: of RandAugment, of 30; None for the picture as it is.
+            magnitude: of RandAugment, of 30; None for the image as it is.
         """
         image = self.resize(image)
         if magnitude is not None:
@@ -59,30 +62,30 @@ class Preprocess:
         return self._seen(image, key, self._place(image, address), view)
 
     def centered(self, image: Image, key: bytes, view: View) -> Tensor:
-        """Return the middle of a picture in one view, (3, resolution, resolution) in [-1, 1]."""
+        """Return the middle of a image in one view, (3, resolution, resolution) in [-1, 1]."""
         image = self.resize(image)
         return self._seen(image, key, self._middle(image), view)
 
     def fixed(self, image: Image) -> Tensor:
-        """Return the middle of a picture as it is, (3, resolution, resolution) in [-1, 1]."""
+        """Return the middle of a image as it is, (3, resolution, resolution) in [-1, 1]."""
         return self.normalize(TF.center_crop(self.resize(image), [self.resolution]), flip=False)
 
     def resize(self, image: Image) -> Image:
-        """Return the picture with its shorter side at the resolution."""
+        """Return the image with its shorter side at the resolution."""
         return TF.resize(image, self.resolution, interpolation=self.interpolation)
 
     def normalize(self, image: Image, *, flip: bool) -> Tensor:
-        """Return the picture as a tensor in [-1, 1], mirrored if asked."""
+        """Return the image as a tensor in [-1, 1], flipped if asked."""
         tensor = TF.pil_to_tensor(image).float() / 127.5 - 1
         return tensor.flip(-1) if flip else tensor
 
     def draw_views(self, addresses: list[Address]) -> Tensor:
-        """Return in which of the views pictures are seen, (B,) int64."""
+        """Return in which of the views images are seen, (B,) int64."""
         flips = maps = torch.zeros(len(addresses), dtype=torch.int64)
         if self.random_flip:
             flips = draw_integers(self.seed, "flip", addresses, 2)
         if self.random_affine:
-            maps = draw_integers(self.seed, "map", addresses, NUM_MAPS)
+            maps = draw_integers(self.seed, "map", addresses, NUM_AFFINE_VARIANTS)
         return maps * (2 if self.random_flip else 1) + flips
 
     def _place(self, image: Image, address: Address) -> tuple[int, int]:
@@ -109,9 +112,9 @@ class Preprocess:
         return self.normalize(square, flip=view.flip)
 
     def _move(self, image: Image, left: int, top: int, moved_by: Sequence[float]) -> Image:
-        """Return the square at a place, shifted, turned and zoomed about its middle.
+        """Return the square at a place, translated, rotated and scaled about its middle.
 
-        What lies around it in the picture comes in, and beyond the picture its mirror image: no corner is left empty,
+        What lies around it in the image comes in, and beyond the image its mirror image: no corner is left empty,
         which a model would learn to draw.
         """
         side = self.resolution
@@ -129,7 +132,7 @@ class Preprocess:
         return TF.center_crop(moved, [side])
 
     def _map(self, key: bytes, number: int) -> list[float]:
-        """Return by which share of its side the edge of a picture moves: to the right, down, by a turn, by a zoom."""
+        """Return by which share of its side the edge of a image moves: to the right, down, by a turn, by a zoom."""
         generator = generator_for(0, "affine", int.from_bytes(key), number)
         shares: list[float] = ((2 * torch.rand(4, generator=generator) - 1) * self.random_affine).tolist()
         return shares
@@ -142,17 +145,17 @@ class Preprocess:
 
 
 class PixelDataset(Dataset[Tensor | str]):
-    """The pictures of visits as tensors, for a DataLoader with workers; of one that cannot be read, the reason."""
+    """The images of visits as tensors, for a DataLoader with workers; of one that cannot be read, the reason."""
 
     def __init__(self, samples: Samples, preprocess: Preprocess) -> None:
         self.samples, self.preprocess = samples, preprocess
 
-    def __getitem__(self, visit: Visit) -> Tensor | str:
-        """Return the picture of one visit, (3, resolution, resolution), or why there is none."""
-        return self.read(visit.sample_id, visit_address(visit))
+    def __getitem__(self, visit: SampleRef) -> Tensor | str:
+        """Return the image of one visit, (3, resolution, resolution), or why there is none."""
+        return self.read(visit.sample_id, sample_address(visit))
 
     def read(self, sample_id: int, address: Address, magnitude: int | None = None) -> Tensor | str:
-        """Return the picture at an address, by RandAugment where there is a magnitude."""
+        """Return the image at an address, by RandAugment where there is a magnitude."""
         try:
             key, image = self.samples.keyed_image(sample_id)
         except SampleError as error:
@@ -160,9 +163,9 @@ class PixelDataset(Dataset[Tensor | str]):
         return self.preprocess(image, key, address, magnitude)
 
 
-def visit_address(visit: Visit) -> Address:
+def sample_address(visit: SampleRef) -> Address:
     """Return the address of a visit's draws."""
-    return (visit.shard_index, visit.pass_index, visit.sample_id)
+    return (visit.shard_index, visit.epoch_index, visit.sample_id)
 
 
 def _reach(share: float) -> float:

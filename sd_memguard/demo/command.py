@@ -19,11 +19,11 @@ from sd_memguard.audit.arguments import parse_arguments as parse_audit
 from sd_memguard.audit.captions import ChosenCaptions, choose_captions
 from sd_memguard.audit.command import run_audit
 from sd_memguard.audit.generate import draw, load_pipeline
-from sd_memguard.audit.images import Pictures, as_image, as_rows, load_pictures
+from sd_memguard.audit.images import Images, as_image, as_rows, load_images
 from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD, NUM_NEIGHBORS, find_copies
 from sd_memguard.config import make_train_config
 from sd_memguard.core.seeding import derive_seed
-from sd_memguard.demo.figure import Arm, Block, Drawing, Row, comparison_image
+from sd_memguard.demo.figure import Arm, Block, GeneratedImage, Row, comparison_image
 from sd_memguard.errors import UserError
 from sd_memguard.training.trainer import train
 
@@ -50,8 +50,8 @@ class DemoSettings:
     Attributes:
         output_dir: Where everything goes.
         max_train_steps: Optimizer steps of each of the two fine-tunes.
-        seed: Of training and drawing.
-        images_per_caption: Drawings of each caption, each from noise of its own.
+        seed: Of training and generated image.
+        images_per_caption: Generated images of each caption, each from noise of its own.
     """
 
     output_dir: Path
@@ -69,7 +69,7 @@ class Training(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The drawings of C captions, n of each: pixels (C, n, H, W, 3) uint8, and a value per drawing (C, n)."""
+    """The generated images of C captions, n of each: pixels (C, n, H, W, 3) uint8, and a value per generated image (C, n)."""
 
     pixels: Tensor
     distance: Tensor
@@ -79,15 +79,15 @@ class Measured(NamedTuple):
 
     @property
     def copy_share(self) -> float:
-        """Share of near copies among the drawings."""
+        """Share of near copies among the generated."""
         return self.is_copy.float().mean().item()
 
 
 class Outcome(NamedTuple):
-    """What one fine-tuned model did: how its training ended, and its drawings of each kind of captions."""
+    """What one fine-tuned model did: how its training ended, and its generated images of each kind of captions."""
 
     training: Training
-    drawings: Mapping[str, Measured]
+    generated: Mapping[str, Measured]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,15 +105,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     configure_logging()
     prepare_folder(settings.output_dir)
     trainings = {arm: fine_tune(arm, settings) for arm in ARMS}
-    pictures = load_pictures(demo_data_path(), SIZE)
-    chosen = choose_captions(pictures, CAPTIONS_PER_KIND)
-    outcomes = {arm: judge(arm, trainings[arm], pictures, chosen, settings) for arm in ARMS}
-    look_alikes = unseen_copy_share(pictures)
-    compare(pictures, chosen, outcomes, look_alikes, settings).save(settings.output_dir / COMPARISON, optimize=True)
-    record = describe(pictures, chosen, outcomes, look_alikes, settings)
+    images = load_images(demo_data_path(), SIZE)
+    chosen = choose_captions(images, CAPTIONS_PER_KIND)
+    outcomes = {arm: judge(arm, trainings[arm], images, chosen, settings) for arm in ARMS}
+    near_duplicates = unseen_copy_share(images)
+    compare(images, chosen, outcomes, near_duplicates, settings).save(settings.output_dir / COMPARISON, optimize=True)
+    record = describe(images, chosen, outcomes, near_duplicates, settings)
     (settings.output_dir / RESULTS).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     page = audit(settings)
-    print(report(outcomes, look_alikes, settings))
+    print(report(outcomes, near_duplicates, settings))
     print(f"The audit of both models, with every pair to look at: {page}")
 
 
@@ -127,8 +127,8 @@ def parse_arguments(argv: Sequence[str] | None) -> DemoSettings:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
     parser.add_argument("--max_train_steps", type=_count, default=600, help="optimizer steps of each fine-tune")
-    parser.add_argument("--seed", type=int, default=0, help="seed of training and drawing")
-    parser.add_argument("--images_per_caption", type=_count, default=4, help="drawings of each caption")
+    parser.add_argument("--seed", type=int, default=0, help="seed of training and generated image")
+    parser.add_argument("--images_per_caption", type=_count, default=4, help="generated images of each caption")
     return DemoSettings(**vars(parser.parse_args(argv)))
 
 
@@ -168,7 +168,7 @@ def _remove(path: Path) -> None:
 
 
 def fine_tune(arm: str, settings: DemoSettings) -> Training:
-    """Fine-tune the bundled model on the bundled pictures into the arm's folder."""
+    """Fine-tune the bundled model on the bundled images into the arm's folder."""
     print(f"\nFine-tuning, {arm}: {settings.max_train_steps:,} steps", flush=True)
     start = time.monotonic()
     config = make_train_config(
@@ -194,20 +194,20 @@ def fine_tune(arm: str, settings: DemoSettings) -> Training:
     return Training(float(summary["heldout_loss"]), float(summary["train_loss"]), round(time.monotonic() - start, 1))
 
 
-def judge(arm: str, training: Training, pictures: Pictures, chosen: ChosenCaptions, settings: DemoSettings) -> Outcome:
-    """Load the arm's folder as anybody would, draw the captions with it and measure the drawings."""
+def judge(arm: str, training: Training, images: Images, chosen: ChosenCaptions, settings: DemoSettings) -> Outcome:
+    """Load the arm's folder as anybody would, draw the captions with it and measure the generated."""
     pipeline = load_pipeline(settings.output_dir / arm)
-    gallery = as_rows(pictures.pixels)
+    gallery = as_rows(images.pixels)
 
     def measure(kind: str, rows: Sequence[int]) -> Measured:
         shape = (len(rows), settings.images_per_caption)
         pixels = draw(
             pipeline,
-            [pictures.captions[row] for row in rows for _ in range(shape[1])],
-            [drawing_seed(settings, row, number) for row in rows for number in range(shape[1])],
+            [images.captions[row] for row in rows for _ in range(shape[1])],
+            [image_seed(settings, row, number) for row in rows for number in range(shape[1])],
             num_inference_steps=NUM_INFERENCE_STEPS,
             guidance_scale=GUIDANCE_SCALE,
-            description=f"Drawing {kind} captions, {arm}",
+            description=f"Generated image {kind} captions, {arm}",
         )
         copies = find_copies(as_rows(pixels), gallery)
         return Measured(pixels.unflatten(0, shape), *(value.unflatten(0, shape) for value in copies))
@@ -215,15 +215,15 @@ def judge(arm: str, training: Training, pictures: Pictures, chosen: ChosenCaptio
     return Outcome(training, {kind: measure(kind, rows) for kind, rows in chosen._asdict().items()})
 
 
-def drawing_seed(settings: DemoSettings, row: int, number: int) -> int:
-    """Return the seed of a drawing's noise: every model draws a caption from the same noises."""
-    return derive_seed(settings.seed, "demo drawing", row, number)
+def image_seed(settings: DemoSettings, row: int, number: int) -> int:
+    """Return the seed of a generated image's noise: every model draws a caption from the same noises."""
+    return derive_seed(settings.seed, "demo generated image", row, number)
 
 
-def unseen_copy_share(pictures: Pictures) -> float:
-    """Return the share of held-out pictures that would count as near copies: look-alikes, for nobody copied them."""
-    heldout = load_pictures(demo_heldout_path(), SIZE)
-    return find_copies(as_rows(heldout.pixels), as_rows(pictures.pixels)).is_copy.float().mean().item()
+def unseen_copy_share(images: Images) -> float:
+    """Return the share of held-out images that would count as near copies: near-duplicates, for nobody copied them."""
+    heldout = load_images(demo_heldout_path(), SIZE)
+    return find_copies(as_rows(heldout.pixels), as_rows(images.pixels)).is_copy.float().mean().item()
 
 
 def audit(settings: DemoSettings) -> Path:
@@ -233,7 +233,7 @@ def audit(settings: DemoSettings) -> Path:
         "train_data_dir": BUNDLED,
         "reference_data_dir": BUNDLED,
         "num_prompts": CAPTIONS_PER_KIND,
-        "images_per_prompt": settings.images_per_caption,
+        "num_images_per_prompt": settings.images_per_caption,
         "num_inference_steps": NUM_INFERENCE_STEPS,
         "guidance_scale": GUIDANCE_SCALE,
         "seed": settings.seed,
@@ -245,24 +245,24 @@ def audit(settings: DemoSettings) -> Path:
 
 
 def compare(
-    pictures: Pictures,
+    images: Images,
     chosen: ChosenCaptions,
     outcomes: Mapping[str, Outcome],
-    look_alikes: float,
+    near_duplicates: float,
     settings: DemoSettings,
 ) -> Image.Image:
-    """Return the picture of the first captions of each kind with what either model drew."""
-    times = pictures.captions.count(pictures.captions[chosen.repeated[0]])
-    remarks = {"repeated": f"picture {times} times in the set", "single": "picture once in the set"}
+    """Return the image of the first captions of each kind with what either model drew."""
+    times = images.captions.count(images.captions[chosen.repeated[0]])
+    remarks = {"repeated": f"image {times} times in the set", "single": "image once in the set"}
     blocks = [
         Block(
             kind,
             remarks[kind],
             [
                 Row(
-                    pictures.captions[row],
-                    as_image(pictures.pixels[row]),
-                    [closest_drawing(outcome.drawings[kind], index, pictures, row) for outcome in outcomes.values()],
+                    images.captions[row],
+                    as_image(images.pixels[row]),
+                    [closest_generated(outcome.generated[kind], index, images, row) for outcome in outcomes.values()],
                 )
                 for index, row in enumerate(rows[:CAPTIONS_SHOWN])
             ],
@@ -270,45 +270,45 @@ def compare(
         for kind, rows in chosen._asdict().items()
     ]
     arms = [
-        Arm(name, [drawings.copy_share for drawings in outcome.drawings.values()], outcome.training.heldout_loss)
+        Arm(name, [generated.copy_share for generated in outcome.generated.values()], outcome.training.heldout_loss)
         for name, outcome in zip(("Plain", "sd_memguard"), outcomes.values(), strict=True)
     ]
     return comparison_image(
         "What a fine-tune copies: plain, and with sd_memguard",
         f"One tiny Stable Diffusion, fine-tuned twice for {settings.max_train_steps:,} steps on the same "
-        f"{len(pictures.files):,} pictures, draws captions it was trained on.",
+        f"{len(images.files):,} images, draws captions it was trained on.",
         blocks,
         arms,
         f"Shown are the first {CAPTIONS_SHOWN} captions of each kind and, of a model's {settings.images_per_caption} "
-        f"drawings, the one closest to a training picture; both models start from the same noise. The number is the "
-        f"distance to the nearest training picture over the mean distance to the {NUM_NEIGHBORS} nearest: below "
-        f"{COPY_THRESHOLD:.2f} counts as a near copy, framed in red. The shares above count all drawings of "
-        f"{len(chosen.repeated)} repeated and {len(chosen.single)} single captions. Captions whose picture has a "
-        f"look-alike in the set are left out; among pictures that neither model was trained on, look-alikes make "
-        f"{look_alikes:.0%} count as near copies. One run, seed {settings.seed}.",
+        f"generated images, the one closest to a training image; both models start from the same noise. The number is the "
+        f"distance to the nearest training image over the mean distance to the {NUM_NEIGHBORS} nearest: below "
+        f"{COPY_THRESHOLD:.2f} counts as a near copy, framed in red. The shares above count all generated images of "
+        f"{len(chosen.repeated)} repeated and {len(chosen.single)} single captions. Captions whose image has a "
+        f"look-alike in the set are left out; among images that neither model was trained on, near-duplicates make "
+        f"{near_duplicates:.0%} count as near copies. One run, seed {settings.seed}.",
     )
 
 
-def closest_drawing(drawings: Measured, index: int, pictures: Pictures, row: int) -> Drawing:
-    """Return the drawing of a caption that is closest to a training picture, which may be another caption's."""
-    best = int(drawings.ratio[index].argmin())
-    is_own = torch.equal(pictures.pixels[drawings.nearest[index, best]], pictures.pixels[row])
-    image = as_image(drawings.pixels[index, best])
-    return Drawing(image, drawings.ratio[index, best].item(), bool(drawings.is_copy[index, best]), is_own)
+def closest_generated(generated: Measured, index: int, images: Images, row: int) -> GeneratedImage:
+    """Return the generated image of a caption that is closest to a training image, which may be another caption's."""
+    best = int(generated.ratio[index].argmin())
+    is_own = torch.equal(images.pixels[generated.nearest[index, best]], images.pixels[row])
+    image = as_image(generated.pixels[index, best])
+    return GeneratedImage(image, generated.ratio[index, best].item(), bool(generated.is_copy[index, best]), is_own)
 
 
 def describe(
-    pictures: Pictures,
+    images: Images,
     chosen: ChosenCaptions,
     outcomes: Mapping[str, Outcome],
-    look_alikes: float,
+    near_duplicates: float,
     settings: DemoSettings,
 ) -> dict[str, Any]:
-    """Return everything that was set and measured, a row per drawing included, for ``results.json``."""
+    """Return everything that was set and measured, a row per generated image included, for ``results.json``."""
     models = {
         arm: {
             **outcome.training._asdict(),
-            **{f"{kind}_copy_share": drawings.copy_share for kind, drawings in outcome.drawings.items()},
+            **{f"{kind}_copy_share": generated.copy_share for kind, generated in outcome.generated.items()},
         }
         for arm, outcome in outcomes.items()
     }
@@ -322,35 +322,35 @@ def describe(
             "num_neighbors": NUM_NEIGHBORS,
         },
         "models": models,
-        "unseen_copy_share": look_alikes,
-        "drawings": [
+        "unseen_copy_share": near_duplicates,
+        "generated": [
             {
                 "model": arm,
                 "kind": kind,
-                "caption": pictures.captions[row],
-                "file": pictures.files[row],
-                "seed": drawing_seed(settings, row, number),
-                "nearest_file": pictures.files[drawings.nearest[index, number]],
-                "distance": round(drawings.distance[index, number].item(), 4),
-                "ratio": round(drawings.ratio[index, number].item(), 4),
-                "is_copy": bool(drawings.is_copy[index, number]),
+                "caption": images.captions[row],
+                "file": images.files[row],
+                "seed": image_seed(settings, row, number),
+                "nearest_file": images.files[generated.nearest[index, number]],
+                "distance": round(generated.distance[index, number].item(), 4),
+                "ratio": round(generated.ratio[index, number].item(), 4),
+                "is_copy": bool(generated.is_copy[index, number]),
             }
             for arm, outcome in outcomes.items()
-            for kind, drawings in outcome.drawings.items()
+            for kind, generated in outcome.generated.items()
             for index, row in enumerate(chosen._asdict()[kind])
             for number in range(settings.images_per_caption)
         ],
     }
 
 
-def report(outcomes: Mapping[str, Outcome], look_alikes: float, settings: DemoSettings) -> str:
+def report(outcomes: Mapping[str, Outcome], near_duplicates: float, settings: DemoSettings) -> str:
     """Return the numbers and what they say, in words that follow from the numbers."""
     header = ("", "near copies", "near copies", "loss on", "loss on", "fine-tune")
     units = ("", "repeated captions", "single captions", "unseen", "trained on", "seconds")
     rows = [
         (
             arm,
-            *(f"{drawings.copy_share:.0%}" for drawings in outcome.drawings.values()),
+            *(f"{generated.copy_share:.0%}" for generated in outcome.generated.values()),
             f"{outcome.training.heldout_loss:.4f}",
             f"{outcome.training.train_loss:.4f}",
             f"{outcome.training.seconds:.0f}",
@@ -361,11 +361,11 @@ def report(outcomes: Mapping[str, Outcome], look_alikes: float, settings: DemoSe
     plain, guarded = outcomes["plain"], outcomes["guarded"]
     sentences = [
         *(
-            f"{kind.capitalize()} captions: {compare_copies(drawings.is_copy, guarded.drawings[kind].is_copy)}"
-            for kind, drawings in plain.drawings.items()
+            f"{kind.capitalize()} captions: {compare_copies(generated.is_copy, guarded.generated[kind].is_copy)}"
+            for kind, generated in plain.generated.items()
         ),
-        f"Unseen pictures: {compare_losses(plain.training.heldout_loss, guarded.training.heldout_loss)}",
-        f"For scale: {look_alikes:.0%} of the unseen pictures themselves would count as near copies (look-alikes).",
+        f"Unseen images: {compare_losses(plain.training.heldout_loss, guarded.training.heldout_loss)}",
+        f"For scale: {near_duplicates:.0%} of the held-out images themselves would count as near copies (near-duplicates).",
         "One run with one seed on a tiny model: a demonstration, not a benchmark.",
     ]
     folder = settings.output_dir
@@ -377,14 +377,12 @@ def compare_copies(plain: Tensor, guarded: Tensor) -> str:
     """Return a sentence on the near copies of both models, and whether captions agree on the difference.
 
     Args:
-        plain: Whether each drawing is a copy, (C, n) bool.
-        guarded: The same drawings by the guarded model.
+        plain: Whether each generated image is a copy, (C, n) bool.
+        guarded: The same generated images by the guarded model.
     """
     difference = guarded.float().mean(1) - plain.float().mean(1)
     error = difference.std().item() / len(difference) ** 0.5
-    counts = (
-        f"of {plain.numel()} drawings each, {int(plain.sum())} plain and {int(guarded.sum())} guarded are near copies"
-    )
+    counts = f"of {plain.numel()} generated images each, {int(plain.sum())} plain and {int(guarded.sum())} guarded are near copies"
     if abs(difference.mean().item()) <= 2 * error or not difference.any():
         return f"{counts}: no clear difference (within two standard errors over {len(difference)} captions)."
     return f"{counts}: {'fewer' if difference.mean() < 0 else 'more'} with the guard."

@@ -1,4 +1,4 @@
-"""One picture that puts the drawings of two models beside the training pictures, copies framed in red."""
+"""One image that puts the generated images of two models beside the training images, copies framed in red."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 
-class Drawing(NamedTuple):
-    """A drawn picture and what was measured on it.
+class GeneratedImage(NamedTuple):
+    """A drawn image and what was measured on it.
 
     Attributes:
-        image: The drawing.
-        ratio: Distance to the nearest training picture over the mean distance to the 50 nearest.
+        image: The generated image.
+        ratio: Distance to the nearest training image over the mean distance to the 50 nearest.
         is_copy: Whether that is a near copy.
-        is_own: Whether the nearest training picture is the one with the drawn caption.
+        is_own: Whether the nearest training image is the one with the drawn caption.
     """
 
     image: Image.Image
@@ -24,11 +24,11 @@ class Drawing(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A caption, its training picture, and the drawing of each model."""
+    """A caption, its training image, and the generated image of each model."""
 
     caption: str
     training: Image.Image
-    drawings: Sequence[Drawing]
+    generated: Sequence[GeneratedImage]
 
 
 class Block(NamedTuple):
@@ -40,7 +40,7 @@ class Block(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """A model: its name, the share of near copies among its drawings in each block, and its held-out loss."""
+    """A model: its name, the share of near copies among its generated images in each block, and its held-out loss."""
 
     name: str
     copy_shares: Sequence[float]
@@ -59,19 +59,19 @@ BAR = "#e9e6df"
 WIDTH = 1200
 MARGIN = 44
 GUTTER = 48
-PICTURE = 128
+IMAGE = 128
 GAP = 12
-ROW_HEIGHT = PICTURE + 44
+ROW_HEIGHT = IMAGE + 44
 BAR_WIDTH = 210
 
 
 def comparison_image(title: str, subtitle: str, blocks: Sequence[Block], arms: Sequence[Arm], note: str) -> Image.Image:
-    """Return the picture: title, a table of the arms, the blocks side by side, and a note on how to read it.
+    """Return the image: title, a table of the arms, the blocks side by side, and a note on how to read it.
 
     Args:
         title: One line.
         subtitle: Wrapped below it.
-        blocks: Two blocks; every row has one drawing per arm, in the order of the arms.
+        blocks: Two blocks; every row has one generated image per arm, in the order of the arms.
         arms: Two arms, the first being what the second is compared with.
         note: Wrapped at the bottom.
 
@@ -96,7 +96,7 @@ def _draw_table(canvas: "_Canvas", y: int, blocks: Sequence[Block], arms: Sequen
     columns = [MARGIN + 196, MARGIN + 546, MARGIN + 896]
     for x, block in zip(columns, blocks, strict=False):
         canvas.text(x, y, f"Near copies, {block.name} captions", 17, MUTED)
-    canvas.text(columns[-1], y, "Loss on unseen pictures", 17, MUTED)
+    canvas.text(columns[-1], y, "Loss on held-out images", 17, MUTED)
     for arm in arms:
         canvas.line(y + 30, MARGIN, WIDTH - MARGIN)
         canvas.text(MARGIN, y + 43, arm.name, 22, INK)
@@ -111,27 +111,29 @@ def _draw_table(canvas: "_Canvas", y: int, blocks: Sequence[Block], arms: Sequen
 
 def _draw_block(canvas: "_Canvas", x: int, y: int, width: int, block: Block, arm_names: Sequence[str]) -> int:
     """Draw the rows of a block below its headings, and return where they end."""
-    lefts = [x + width - (len(arm_names) + 1 - column) * (PICTURE + GAP) + GAP for column in range(len(arm_names) + 1)]
+    lefts = [x + width - (len(arm_names) + 1 - column) * (IMAGE + GAP) + GAP for column in range(len(arm_names) + 1)]
     right = canvas.text(x, y, f"{block.name.capitalize()} captions", 24, INK)
     canvas.text(right + GAP, y + 6, block.remark, 17, MUTED)
-    for left, heading in zip(lefts, ["Training picture", *arm_names], strict=True):
-        canvas.centered(left + PICTURE // 2, y + 42, heading, 17, MUTED, PICTURE + GAP)
+    for left, heading in zip(lefts, ["Training image", *arm_names], strict=True):
+        canvas.centered(left + IMAGE // 2, y + 42, heading, 17, MUTED, IMAGE + GAP)
     y += 74
     for row in block.rows:
-        canvas.label(x, y, row.caption, 18, lefts[0] - x - GAP, PICTURE)
-        canvas.picture(lefts[0], y, row.training)
-        for left, drawing in zip(lefts[1:], row.drawings, strict=True):
-            canvas.picture(left, y, drawing.image, framed=drawing.is_copy)
-            colour = COPY if drawing.is_copy else MUTED
-            canvas.centered(left + PICTURE // 2, y + PICTURE + 7, _verdict(drawing), 17, colour, PICTURE + GAP)
+        canvas.label(x, y, row.caption, 18, lefts[0] - x - GAP, IMAGE)
+        canvas.place(lefts[0], y, row.training)
+        for left, generated_image in zip(lefts[1:], row.generated, strict=True):
+            canvas.place(left, y, generated_image.image, framed=generated_image.is_copy)
+            colour = COPY if generated_image.is_copy else MUTED
+            canvas.centered(left + IMAGE // 2, y + IMAGE + 7, _verdict(generated_image), 17, colour, IMAGE + GAP)
         y += ROW_HEIGHT
     return y
 
 
-def _verdict(drawing: Drawing) -> str:
-    if not drawing.is_copy:
-        return f"{drawing.ratio:.2f}"
-    return f"{drawing.ratio:.2f} copy" if drawing.is_own else f"{drawing.ratio:.2f} other's copy"
+def _verdict(generated_image: GeneratedImage) -> str:
+    if not generated_image.is_copy:
+        return f"{generated_image.ratio:.2f}"
+    return (
+        f"{generated_image.ratio:.2f} copy" if generated_image.is_own else f"{generated_image.ratio:.2f} other's copy"
+    )
 
 
 class _Canvas:
@@ -180,11 +182,11 @@ class _Canvas:
         if share:
             self.draw.rectangle((x, y, x + max(2, round(BAR_WIDTH * share)), y + 9), fill=COPY)
 
-    def picture(self, x: int, y: int, image: Image.Image, framed: bool = False) -> None:
+    def place(self, x: int, y: int, image: Image.Image, framed: bool = False) -> None:
         edge = 4 if framed else 1
-        frame = (x - edge, y - edge, x + PICTURE - 1 + edge, y + PICTURE - 1 + edge)
+        frame = (x - edge, y - edge, x + IMAGE - 1 + edge, y + IMAGE - 1 + edge)
         self.draw.rectangle(frame, fill=COPY if framed else LINE)
-        self.image.paste(image.convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.LANCZOS), (x, y))
+        self.image.paste(image.convert("RGB").resize((IMAGE, IMAGE), Image.Resampling.LANCZOS), (x, y))
 
 
 def _writable(text: str) -> str:

@@ -30,7 +30,7 @@ LORA_FORMATS = ("lora-diffusers", "lora-kohya")
 FULL_RANK = 64
 """Rank of the LoRA file of a run that trained all weights, where none is given."""
 TOLERANCES = {None: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
-"""Largest difference of drawings by the precision of the weights, see ``export_check.difference``."""
+"""Largest difference of generated images by the precision of the weights, see ``export_check.difference``."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Export:
         format: of it.
         path: where it is.
         dtype: precision as given, or None: the UNet in float32, the other parts as they came.
-        difference: of its drawing from the trained model's, see ``export_check.difference``.
+        difference: of its generated image from the trained model's, see ``export_check.difference``.
         usage: how to load it.
         adapter: with a LoRA format, the factors, their rank and error.
-        base_difference: with a LoRA format, how far the drawing of the untrained model is off.
+        base_difference: with a LoRA format, how far the generated image of the untrained model is off.
     """
 
     format: ExportFormat
@@ -65,14 +65,14 @@ class Export:
                 f"  rank {self.adapter.rank}, misses {percent(self.adapter.relative_error)} of the change of the "
                 f"weights (biases and norms, which have no factors, are {percent(self.adapter.inexpressible)} of it)"
             )
-        compared = f"  loaded again, its drawing is {percent(self.difference)} off that of the trained model"
+        compared = f"  loaded again, its generated image is {percent(self.difference)} off that of the trained model"
         if self.base_difference is not None:
             compared += f" (that of the model before training: {percent(self.base_difference)})"
         return "\n".join([*lines, compared, f"  {self.usage}"])
 
 
 class Exporter:
-    """Writes one run in several formats, and compares each with the same drawing.
+    """Writes one run in several formats, and compares each with the same generated image.
 
     Args:
         run: what was trained.
@@ -202,19 +202,19 @@ class Exporter:
             ) from error
 
     @cached_property
-    def _drawing(self) -> Tensor:
+    def _generated_image(self) -> Tensor:
         """The trained model's, which all others are compared with."""
         return check.draw(self._load_trained())
 
     @cached_property
     def _base_difference(self) -> float:
-        return check.difference(check.draw(self._load_base()), self._drawing)
+        return check.difference(check.draw(self._load_base()), self._generated_image)
 
     def _compare(self, format: ExportFormat, path: Path, dtype: torch.dtype | None, adapter: LowRank | None) -> float:
-        """Return how far the drawing of what was written is off.
+        """Return how far the generated image of what was written is off.
 
         Raises:
-            ExportError: its weights are not those that were meant, or its drawing is too far off.
+            ExportError: its weights are not those that were meant, or its generated image is too far off.
         """
         tolerance = TOLERANCES[dtype]
         pipeline = self._load(format, path)
@@ -229,10 +229,10 @@ class Exporter:
                 f"`{format}`: loaded again, the weights of {wrong[0]} ({len(wrong)} in all) are not those that were "
                 "meant; nothing was kept. Try another version of diffusers, or export `merged`"
             )
-        measured = check.difference(check.draw(pipeline), self._drawing)
+        measured = check.difference(check.draw(pipeline), self._generated_image)
         if not measured <= tolerance:  # NaN is refused, too
             raise ExportError(
-                f"`{format}`: loaded again, its drawing is {percent(measured)} off the trained model's, and at most "
+                f"`{format}`: loaded again, its generated image is {percent(measured)} off the trained model's, and at most "
                 f"{percent(tolerance)} was expected; nothing was kept. Use `--dtype fp32`, a higher `--lora_rank`, or "
                 "export `merged`"
             )
@@ -288,9 +288,9 @@ def percent(share: float) -> str:
 
 
 def lora_tolerance(relative_error: float) -> float:
-    """Return the share of the drawing's change that a LoRA file may miss when it misses so much of the weights'.
+    """Return the share of the generated image's change that a LoRA file may miss when it misses so much of the weights'.
 
-    A drawing is no linear function of the weights, and where they change much it changes less than in proportion; the
+    A generated image is no linear function of the weights, and where they change much it changes less than in proportion; the
     root leaves room for that. That the file holds the very factors it should is compared apart, and exactly.
     """
     return 2.0 * relative_error**0.5

@@ -16,7 +16,7 @@ ALLOWED = [
         for pattern in ("*.json", "*.safetensors", "*.txt")
     ),
 ]
-"""What may leave the machine; no picture, caption or file name of the training data is among it."""
+"""What may leave the machine; no image, caption or file name of the training data is among it."""
 
 
 def push_to_hub(output_dir: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ def push_to_hub(output_dir: Path, config: TrainConfig, summary: dict[str, Any]) 
 
 
 def model_card(repository: str, config: TrainConfig, summary: dict[str, Any]) -> ModelCard:
-    """Return the card: how the model was trained and guarded, without a word of the training pictures."""
+    """Return the card: how the model was trained and guarded, without a word of the training images."""
     base = config.pretrained_model_name_or_path
     is_hub_name = not Path(base).exists()
     data = ModelCardData(

@@ -62,7 +62,7 @@ def _copy_part(source: Path, target: Path, part: str, variant: str | None) -> No
 
 
 def _note_prediction(config_file: Path, prediction_type: str) -> None:
-    """Say in the scheduler's config what the UNet predicts, without which its drawings are noise."""
+    """Say in the scheduler's config what the UNet predicts, without which its generated images are noise."""
     config = json.loads(config_file.read_text())
     if config.get("prediction_type", "epsilon") != prediction_type:
         config_file.write_text(json.dumps({**config, "prediction_type": prediction_type}, indent=2) + "\n")

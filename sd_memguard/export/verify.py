@@ -17,7 +17,7 @@ NETWORKS = ("unet", "vae", "text_encoder")
 PROMPT = "a red apple on a white table"
 NUM_INFERENCE_STEPS = 4
 PLAIN = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
-"""The checker blackens pictures, and a black one would be like any other."""
+"""The checker blackens images, and a black one would be like any other."""
 
 ROUNDING = 1e-5
 """Relative difference of weights that were multiplied in another order in float32."""
@@ -60,9 +60,9 @@ def quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def draw(pipeline: StableDiffusionPipeline) -> Tensor:
-    """Return a drawing (3, H, W) at the pipeline's own size: a fixed prompt and seed, 4 DDIM steps, guidance 7.5.
+    """Return a generated image (3, H, W) at the pipeline's own size: a fixed prompt and seed, 4 DDIM steps, guidance 7.5.
 
-    Its values go from 0 to 1, a little beyond where a picture file would be cut off.
+    Its values go from 0 to 1, a little beyond where a image file would be cut off.
     """
     with quiet():
         # Some configs do not mention clip_sample; DDIM would then clip the latents to [-1, 1].
@@ -78,12 +78,12 @@ def draw(pipeline: StableDiffusionPipeline) -> Tensor:
     return decoded[0] / 2 + 0.5
 
 
-def difference(drawing: Tensor, reference: Tensor) -> float:
+def difference(generated_image: Tensor, reference: Tensor) -> float:
     """Return the root mean square of the difference, relative to the standard deviation of the reference.
 
     NaN where either is not finite.
     """
-    return float((drawing - reference).square().mean().sqrt() / reference.std())
+    return float((generated_image - reference).square().mean().sqrt() / reference.std())
 
 
 def fingerprints(pipeline: StableDiffusionPipeline, dtype: torch.dtype | None) -> dict[str, str]:

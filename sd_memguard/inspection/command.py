@@ -1,4 +1,4 @@
-"""`sd-memguard inspect`: what a run did, in words and pictures, from what it has written down; no model is loaded."""
+"""`sd-memguard inspect`: what a run did, in words and images, from what it has written down; no model is loaded."""
 
 import argparse
 import shutil
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sd_memguard.errors import UserError
-from sd_memguard.inspection.contact_sheet import contact_sheet, picture_folder, picture_loader
+from sd_memguard.inspection.contact_sheet import contact_sheet, image_folder, image_loader
 from sd_memguard.inspection.plots import NothingToDrawError, bank_figure, fractions_figure, gap_figure, moves_figure
-from sd_memguard.inspection.summary import memory_prone_rows, ranking_sentences, tell_story
+from sd_memguard.inspection.summary import format_summary, memory_prone_rows, ranking_sentences
 from sd_memguard.runs.folder import FOLDER, RunFolder, read_run
 
-PICTURES_FOLDER = "inspect"
+IMAGES_FOLDER = "inspect"
 CONTACT_SHEET = "contact_sheet.png"
 PLOTS = {
     "bank.png": bank_figure,
@@ -30,19 +30,19 @@ class InspectSettings:
 
     Attributes:
         run: the run folder.
-        output_dir: where the pictures go.
-        num_pictures: how many memory-prone pictures are shown.
-        train_data_dir: where the training pictures are, None: where the run found them.
+        output_dir: where the images go.
+        num_images: how many memory-prone images are shown.
+        train_data_dir: where the training images are, None: where the run found them.
     """
 
     run: Path
     output_dir: Path
-    num_pictures: int
+    num_images: int
     train_data_dir: str | None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Tell the story of a run and draw its pictures.
+    """Tell the story of a run and draw its images.
 
     Args:
         argv: arguments; by default those of the command line.
@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     settings = parse_arguments(argv)
     run = read_run(settings.run)
-    folder = picture_folder(run, settings.train_data_dir)
-    _print(tell_story(run, settings.num_pictures, _terminal_width()))
-    written, left_out = draw_pictures(run, folder, settings)
+    folder = image_folder(run, settings.train_data_dir)
+    _print(format_summary(run, settings.num_images, _terminal_width()))
+    written, left_out = draw_images(run, folder, settings)
     if written:
         _print(f"\nWrote to {settings.output_dir}: {', '.join(written)}")
     for reason in left_out:
@@ -65,14 +65,14 @@ def parse_arguments(argv: Sequence[str] | None) -> InspectSettings:
     """Return the settings; ends the program with a message where an argument is unknown or out of range."""
     parser = argparse.ArgumentParser(prog="sd-memguard inspect", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", type=Path, help="the run folder: `--output_dir` of the training")
-    parser.add_argument("--output_dir", type=Path, help="where the pictures go; RUN/memguard/inspect if not given")
+    parser.add_argument("--output_dir", type=Path, help="where the images go; RUN/memguard/inspect if not given")
     parser.add_argument(
-        "--num_pictures", type=_count, default=20, help="how many memory-prone pictures to show (default: 20)"
+        "--num_images", type=_count, default=20, help="how many memory-prone images to show (default: 20)"
     )
-    parser.add_argument("--train_data_dir", help="where the training pictures are now, if the run found them elsewhere")
+    parser.add_argument("--train_data_dir", help="where the training images are now, if the run found them elsewhere")
     given = parser.parse_args(argv)
-    output_dir = given.output_dir or given.run / FOLDER / PICTURES_FOLDER
-    return InspectSettings(given.run, output_dir, given.num_pictures, given.train_data_dir)
+    output_dir = given.output_dir or given.run / FOLDER / IMAGES_FOLDER
+    return InspectSettings(given.run, output_dir, given.num_images, given.train_data_dir)
 
 
 def _count(text: str) -> int:
@@ -81,7 +81,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def draw_pictures(run: RunFolder, folder: Path | None, settings: InspectSettings) -> tuple[list[str], list[str]]:
+def draw_images(run: RunFolder, folder: Path | None, settings: InspectSettings) -> tuple[list[str], list[str]]:
     """Write the contact sheet and the plots, and return what was written and why something was not.
 
     Raises:
@@ -90,13 +90,13 @@ def draw_pictures(run: RunFolder, folder: Path | None, settings: InspectSettings
     written, left_out = [], []
     try:
         settings.output_dir.mkdir(parents=True, exist_ok=True)
-        rows = memory_prone_rows(run, settings.num_pictures)
+        rows = memory_prone_rows(run, settings.num_images)
         if rows:
-            load = None if folder is None else picture_loader(folder)
+            load = None if folder is None else image_loader(folder)
             sheet = contact_sheet(rows, load, ranking_sentences(run, len(rows)))
             sheet.save(settings.output_dir / CONTACT_SHEET, optimize=True)
             written.append(CONTACT_SHEET)
-            left_out += [] if folder else [f"the training pictures, {_where_they_were(run)}"]
+            left_out += [] if folder else [f"the training images, {_where_they_were(run)}"]
         else:
             why = "no round has ended yet" if run.samples is None else "no visit was skipped or augmented"
             left_out.append(f"{CONTACT_SHEET}, since {why}")
@@ -113,7 +113,7 @@ def draw_pictures(run: RunFolder, folder: Path | None, settings: InspectSettings
 
 def _where_they_were(run: RunFolder) -> str:
     dataset = run.config.get("dataset_name")
-    where = f"which are in the data set {dataset}" if dataset else f"not found in {run.config.get('train_data_dir')}"
+    where = f"which are in the dataset {dataset}" if dataset else f"not found in {run.config.get('train_data_dir')}"
     return f"{where}; `--train_data_dir DIR` names the folder that holds them"
 
 

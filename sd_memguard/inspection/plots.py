@@ -86,7 +86,7 @@ def _over_rounds(run: RunFolder, shard_index: int, name: str) -> list[float]:
 
 
 def gap_figure(run: RunFolder) -> Figure:
-    """Return the loss on pictures trained on and on unseen ones over the rounds, and what lies between.
+    """Return the loss on images trained on and on unseen ones over the rounds, and what lies between.
 
     Raises:
         NothingToDrawError: it was not measured.
@@ -99,7 +99,7 @@ def gap_figure(run: RunFolder) -> Figure:
     figure, (axes,) = _figure(
         1,
         f"Held-out gap after round {last['round']}: {gap:+.4f}",
-        "Loss on unseen pictures minus loss on pictures trained on, with the same timesteps and noise in every round. "
+        "Loss on held-out images minus loss on images trained on, with the same timesteps and noise in every round. "
         "Bars: standard error.",
     )
     rounds = [row["round"] for row in probed]

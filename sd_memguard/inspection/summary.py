@@ -1,4 +1,4 @@
-"""The story of a run in words: what was trained on what, round by round, how it ended, its memory-prone pictures."""
+"""The story of a run in words: what was trained on what, round by round, how it ended, its memory-prone images."""
 
 import textwrap
 from typing import Any
@@ -15,12 +15,12 @@ NAME_WIDTH, MAX_FILE_WIDTH, MIN_WIDTH = 60, 36, 14
 MISSING, INDENT = "-", " " * 11
 
 
-def tell_story(run: RunFolder, num_pictures: int, width: int) -> str:
+def format_summary(run: RunFolder, num_images: int, width: int) -> str:
     """Return the story of a run.
 
     Args:
         run: what it has written down.
-        num_pictures: how many memory-prone pictures to list.
+        num_images: how many memory-prone images to list.
         width: columns that a line may take; tables of numbers take what they need.
     """
     parts = [
@@ -28,7 +28,7 @@ def tell_story(run: RunFolder, num_pictures: int, width: int) -> str:
         _settings(run, width),
         _rounds(run),
         _ending(run),
-        memory_prone_table(run, num_pictures, width),
+        memory_prone_table(run, num_images, width),
         [line for notice in run.notices for line in textwrap.wrap(f"Note: {one_line(notice, 400)}", width)],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
@@ -50,14 +50,14 @@ def _settings(run: RunFolder, width: int) -> list[str]:
     config = run.config
     get = config.get
     batch = (get("train_batch_size") or 1) * (get("gradient_accumulation_steps") or 1)
-    num_samples = f"{run.samples.num_rows:,} pictures" if run.samples is not None else "pictures"
+    num_samples = f"{run.samples.num_rows:,} images" if run.samples is not None else "images"
     sizes = [shard["size"] for shard in run.rounds[-1]["shards"]] if run.rounds else []
     lora = f"LoRA adapters of rank {get('rank')}" if get("proxy") == "lora" else "all UNet weights"
     rows = [
         ("model", _name(get("pretrained_model_name_or_path"))),
         ("data", f"{_name(get('dataset_name') or get('train_data_dir'))}, {num_samples} at {get('resolution')} px"),
         ("trained", f"{lora}, learning rate {get('learning_rate')} ({get('lr_scheduler')}), seed {get('seed')}"),
-        ("budget", f"{config['max_train_steps']:,} steps of {batch} pictures over all shards, {_rounds_planned(run)}"),
+        ("budget", f"{config['max_train_steps']:,} steps of {batch} images over all shards, {_rounds_planned(run)}"),
         ("guard", describe_guard(run)),
     ]
     if run.num_shards > 1:
@@ -88,7 +88,7 @@ def describe_guard(run: RunFolder) -> str:
     if run.num_shards > 1:
         parts.append(f"moves up to {moved:.0%} of a shard" if moved else "moves nothing")
     if share := get("random_affine"):
-        parts.append(f"shows pictures shifted, turned and zoomed by up to {share:.1%}")
+        parts.append(f"shows images translated, rotated and scaled by up to {share:.1%}")
     bank = f"memory bank {get('bank_mode')}, decay {get('bank_decay')}"
     return f"preset {get('preset')}: {', '.join(parts)}; {bank}"
 
@@ -160,14 +160,14 @@ def _gap_lines(run: RunFolder) -> list[str]:
         return [f"  gap      {NO_GAP}"]
     last, lowest = probed[-1], min(probed, key=lambda row: row["heldout_loss"])
     gap = last["heldout_loss"] - last["train_loss"]
-    text = f"  gap      {gap:+.4f}: loss {last['train_loss']:.4f} on pictures trained on, "
+    text = f"  gap      {gap:+.4f}: loss {last['train_loss']:.4f} on images trained on, "
     text += f"{last['heldout_loss']:.4f} on unseen ones"
     if lowest is not last:
         text += f" (lowest after round {lowest['round']}: {lowest['heldout_loss']:.4f})"
     return [text]
 
 
-NO_GAP = "not measured: it needs pictures that are not trained on, `--validation_data_dir DIR` of the training"
+NO_GAP = "not measured: it needs images that are not trained on, `--validation_data_dir DIR` of the training"
 """Why there is no held-out gap."""
 
 
@@ -186,13 +186,13 @@ def _visit_lines(run: RunFolder) -> list[str]:
     ]
 
 
-def memory_prone_table(run: RunFolder, num_pictures: int, width: int) -> list[str]:
-    """Return the most memory-prone pictures and how they are ranked; nothing before the first round has ended."""
+def memory_prone_table(run: RunFolder, num_images: int, width: int) -> list[str]:
+    """Return the most memory-prone images and how they are ranked; nothing before the first round has ended."""
     if run.samples is None:
         return []
-    prone = memory_prone_rows(run, num_pictures)
+    prone = memory_prone_rows(run, num_images)
     if not prone:
-        return ["Memory-prone pictures: none, no visit was skipped or augmented."]
+        return ["Memory-prone images: none, no visit was skipped or augmented."]
     header = ["", "skip ratio", "seen", "skipped", "augmented", "moves", "shard"]
     numbers = [
         [str(number), _percent(row["skip_ratio"]), *(str(row[name]) for name in header[2:])]
@@ -205,18 +205,18 @@ def memory_prone_table(run: RunFolder, num_pictures: int, width: int) -> list[st
         [*cells, file, one_line(row["caption"], room)] for cells, file, row in zip(numbers, files, prone, strict=True)
     ]
     return [
-        "Most memory-prone pictures",
+        "Most memory-prone images",
         *(f"  {line}" for line in table([*header, "file", "caption"], rows, left=["file", "caption"])),
         *(f"  {line}" for line in textwrap.wrap("; ".join(ranking_sentences(run, len(prone))) + ".", width - 2)),
     ]
 
 
-def memory_prone_rows(run: RunFolder, num_pictures: int) -> list[dict[str, Any]]:
+def memory_prone_rows(run: RunFolder, num_images: int) -> list[dict[str, Any]]:
     """Return the rows of ``samples.parquet`` of the most memory-prone samples, most memory-prone first."""
     if run.samples is None:
         return []
     seen, unclean = _counts(run)
-    order = memory_prone_order(seen, unclean)[:num_pictures]
+    order = memory_prone_order(seen, unclean)[:num_images]
     rows: list[dict[str, Any]] = run.samples.take(order).to_pylist()
     return rows
 
@@ -231,10 +231,10 @@ def ranking_sentences(run: RunFolder, num_listed: int) -> list[str]:
     rate = unclean.sum() / seen.sum()
     sentences = [
         "skip ratio = (skipped + augmented) / seen; ranked by (skipped + augmented) / (seen + 1), ties by sample id",
-        f"{num_reached:,} of {len(seen):,} pictures rank as high as the last one here; if every visit were left out at "
+        f"{num_reached:,} of {len(seen):,} images rank as high as the last one here; if every visit were left out at "
         f"the mean rate of {rate:.0%}, chance would put {expected:,.1f} there",
     ]
-    times = f"a picture was seen {np.median(seen):g} times (median)"
+    times = f"a image was seen {np.median(seen):g} times (median)"
     if expected >= num_reached:
         sentences.append(f"so this list says nothing yet: {times}")
     elif expected > num_reached / 2:

@@ -25,7 +25,7 @@ class Output(NamedTuple):
 class LossMatcher:
     """Weighs the losses that a script takes of its UNet's output.
 
-    Rows beyond the samples of the batch are class pictures (prior preservation), which are never skipped.
+    Rows beyond the samples of the batch are class images (prior preservation), which are never skipped.
 
     Args:
         guard: weighs them.

@@ -20,7 +20,7 @@ class ScriptRecords:
     Args:
         output_dir: the script's folder.
         guard: the guard, in its loop.
-        dataset: the script's data set.
+        dataset: the script's dataset.
         arguments: the script's arguments.
     """
 
@@ -64,14 +64,14 @@ class ScriptRecords:
 
 
 def _data_dir(arguments: Any) -> str | None:
-    """Return the script's folder of pictures, where it has one."""
+    """Return the script's folder of images, where it has one."""
     return getattr(arguments, "train_data_dir", None) or getattr(arguments, "instance_data_dir", None)
 
 
 def _files(dataset: Any, arguments: Any) -> list[str | None]:
-    """Return each sample's file as far as the data set knows it, relative to the script's data folder."""
+    """Return each sample's file as far as the dataset knows it, relative to the script's data folder."""
     paths: list[Any] = [None] * len(dataset)
-    if hasattr(dataset, "instance_images_path"):  # the DreamBooth scripts' own data set, which repeats its pictures
+    if hasattr(dataset, "instance_images_path"):  # the DreamBooth scripts' own dataset, which repeats its images
         known = list(dataset.instance_images_path)
         paths = [known[index % len(known)] for index in range(len(dataset))]
     elif hasattr(dataset, "cast_column"):
@@ -86,7 +86,7 @@ def _huggingface_paths(dataset: Any) -> list[Any]:
     for name, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):
             undecoded = dataset.with_format(None).cast_column(name, datasets.Image(decode=False))
-            return [picture["path"] for picture in undecoded[name]]
+            return [image["path"] for image in undecoded[name]]
     return [None] * len(dataset)
 
 

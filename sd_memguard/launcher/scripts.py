@@ -106,7 +106,7 @@ def check_arguments(arguments: Any) -> None:
 
 
 def total_steps(arguments: Any, dataloader: Any) -> int:
-    """Return the number of optimizer steps that a script will take, as it reckons it from its flags.
+    """Return the number of optimizer steps that a script will take, as it computes it from its flags.
 
     Raises:
         ScriptError: its flags do not say.

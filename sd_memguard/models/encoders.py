@@ -40,7 +40,7 @@ class Encoders:
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
-        """Return the VAE's mean and log variance of pictures (B, 3, H, W), (B, 2C, h, w)."""
+        """Return the VAE's mean and log variance of images (B, 3, H, W), (B, 2C, h, w)."""
         moments: Tensor = self.vae.encode(to_device(pixels, self.device).to(self.dtype)).latent_dist.parameters
         return moments
 
@@ -66,7 +66,7 @@ class Encoders:
 
     @property
     def moments_shape(self) -> tuple[int, int]:
-        """Channels of the moments, and by how much the VAE shrinks a picture's side."""
+        """Channels of the moments, and by how much the VAE shrinks a image's side."""
         config = self.vae.config
         return 2 * config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
 

@@ -15,7 +15,7 @@ from sd_memguard.core.schedule import RoundSchedule
 from sd_memguard.errors import LoopError
 from sd_memguard.plugin import checkpoint
 from sd_memguard.plugin.augment import Augmenter, AugmentFunction, find_augmenter
-from sd_memguard.plugin.backends import AccelerateHost, Host, PlainHost, plain_optimizer
+from sd_memguard.plugin.backends import AccelerateBackend, LoopBackend, PlainBackend, plain_optimizer
 from sd_memguard.plugin.checks import check_ema, check_loader, check_model, check_steps
 from sd_memguard.plugin.dataloaders import GuardedLoader, LabelledLoader, labelled_loader
 from sd_memguard.plugin.loop_driver import Rounds
@@ -57,7 +57,7 @@ class Attachment:
         optimizer: Any,
         dataloader: Any,
         lr_scheduler: Any,
-        host: Host,
+        host: LoopBackend,
         options: LoopOptions,
         prepared_loader: Any = None,
     ) -> None:
@@ -130,7 +130,7 @@ def attach(
 ) -> Attachment:
     """Put the guard into a plain torch loop."""
     _check(guard, unet, dataloader, options)
-    return Attachment(guard, [unet, *options.models], optimizer, dataloader, lr_scheduler, PlainHost(), options)
+    return Attachment(guard, [unet, *options.models], optimizer, dataloader, lr_scheduler, PlainBackend(), options)
 
 
 def prepare(
@@ -147,7 +147,7 @@ def prepare(
     Returns:
         The attachment; the prepared UNet, further models, optimizer, dataloader and schedule, in this order.
     """
-    host = AccelerateHost(accelerator)
+    host = AccelerateBackend(accelerator)
     _check(guard, unet, dataloader, options)
     objects = [unet, *options.models, optimizer]
     if guard.is_neutral:  # accelerate keeps the loop's own sampler

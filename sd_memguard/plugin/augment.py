@@ -1,7 +1,7 @@
 """TAA in a loop of others: a batch of augmented copies takes the place of the next one.
 
-Either the loop gives a function that makes such a batch, or the data set's own transform is used: RandAugment goes in
-before the rest of it. A data set that offers neither, or whose pictures are latents already, gets no TAA.
+Either the loop gives a function that makes such a batch, or the dataset's own transform is used: RandAugment goes in
+before the rest of it. A dataset that offers neither, or whose images are latents already, gets no TAA.
 """
 
 import random
@@ -17,7 +17,7 @@ from sd_memguard.core.seeding import Address, derive_seed
 NUM_OPERATIONS = 2
 """Operations of RandAugment, as in the paper."""
 TRANSFORMS = ("transform", "image_transforms", "train_transforms")
-"""Names under which data sets keep a torchvision `Compose`."""
+"""Names under which datasets keep a torchvision `Compose`."""
 
 AugmentFunction = Callable[[list[int], int], Any]
 """Makes a batch like the dataloader's of the augmented copies of samples, at a magnitude of RandAugment (of 30)."""
@@ -48,10 +48,10 @@ class GivenAugmenter:
 
 
 class TransformAugmenter:
-    """The data set's own transform with RandAugment in front.
+    """The dataset's own transform with RandAugment in front.
 
     Args:
-        dataset: the data set of the loop.
+        dataset: the dataset of the loop.
         collate: makes a batch of its rows.
         seed: seed of the run.
     """
@@ -71,7 +71,7 @@ class TransformAugmenter:
         return self.collate(rows)
 
     def row(self, sample_id: int, change: Callable[[Any], Any]) -> Any:
-        """Return a row of the data set whose pictures are changed before the transform sees them."""
+        """Return a row of the dataset whose images are changed before the transform sees them."""
         if _is_huggingface(self.dataset):
             return _huggingface_row(self.dataset, sample_id, change)
         with _put_in(_compose_of(self.dataset), change):
@@ -85,20 +85,20 @@ def find_augmenter(
     if function is not None:
         return GivenAugmenter(function, seed)
     if not _is_huggingface(dataset) and _compose_of(dataset) is None:
-        return "the data set has no transform of torchvision's or of `datasets` that RandAugment could go into"
+        return "the dataset has no transform of torchvision's or of `datasets` that RandAugment could go into"
     augmenter = TransformAugmenter(dataset, collate, seed)
     plain, inverted = (_look(augmenter, change) for change in (_keep, _invert))
     if any(len(value) > 1 for value in plain):
-        return "a row of the data set holds several pictures (class pictures), which would all be augmented"
+        return "a row of the dataset holds several images (class images), which would all be augmented"
     if all(torch.equal(a, b) for a, b in zip(plain, inverted, strict=True)):
-        return "the pictures of the data set were prepared before training, so that its transform changes nothing"
+        return "the images of the dataset were prepared before training, so that its transform changes nothing"
     return augmenter
 
 
 def _look(augmenter: TransformAugmenter, change: Callable[[Any], Any]) -> list[Tensor]:
-    """Return the pictures of the first sample under a change, always with the same draws."""
+    """Return the images of the first sample under a change, always with the same draws."""
     with seeded(0):
-        return _pictures(augmenter.collate([augmenter.row(0, change)]))
+        return _images(augmenter.collate([augmenter.row(0, change)]))
 
 
 def _keep(image: Any) -> Any:
@@ -109,14 +109,14 @@ def _invert(image: Any) -> Any:
     return image.point(lambda value: 255 - value)
 
 
-def _pictures(batch: Any) -> list[Tensor]:
-    """Return the tensors of a batch that look like pictures or latents, (B, C, H, W)."""
+def _images(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch that look like images or latents, (B, C, H, W)."""
     values = batch.values() if hasattr(batch, "values") else []
     return [value for value in values if isinstance(value, Tensor) and value.dim() == 4]
 
 
 def _is_huggingface(dataset: Any) -> bool:
-    """Say whether this is a data set of `datasets` with a transform that makes its rows."""
+    """Say whether this is a dataset of `datasets` with a transform that makes its rows."""
     form = getattr(dataset, "format", None)
     return isinstance(form, dict) and form.get("type") == "custom" and "transform" in form.get("format_kwargs", {})
 
@@ -132,7 +132,7 @@ def _huggingface_row(dataset: Any, sample_id: int, augment: Callable[[Any], Any]
 
 
 def _compose_of(dataset: Any) -> Any:
-    """Return the torchvision `Compose` that a data set applies to its pictures, None where there is none."""
+    """Return the torchvision `Compose` that a dataset applies to its images, None where there is none."""
     for name in TRANSFORMS:
         compose = getattr(dataset, name, None)
         if type(compose).__module__.startswith("torchvision.") and hasattr(compose, "transforms"):

@@ -11,7 +11,7 @@ from sd_memguard.errors import LoopError
 SPREADING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP", "XLA")
 
 
-class Host(Protocol):
+class LoopBackend(Protocol):
     """The loop around the guard, as far as the guard needs to know it."""
 
     def place(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ class Host(Protocol):
         """Say whether a step was due since the last batch but a gradient scaler has left it out."""
 
 
-class PlainHost:
+class PlainBackend:
     """A plain torch loop: it moves batches itself, and tells nobody when it accumulates."""
 
     def place(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class PlainHost:
         return False
 
 
-class AccelerateHost:
+class AccelerateBackend:
     """A loop that uses accelerate in one process.
 
     Args:

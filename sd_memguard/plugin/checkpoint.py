@@ -42,7 +42,7 @@ def announce(rounds: "Rounds", checkpoint: Path) -> None:
     if not (folder / f"{STATE}.json").is_file():
         raise LoopError(
             f"{checkpoint} was written without the guard (no {FOLDER}/ in it), so that shards, proxies and memory "
-            "banks are missing; begin anew, or go on without the guard"
+            "banks are missing; begin again, or go on without the guard"
         )
     state = load_state(folder, STATE)
     present = {"kind": KIND, "shards": rounds.schedule.num_shards, "samples": len(rounds.guard.plan.assignment)}

@@ -31,13 +31,13 @@ def check_loader(guard: "MemorizationGuard", dataloader: Any, *, keeps_order: bo
     dataset = dataloader.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise LoopError(
-            f"the data set is a stream ({type(dataset).__name__}), whose samples have no numbers to sort by shard; use "
-            "a data set with `__len__` and `__getitem__`, e.g. without `streaming=True`"
+            f"the dataset is a stream ({type(dataset).__name__}), whose samples have no numbers to sort by shard; use "
+            "a dataset with `__len__` and `__getitem__`, e.g. without `streaming=True`"
         )
     num_samples = len(guard.plan.assignment)
     if len(dataset) != num_samples:
         raise LoopError(
-            f"the guard was made for `num_samples={num_samples}`, and the data set has {len(dataset)} samples; make it "
+            f"the guard was made for `num_samples={num_samples}`, and the dataset has {len(dataset)} samples; make it "
             "with `num_samples=len(dataloader.dataset)`"
         )
     if not keeps_order:
@@ -57,7 +57,7 @@ def _check_order(dataloader: DataLoader) -> None:
     if not whole:
         raise LoopError(
             f"the dataloader draws its samples by {type(sampler).__name__}, which the guard would replace by a plain "
-            "permutation within each shard; use `shuffle=True`, and leave weights or subsets to the data set"
+            "permutation within each shard; use `shuffle=True`, and leave weights or subsets to the dataset"
         )
 
 

@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sd_memguard.core.sampler import Visit
+from sd_memguard.core.sampler import SampleRef
 from sd_memguard.core.seeding import generator_for
 from sd_memguard.errors import LoopError
 from sd_memguard.plugin.augment import Augmenter
-from sd_memguard.plugin.backends import Host
+from sd_memguard.plugin.backends import LoopBackend
 from sd_memguard.plugin.loop_driver import Rounds
 
 SAMPLE_ID = "sample_id"
 
 
 class LabelledDataset(Dataset):
-    """A data set whose rows come with their number.
+    """A dataset whose rows come with their number.
 
     Args:
-        dataset: the data set of the loop.
+        dataset: the dataset of the loop.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -135,16 +135,16 @@ class LabelledLoader(WatchedLoader):
                 self.rounds.settle()
                 self.rounds.open_batch(batch[SAMPLE_ID].tolist())
                 yield batch
-            self.rounds.leave_epoch()
+            self.rounds.on_epoch_end()
         finally:
-            self.rounds.leave_loop()
+            self.rounds.on_loop_end()
 
 
 class GuardedLoader(WatchedLoader):
     """Batches of one shard at a time, all of the full size, for as many batches as an epoch had before.
 
     An epoch that a checkpoint has interrupted is brought to its end first. With several worker processes, random
-    transforms of the data set draw from the workers' generators, which no checkpoint holds.
+    transforms of the dataset draw from the workers' generators, which no checkpoint holds.
 
     Args:
         loader: the loop's loader.
@@ -153,7 +153,7 @@ class GuardedLoader(WatchedLoader):
         augmenter: makes batches of augmented copies, where that is possible.
     """
 
-    def __init__(self, loader: DataLoader, rounds: Rounds, host: Host, augmenter: Augmenter | None) -> None:
+    def __init__(self, loader: DataLoader, rounds: Rounds, host: LoopBackend, augmenter: Augmenter | None) -> None:
         super().__init__(loader, rounds)
         self.host, self.augmenter = host, augmenter
         self.end_of_dataloader, self.remainder = False, -1
@@ -171,10 +171,10 @@ class GuardedLoader(WatchedLoader):
                 batch = self._next()
                 self.end_of_dataloader = self.rounds.epoch_position == len(self)
                 yield batch
-            self.rounds.leave_epoch()
+            self.rounds.on_epoch_end()
         finally:
             self.host.end_epoch(self)
-            self.rounds.leave_loop()
+            self.rounds.on_loop_end()
 
     def _next(self) -> Any:
         rounds = self.rounds
@@ -223,5 +223,5 @@ class _Batches:
         self.rounds, self.size = rounds, size
 
     def __iter__(self) -> Iterator[list[int]]:
-        ahead: Iterator[list[Visit]] = self.rounds.ahead(self.size)
+        ahead: Iterator[list[SampleRef]] = self.rounds.ahead(self.size)
         return ([visit.sample_id for visit in visits] for visits in ahead)

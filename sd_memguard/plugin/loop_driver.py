@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sd_memguard.core.progress import Progress
-from sd_memguard.core.sampler import Visit
+from sd_memguard.core.sampler import SampleRef
 from sd_memguard.core.schedule import RoundSchedule
 from sd_memguard.core.shards import Moves
 from sd_memguard.errors import LoopError
-from sd_memguard.plugin.backends import Host
+from sd_memguard.plugin.backends import LoopBackend
 from sd_memguard.plugin.lr_table import LRTable, learning_rates, set_learning_rates
 from sd_memguard.proxies.full import FullProxies
 
@@ -67,14 +67,14 @@ class Rounds:
         proxies: FullProxies,
         schedule: RoundSchedule,
         optimizer: Optimizer,
-        host: Host,
+        host: LoopBackend,
         lr_table: LRTable | None = None,
     ) -> None:
         self.guard, self.proxies, self.schedule, self.optimizer, self.host = guard, proxies, schedule, optimizer, host
         self.lr_table = lr_table
         self.progress = Progress(schedule.num_shards)
         self.window = Window()
-        self.visits: list[Visit] = []
+        self.visits: list[SampleRef] = []
         self.history: list[dict[str, Any]] = []
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self.restore: Callable[[], None] | None = None
@@ -120,20 +120,20 @@ class Rounds:
         progress = self.progress
         return progress.step_in_round == self.schedule.steps_in_round(progress.round_index, progress.shard_index)
 
-    def ahead(self, size: int) -> Iterator[list[Visit]]:
-        """Yield the batches of the active shard from where its cursor stands, without end and without moving it."""
+    def ahead(self, size: int) -> Iterator[list[SampleRef]]:
+        """Yield the batches of the active shard from where its sampler stands, without end and without moving it."""
         shard_index = self.guard.shard_index
-        members, cursor = self.guard.plan.members(shard_index), replace(self.progress.cursors[shard_index])
+        members, sampler = self.guard.plan.members(shard_index), replace(self.progress.samplers[shard_index])
         groups = None if self.guard.balanced_groups is None else self.guard.balanced_groups[members]
-        pass_length = self.guard.num_pictures()[shard_index]
+        epoch_length = self.guard.num_images()[shard_index]
         while True:
-            yield cursor.peek(members, size, self.guard.seed, groups)
-            cursor.advance(size, pass_length)
+            yield sampler.peek(members, size, self.guard.seed, groups)
+            sampler.advance(size, epoch_length)
 
-    def take(self, visits: list[Visit]) -> None:
+    def take(self, visits: list[SampleRef]) -> None:
         """Count a batch that goes out to the loop."""
         shard_index = self.guard.shard_index
-        self.progress.cursors[shard_index].advance(len(visits), self.guard.num_pictures()[shard_index])
+        self.progress.samplers[shard_index].advance(len(visits), self.guard.num_images()[shard_index])
         self.open_batch([visit.sample_id for visit in visits])
         self.visits = visits
 
@@ -147,7 +147,7 @@ class Rounds:
             self.progress.extra_steps[self.guard.shard_index] += 1
             self.progress.round_extra_steps += 1
 
-    def leave_epoch(self) -> None:
+    def on_epoch_end(self) -> None:
         """Hear that the loop has had all batches of an epoch.
 
         Raises:
@@ -159,7 +159,7 @@ class Rounds:
                 "`guard.weigh(losses, timesteps, batch['sample_id'])` on every batch and backward `verdict.loss`"
             )
 
-    def leave_loop(self) -> None:
+    def on_loop_end(self) -> None:
         """Hear that the loop asks for no more batches for now: after its last step it may export the model."""
         self.epoch_position = 0
         if self.progress.global_step >= self.schedule.total_steps:
@@ -190,7 +190,7 @@ class Rounds:
 
         The gradient of a step is the mean over the clean samples of all batches of its window, however many they are:
         the gradients so far are rescaled whenever a batch changes the share of clean samples. Where other losses
-        share the step (class pictures), each batch is a mean of its own.
+        share the step (class images), each batch is a mean of its own.
         """
         window = self.window
         window.samples += num_samples
@@ -208,7 +208,7 @@ class Rounds:
         """Count a verdict."""
         self.window.weighed = self.window.batches
         self.losses_seen += 1
-        self.progress.picture_forwards += len(verdict.losses)
+        self.progress.image_forwards += len(verdict.losses)
         if not self.window.augmented:
             self.progress.meters[self.guard.shard_index].record(verdict)
 
@@ -279,8 +279,8 @@ class Rounds:
         else:
             distances = self.proxies.distances(weights)
             moves = guard.redistribute()
-            for cursor in self.progress.cursors:
-                cursor.begin_pass()
+            for sampler in self.progress.samplers:
+                sampler.begin_epoch_of_shard()
         row = self._row(kind, distances, moves)
         self.history.append(row)
         self.progress.begin_round()
@@ -296,7 +296,7 @@ class Rounds:
             "global_step": progress.global_step,
             "extra_steps": 0,
             "augmented_batches": progress.round_extra_steps,
-            "picture_forwards": progress.picture_forwards,
+            "image_forwards": progress.image_forwards,
             "shards": [
                 {"shard": k, "size": sizes[k], **meter.summary(), "distance": distances[k]}
                 for k, meter in enumerate(progress.meters)

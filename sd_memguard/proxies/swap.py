@@ -46,7 +46,7 @@ def optimizer_tensors(parameters: Mapping[str, Parameter], optimizer: Optimizer)
 def load_optimizer_tensors(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, Parameter], optimizer: Optimizer
 ) -> None:
-    """Give the optimizer a saved state, in place where it has one already; a parameter without entries starts anew."""
+    """Give the optimizer a saved state, in place where it has one already; a parameter without entries starts again."""
     saved = {entry.rsplit("|", 1)[0] for entry in tensors}
     for name in parameters.keys() - saved:
         optimizer.state.pop(parameters[name], None)

@@ -176,7 +176,7 @@ def refuse_changes(saved: dict[str, Any], present: dict[str, Any], folder: Path)
         texts = ", ".join(f"`--{name}` {saved.get(name)} there, {present[name]} here" for name in changed)
         raise CheckpointError(
             f"{folder} was made with other settings: {texts}; give the same ones to go on, or name another "
-            "`--output_dir` to begin anew"
+            "`--output_dir` to begin again"
         )
 
 

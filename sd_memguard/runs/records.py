@@ -60,7 +60,7 @@ class RunRecords:
         self._write_rounds()
 
     def add_round(self, row: dict[str, Any]) -> None:
-        """Append a round; what is not finite, such as the standard error of a single picture, becomes null."""
+        """Append a round; what is not finite, such as the standard error of a single image, becomes null."""
         self.rounds.append(_finite(row))
         self._write_rounds()
 
@@ -99,7 +99,7 @@ class RunRecords:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write how the run ended; its speed stays out, so that the same run gives the same file."""
-        kept = {name: value for name, value in summary.items() if name != "pictures_per_second"}
+        kept = {name: value for name, value in summary.items() if name != "images_per_second"}
         replace_text(self.folder / SUMMARY, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -132,7 +132,7 @@ def round_row(
         "global_step": progress.global_step,
         "extra_steps": progress.round_extra_steps,
         **{name: getattr(progress, name) - sum(row[name] for row in before) for name in SUMS},
-        "picture_forwards": progress.picture_forwards,
+        "image_forwards": progress.image_forwards,
         "shards": [
             {"shard": k, "size": sizes[k], **meter.summary(), "distance": distances[k], **summaries[k]}
             for k, meter in enumerate(progress.meters)
@@ -150,7 +150,7 @@ def run_summary(
     guard: MemorizationGuard,
     samples: Samples,
     rounds: list[dict[str, Any]],
-    pictures_per_second: float,
+    images_per_second: float,
 ) -> dict[str, Any]:
     """Return what the closing lines, the model card and callers report.
 
@@ -160,7 +160,7 @@ def run_summary(
         guard: holds the ledger and the queues.
         samples: of the run.
         rounds: the lines of rounds.jsonl.
-        pictures_per_second: trained by all processes.
+        images_per_second: trained by all processes.
     """
     ledger = guard.ledger
     visits = max(int(ledger.seen.sum()), 1)
@@ -172,9 +172,9 @@ def run_summary(
         "extra_steps": sum(progress.extra_steps),
         "empty_steps": progress.empty_steps,
         "nonfinite_steps": progress.nonfinite_steps,
-        "lost_visits": progress.lost_visits,
-        "picture_forwards": progress.picture_forwards,
-        "pictures_per_second": pictures_per_second,
+        "unreadable_samples": progress.unreadable_samples,
+        "image_forwards": progress.image_forwards,
+        "images_per_second": images_per_second,
         "skipped_fraction": int(ledger.skipped.sum()) / visits,
         "augmented_fraction": int(ledger.augmented.sum()) / visits,
         "moved_samples": int(ledger.moves.sum()),

@@ -16,7 +16,7 @@ from sd_memguard.config import TrainConfig
 from sd_memguard.data.samples import BadSample, Checked, Samples
 from sd_memguard.distributed import Exchange, ProcessLostError
 from sd_memguard.runs.folder import FOLDER, RunFolderError
-from sd_memguard.training.plan import KnownPictures, Plan, make_plan
+from sd_memguard.training.plan import Plan, VerifiedImages, make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def quiet(exchange: Exchange, level: int = logging.ERROR) -> None:
 
 
 def plan_together(config: TrainConfig, exchange: Exchange) -> Plan:
-    """Return the plan of a run, with the pictures checked and models downloaded by the main process first.
+    """Return the plan of a run, with the images checked and models downloaded by the main process first.
 
     Raises:
         UserError: see ``make_plan``.
@@ -49,7 +49,7 @@ def plan_together(config: TrainConfig, exchange: Exchange) -> Plan:
     with exchange.agreed():
         if plan is None:
             assert train is not None
-            plan = make_plan(replace(config, seed=seed), exchange.size, KnownPictures(train, heldout))
+            plan = make_plan(replace(config, seed=seed), exchange.size, VerifiedImages(train, heldout))
     assert plan is not None
     return plan
 

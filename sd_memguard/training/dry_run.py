@@ -11,7 +11,7 @@ from sd_memguard.models.pipeline import load_models, read_config
 from sd_memguard.training.loss import DenoisingLoss
 from sd_memguard.training.memory_estimate import gigabytes
 from sd_memguard.training.plan import Plan
-from sd_memguard.training.progress_log import passes_per_round
+from sd_memguard.training.progress_log import epochs_per_round
 from sd_memguard.training.ranks import batch_slices
 
 TIMED_STEPS = 3
@@ -29,13 +29,13 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
     rows = {
         "samples": f"{len(plan.samples.sample_ids):,} usable of {plan.samples.num_rows:,}",
         "duplicates": duplicates(plan),
-        "pictures": plan.affine_maps,
+        "images": plan.affine_maps,
         "processes": plan.division,
         "shards": f"{schedule.num_shards} (one proxy each)",
-        "optimizer steps": f"{schedule.total_steps:,} over all proxies, {plan.visits_per_step} pictures each",
+        "optimizer steps": f"{schedule.total_steps:,} over all proxies, {plan.effective_batch_size} images each",
         "rounds": f"{schedule.num_rounds} of {schedule.steps_per_round} steps per proxy "
         f"({kinds.count('average')} average, {kinds.count('redistribute')} redistribute)",
-        "passes": f"{passes_per_round(plan):.1f} over a shard per round",
+        "passes": f"{epochs_per_round(plan):.1f} over a shard per round",
         "memory": f"{gigabytes(resident)} for UNet weights, gradients and optimizer on {accelerator.device}, "
         "and activations",
         "resting proxies": f"{gigabytes(sizes.resting)} in the proxy store",
@@ -48,12 +48,12 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
 
 
 def duplicates(plan: Plan) -> str:
-    """Return how many near-identical pictures there are, and what comes of them."""
+    """Return how many near-identical images there are, and what comes of them."""
     mode, samples = plan.config.guard.group_duplicates, plan.samples
     if samples.groups is None:
         return "not looked for"
     count = count_duplicates(samples.groups[samples.sample_ids])
-    handling = {"shard": "each in one shard", "balance": "each in one shard and counted as one picture"}[mode]
+    handling = {"shard": "each in one shard", "balance": "each in one shard and counted as one image"}[mode]
     return f"{count}, {handling}" if count.num_groups else str(count)
 
 
@@ -85,5 +85,5 @@ def time_step(unet: UNet2DConditionModel, plan: Plan, loss: DenoisingLoss, accel
 
 
 def vae_factor(plan: Plan) -> int:
-    """Return by how much the VAE shrinks a picture's side."""
+    """Return by how much the VAE shrinks a image's side."""
     return 2 ** (len(read_config(plan.pipeline / "vae")["block_out_channels"]) - 1)

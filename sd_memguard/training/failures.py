@@ -102,7 +102,7 @@ def check_finite(unet: nn.Module) -> None:
             )
 
 
-def suspects(seen: Sequence[Seen], samples: Samples) -> str:
+def describe_samples(seen: Sequence[Seen], samples: Samples) -> str:
     """Return which samples a step met at which timesteps: those with a bad loss, or all where each loss is good."""
     met = [
         (sample_id, timestep, loss)

@@ -10,7 +10,7 @@ from sd_memguard.core.async_copy import to_device
 from sd_memguard.core.seeding import Address, draw_integers, draw_normal
 
 
-class Noising:
+class NoiseSampler:
     """What is drawn for each sample: timestep, noise, and where asked for a noise offset and an input perturbation.
 
     Args:

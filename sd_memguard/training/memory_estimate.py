@@ -1,4 +1,4 @@
-"""What a run needs of memory and disk, reckoned from the header of the UNet's file before anything is loaded."""
+"""What a run needs of memory and disk, computed from the header of the UNet's file before anything is loaded."""
 
 import logging
 import math

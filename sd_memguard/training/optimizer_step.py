@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
-from sd_memguard.core.async_copy import HostCopy
+from sd_memguard.core.async_copy import AsyncCPUCopy
 
 
-class Updates:
+class ClippedStep:
     """Clips gradients and steps.
 
     A gradient that is not finite must not reach the weights. The kernel of torch's fused AdamW is told on the device,
@@ -37,7 +37,7 @@ class Updates:
         self.inner = getattr(optimizer, "optimizer", optimizer)
         self.is_fused = bool(self.inner.param_groups[0].get("fused"))
 
-    def take(self, scale: float) -> HostCopy | None:
+    def step(self, scale: float) -> AsyncCPUCopy | None:
         """Take a step with the gradients times ``scale``, clipped; they are gone afterwards.
 
         Returns:
@@ -56,7 +56,7 @@ class Updates:
             if scaler is not None or math.isfinite(float(norm)):
                 self.optimizer.step()
         self.optimizer.zero_grad()
-        return None if scaler is not None else HostCopy(norm)
+        return None if scaler is not None else AsyncCPUCopy(norm)
 
     def _step_fused(self, norm: Tensor, scale: float) -> None:
         # The factor is that of torch.nn.utils.clip_grad_norm_.

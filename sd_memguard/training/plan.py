@@ -1,4 +1,4 @@
-"""What a run needs, checked in the order of cost: folders and pictures first, then models, then memory and disk."""
+"""What a run needs, checked in the order of cost: folders and images first, then models, then memory and disk."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from sd_memguard.data.duplicate_report import describe_duplicates
 from sd_memguard.data.encoding_cache import refuse_inexact_cache
 from sd_memguard.data.image_check_cache import CheckCache
 from sd_memguard.data.samples import BadSample, Checked, SampleError, Samples, load_samples
-from sd_memguard.data.transforms import NUM_MAPS
+from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS
 from sd_memguard.files import replace_text
 from sd_memguard.models.pipeline import find_pipeline
 from sd_memguard.runs.checkpoint import refuse_changes
@@ -33,8 +33,8 @@ from sd_memguard.training.ranks import batch_slices, divides
 logger = logging.getLogger(__name__)
 
 
-class KnownPictures(NamedTuple):
-    """What the check of the pictures has found, to be told to another process."""
+class VerifiedImages(NamedTuple):
+    """What the check of the images has found, to be told to another process."""
 
     train: Checked
     heldout: Checked | None
@@ -59,8 +59,8 @@ class Plan:
         return Path(self.config.output_dir)
 
     @property
-    def pass_length(self) -> int:
-        """Visits in a pass over all shards: samples, or groups of duplicates where each counts as one picture."""
+    def epoch_length(self) -> int:
+        """Visits in a pass over all shards: samples, or groups of duplicates where each counts as one image."""
         balanced = self.config.guard.group_duplicates == "balance"
         return num_different(self.samples) if balanced else len(self.samples.sample_ids)
 
@@ -75,7 +75,7 @@ class Plan:
         }
 
     @property
-    def visits_per_step(self) -> int:
+    def effective_batch_size(self) -> int:
         """Samples seen per optimizer step."""
         return self.batch_size * self.config.gradient_accumulation_steps
 
@@ -100,11 +100,11 @@ class Plan:
 
     @property
     def affine_maps(self) -> str:
-        """In what form pictures are shown, in words."""
+        """In what form images are shown, in words."""
         share = float(self.config.random_affine)
         if not share:
             return "as they are"
-        return f"shifted, turned and zoomed by up to {share:.1%} of their side, each in {NUM_MAPS} ways"
+        return f"translated, rotated and scaled by up to {share:.1%} of their side, each in {NUM_AFFINE_VARIANTS} ways"
 
     @property
     def shaping(self) -> dict[str, Any]:
@@ -112,16 +112,16 @@ class Plan:
         return {**self.config.to_dict(), "train_batch_size": self.batch_size}
 
 
-def make_plan(config: TrainConfig, num_processes: int = 1, known: KnownPictures | None = None) -> Plan:
-    """Check folders, pictures and the pipeline's configs, and lay out the rounds.
+def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages | None = None) -> Plan:
+    """Check folders, images and the pipeline's configs, and lay out the rounds.
 
     Args:
         config: what to do.
         num_processes: processes that train together.
-        known: what another process has found out about the pictures, so that they need no second look.
+        known: what another process has found out about the images, so that they need no second look.
 
     Raises:
-        UserError: see its subclasses; no model was loaded, and nothing written but what the pictures were found to be.
+        UserError: see its subclasses; no model was loaded, and nothing written but what the images were found to be.
     """
     recorded = _recorded(config)
     seed = config.seed if config.seed is not None else recorded.get("seed", secrets.randbits(31))
@@ -131,7 +131,7 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: KnownPictures 
     check_extras(config)
     train_folder = _unbundle(config.train_data_dir, assets.demo_data_path())
     groups_duplicates = guard.group_duplicates != "off"
-    samples = _load_pictures(
+    samples = _load_images(
         config,
         train_folder,
         config.dataset_name,
@@ -145,7 +145,7 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: KnownPictures 
     heldout_folder = _unbundle(config.validation_data_dir, assets.demo_heldout_path())
     heldout = None
     if heldout_folder:
-        heldout = _load_pictures(config, heldout_folder, None, None, checked=None if known is None else known.heldout)
+        heldout = _load_images(config, heldout_folder, None, None, checked=None if known is None else known.heldout)
     pipeline = find_pipeline(config)
     schedule = plan_rounds(config, samples, num_processes, recorded)
     sizes = footprint(pipeline, config, schedule)
@@ -165,7 +165,7 @@ def _recorded(config: TrainConfig) -> dict[str, Any]:
 
 
 def num_different(samples: Samples) -> int:
-    """Return the number of different pictures: of groups of duplicates where these were looked for, else of samples."""
+    """Return the number of different images: of groups of duplicates where these were looked for, else of samples."""
     if samples.groups is None:
         return len(samples.sample_ids)
     return len(np.unique(samples.groups[samples.sample_ids]))
@@ -183,23 +183,23 @@ def plan_rounds(
         recorded: the settings of the run that is resumed, maybe for longer: what ``auto`` was stays.
 
     Raises:
-        ConfigError: more shards than different pictures, or than steps.
+        ConfigError: more shards than different images, or than steps.
     """
     recorded = {} if recorded is None else recorded
     guard = config.guard
-    num_pictures = num_different(samples)
+    num_images = num_different(samples)
     num_shards = guard.num_shards
     if num_shards == "auto":
-        passes = _passes(config, num_pictures, num_processes)
-        num_shards = int(recorded.get("num_shards", auto_num_shards(num_pictures, passes)))
-    if num_shards > num_pictures:
+        passes = _num_epochs(config, num_images, num_processes)
+        num_shards = int(recorded.get("num_shards", auto_num_shards(num_images, passes)))
+    if num_shards > num_images:
         what = "samples" if samples.groups is None else "samples, near-identical ones counted as one"
         raise ConfigError(
-            f"`--num_shards` must be between 1 and the number of {what} ({num_pictures}), got {num_shards}; "
+            f"`--num_shards` must be between 1 and the number of {what} ({num_images}), got {num_shards}; "
             "lower it or add samples"
         )
-    pass_length = num_pictures if guard.group_duplicates == "balance" else len(samples.sample_ids)
-    batches = -(-pass_length // (config.train_batch_size * batch_slices(num_processes, num_shards)))
+    epoch_length = num_images if guard.group_duplicates == "balance" else len(samples.sample_ids)
+    batches = -(-epoch_length // (config.train_batch_size * batch_slices(num_processes, num_shards)))
     steps_per_epoch = -(-batches // config.gradient_accumulation_steps)
     total_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
     if total_steps < num_shards:
@@ -213,19 +213,19 @@ def plan_rounds(
     return RoundSchedule.plan(total_steps, num_shards, steps_per_round, guard.redistribute_fraction > 0)
 
 
-def _passes(config: TrainConfig, num_pictures: int, num_processes: int) -> float:
-    """Return how often one model would pass over the different pictures."""
+def _num_epochs(config: TrainConfig, num_images: int, num_processes: int) -> float:
+    """Return how often one model would pass over the different images."""
     if config.max_train_steps is None:
         return config.num_train_epochs
     batch = config.train_batch_size * batch_slices(num_processes, 1) * config.gradient_accumulation_steps
-    return config.max_train_steps * batch / num_pictures
+    return config.max_train_steps * batch / num_images
 
 
 def _unbundle(folder: str | None, bundled: Path) -> str | None:
     return str(bundled) if folder == assets.BUNDLED else folder
 
 
-def _load_pictures(
+def _load_images(
     config: TrainConfig,
     folder: str | None,
     dataset: str | None,

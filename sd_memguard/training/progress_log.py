@@ -51,15 +51,15 @@ class RunLog:
         self._redirect.__enter__()
         sizes = f"{len(plan.samples.sample_ids):,} samples in {schedule.num_shards} shard(s)"
         logger.info(
-            "training: %s, %d steps of %d pictures in %d rounds of %d steps per proxy",
-            *(sizes, schedule.total_steps, plan.visits_per_step, schedule.num_rounds, schedule.steps_per_round),
+            "training: %s, %d steps of %d images in %d rounds of %d steps per proxy",
+            *(sizes, schedule.total_steps, plan.effective_batch_size, schedule.num_rounds, schedule.steps_per_round),
         )
         if plan.num_processes > 1:
             logger.info("%s", plan.division)
         if plan.config.random_affine:
-            logger.info("pictures are shown %s", plan.affine_maps)
-        passes = passes_per_round(plan)
-        if schedule.num_shards > 1 and passes > MANY_PASSES:
+            logger.info("images are shown %s", plan.affine_maps)
+        passes = epochs_per_round(plan)
+        if schedule.num_shards > 1 and passes > MANY_EPOCHS:
             logger.warning(
                 "each proxy passes over its shard %.1f times a round: a small shard is memorized within its round; "
                 "lower --steps_per_round or --num_shards",
@@ -69,7 +69,7 @@ class RunLog:
         return self
 
     def _tracker_options(self) -> dict[str, dict[str, Any]]:
-        """Return what makes each tracker go on with the same run; what it was sent after the checkpoint comes anew."""
+        """Return what makes each tracker go on with the same run; what it was sent after the checkpoint comes again."""
         run_id, steps = self.state.run_id, self.state.progress.global_step
         return {
             "tensorboard": {"purge_step": steps + 1} if steps else {},
@@ -92,12 +92,12 @@ class RunLog:
         if self._bar is None:
             steps, hidden = self.plan.schedule.total_steps, not self.accelerator.is_main_process
             self._bar = tqdm(total=steps, initial=progress.global_step - 1, unit="step", disable=hidden)
-            self._first_forward = progress.picture_forwards
+            self._first_forward = progress.image_forwards
         visits = max(sum(len(verdict.losses) for verdict in verdicts), 1)
         loss = sum(float(verdict.losses.sum()) for verdict in verdicts) / visits
         skipped = sum(verdict.num_skipped for verdict in verdicts) / visits
         augmented = sum(verdict.num_augmented for verdict in verdicts) / visits
-        # The mean begins anew after a loss that is not finite.
+        # The mean begins again after a loss that is not finite.
         self._loss = SMOOTHING * self._loss + (1 - SMOOTHING) * loss if math.isfinite(self._loss) else loss
         self._skipped = SMOOTHING * self._skipped + (1 - SMOOTHING) * skipped
         schedule = self.plan.schedule
@@ -126,8 +126,8 @@ class RunLog:
         logger.info("round %d/%d: %s", row["round"], self.plan.schedule.num_rounds, ", ".join(parts))
         self.accelerator.log(_curves(row), step=global_step)
 
-    def drawings(self, images: list[Image], global_step: int) -> None:
-        """Send drawings of the validation prompts to the trackers that take pictures."""
+    def generated(self, images: list[Image], global_step: int) -> None:
+        """Send generated images of the validation prompts to the trackers that take images."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 stack = np.stack([np.asarray(image) for image in images])
@@ -135,8 +135,8 @@ class RunLog:
             elif tracker.name in {"wandb", "comet_ml"}:
                 tracker.log_images({"validation": images}, step=global_step)
             else:
-                logger.warning("--report_to %s takes no pictures: the drawings are left out", tracker.name)
-        logger.info("drew %d validation pictures at step %d", len(images), global_step)
+                logger.warning("--report_to %s takes no images: the generated images are left out", tracker.name)
+        logger.info("drew %d validation images at step %d", len(images), global_step)
 
     def end(self, text: str) -> None:
         """Close the bar and write the closing lines."""
@@ -144,15 +144,15 @@ class RunLog:
             self._bar.close()
         logger.info("%s", text)
 
-    def pictures_per_second(self, progress: Progress) -> float:
-        """Return the pictures trained per second since this process began to train, everything included."""
+    def images_per_second(self, progress: Progress) -> float:
+        """Return the images trained per second since this process began to train, everything included."""
         seconds = max(time.monotonic() - self._started, 1e-9)
-        return (progress.picture_forwards - self._first_forward) / seconds
+        return (progress.image_forwards - self._first_forward) / seconds
 
 
 def _curves(row: dict[str, Any]) -> dict[str, float]:
     """Return every number of a row of ``rounds.jsonl`` under the name of its curve."""
-    counts = ("extra_steps", "empty_steps", "nonfinite_steps", "picture_forwards")
+    counts = ("extra_steps", "empty_steps", "nonfinite_steps", "image_forwards")
     curves: dict[str, float] = {name: row[name] for name in counts}
     curves["moved_samples"] = sum(move["count"] for move in row["moves"])
     if "heldout_loss" in row:
@@ -164,30 +164,30 @@ def _curves(row: dict[str, Any]) -> dict[str, float]:
     return curves
 
 
-MANY_PASSES = 10
+MANY_EPOCHS = 10
 """Passes of a proxy over its shard within a round from which a warning is due."""
 
 
-def passes_per_round(plan: Plan) -> float:
+def epochs_per_round(plan: Plan) -> float:
     """Return how often a proxy passes over its shard in a round."""
-    per_shard = plan.pass_length / plan.schedule.num_shards
-    return min(plan.schedule.steps_per_round, plan.schedule.shard_steps(0)) * plan.visits_per_step / per_shard
+    per_shard = plan.epoch_length / plan.schedule.num_shards
+    return min(plan.schedule.steps_per_round, plan.schedule.shard_steps(0)) * plan.effective_batch_size / per_shard
 
 
 def summary_text(summary: dict[str, Any], output_dir: Path) -> str:
     """Return the closing lines of a run."""
     lines = [
         f"done: {summary['global_step']} steps, {summary['extra_steps']} extra steps on augmented copies, "
-        f"{summary['pictures_per_second']:.1f} pictures per second",
+        f"{summary['images_per_second']:.1f} images per second",
         f"visits skipped {summary['skipped_fraction']:.1%}, augmented {summary['augmented_fraction']:.1%}; "
         f"steps without a clean sample {summary['empty_steps']}; samples moved {summary['moved_samples']}; "
         f"left in the augmentation queues {summary['augment_queue_left']}",
     ]
-    if summary["lost_visits"]:
-        lines.append(f"visits to pictures that could not be read any more: {summary['lost_visits']}")
+    if summary["unreadable_samples"]:
+        lines.append(f"visits to images that could not be read any more: {summary['unreadable_samples']}")
     if None not in (summary["train_loss"], summary["heldout_loss"]):
         lines.append(
-            f"denoising loss: pictures trained on {summary['train_loss']:.4f}, unseen {summary['heldout_loss']:.4f}"
+            f"denoising loss: images trained on {summary['train_loss']:.4f}, unseen {summary['heldout_loss']:.4f}"
         )
     if summary["memory_prone"]:
         lines.append("most memory-prone samples (share of visits skipped or augmented):")

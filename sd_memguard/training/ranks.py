@@ -19,7 +19,7 @@ from sd_memguard.training.signals import StopRequest
 Item = TypeVar("Item")
 
 TIMEOUT = timedelta(hours=6)
-"""How long a process waits for the others: for the check of the pictures, for the slowest one at a round's end."""
+"""How long a process waits for the others: for the check of the images, for the slowest one at a round's end."""
 KNOWN_KINDS = {"NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_SDAA"}
 REFUSED = {
     "DEEPSPEED": "DeepSpeed",
@@ -136,7 +136,7 @@ class Ranks:
         """
         if not self.by_batch:
             return losses, timesteps, sample_ids
-        # One exchange for all: float64 holds each of them exactly. Pictures may be lost, so slices may be shorter.
+        # One exchange for all: float64 holds each of them exactly. Images may be lost, so slices may be shorter.
         rows = torch.zeros(1 + self.slice_size, 3, dtype=torch.float64)
         rows[0, 0], rows[0, 1] = len(sample_ids), self.stop.number
         rows[1 : 1 + len(sample_ids)] = torch.stack(

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from sd_memguard.core.augmentation import AugmentQueue
 from sd_memguard.core.progress import Progress, ShardMeter
-from sd_memguard.core.sampler import VisitCursor
+from sd_memguard.core.sampler import ShardSampler
 from sd_memguard.guard import MemorizationGuard
 from sd_memguard.training.ranks import Ranks
 
-COUNTERS = ("empty_steps", "nonfinite_steps", "lost_visits", "picture_forwards", "round_extra_steps")
-"""What every process counts for itself between two meetings, and adds up there."""
+COUNTERS = ("empty_steps", "nonfinite_steps", "unreadable_samples", "image_forwards", "round_extra_steps")
+"""What every process counts for itself between two rank_sync, and adds up there."""
 COUNTED = ("seen", "skipped", "augmented", "skips")
-"""Columns of the ledger that a process changes between two meetings, in the rows of its own shards."""
+"""Columns of the ledger that a process changes between two rank_sync, in the rows of its own shards."""
 
 
 class Reason(IntEnum):
@@ -37,8 +37,8 @@ class Outcome(NamedTuple):
     signal: int
 
 
-class Meetings:
-    """The meetings of a run, as one process sees them.
+class RankSync:
+    """The rank_sync of a run, as one process sees them.
 
     Args:
         ranks: who trains what.
@@ -59,14 +59,14 @@ class Meetings:
         steps = sum(self.progress.shard_steps[shard_index] for shard_index in self.ranks.shards)
         return steps * self.ranks.exchange.size >= (self.checkpoints_made + 1) * self.checkpointing_steps
 
-    def meet(self, reason: Reason, signal: int = 0) -> Outcome:
+    def synchronize(self, reason: Reason, signal: int = 0) -> Outcome:
         """Wait for all, and merge what they know: afterwards guard and progress are the same in every process.
 
         Args:
             reason: why this process comes.
             signal: number of the signal that it has received.
         """
-        rows = self.ranks.exchange.stack(torch.tensor([reason, signal]), "meetings")
+        rows = self.ranks.exchange.stack(torch.tensor([reason, signal]), "rank_sync")
         outcome = Outcome(Reason(int(rows[:, 0].max())), int(rows[:, 1].max()))
         self._merge_progress()
         self._merge_guard()
@@ -86,7 +86,7 @@ class Meetings:
                 "shard": shard_index,
                 "steps": progress.shard_steps[shard_index],
                 "extra": progress.extra_steps[shard_index],
-                "cursor": vars(progress.cursors[shard_index]),
+                "sampler": vars(progress.samplers[shard_index]),
                 "meter": vars(progress.meters[shard_index]),
             }
             for shard_index in self.ranks.shards
@@ -95,10 +95,10 @@ class Meetings:
         for shards, counters in self.ranks.exchange.gather([own, counted], "progress"):
             for row in shards:
                 if row["shard"] in self.ranks.shards:
-                    continue  # its own cursor and meter stay the objects that the loop holds
+                    continue  # its own sampler and meter stay the objects that the loop holds
                 progress.shard_steps[row["shard"]] = row["steps"]
                 progress.extra_steps[row["shard"]] = row["extra"]
-                progress.cursors[row["shard"]] = VisitCursor(**row["cursor"])
+                progress.samplers[row["shard"]] = ShardSampler(**row["sampler"])
                 progress.meters[row["shard"]] = ShardMeter(**row["meter"])
             for name, number in counters.items():
                 before[name] += number
@@ -107,7 +107,7 @@ class Meetings:
         progress.global_step = sum(progress.shard_steps)
 
     def begin_round(self) -> None:
-        """Take note that a counter of the round begins anew."""
+        """Take note that a counter of the round begins again."""
         self._before = self._counters()
 
     def _merge_guard(self) -> None:

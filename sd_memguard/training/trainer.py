@@ -15,11 +15,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sd_memguard.config import TrainConfig
-from sd_memguard.core.async_copy import HostCopy
+from sd_memguard.core.async_copy import AsyncCPUCopy
 from sd_memguard.core.progress import Progress
-from sd_memguard.core.sampler import Visit
+from sd_memguard.core.sampler import SampleRef
 from sd_memguard.core.seeding import Address
-from sd_memguard.data.batches import Batch, BatchSource, Encoders, visit_address
+from sd_memguard.data.batches import Batch, BatchSource, Encoders, sample_address
 from sd_memguard.distributed import Exchange
 from sd_memguard.export.exporter import export_at_end
 from sd_memguard.export.hub import push_to_hub
@@ -33,16 +33,16 @@ from sd_memguard.runs.trained_run import TrainedRun
 from sd_memguard.training.build import base_learning_rate, make_accelerator, make_ema, make_proxies, prepare_models
 from sd_memguard.training.distributed_start import check_shared, main_alone, plan_together, quiet, told_when_lost
 from sd_memguard.training.dry_run import describe_plan, vae_factor
-from sd_memguard.training.failures import NonFiniteError, Seen, check_finite, explained_faults, suspects
+from sd_memguard.training.failures import NonFiniteError, Seen, check_finite, describe_samples, explained_faults
 from sd_memguard.training.learning_rate import learning_rate_schedule
-from sd_memguard.training.loss import DenoisingLoss, Noising
-from sd_memguard.training.optimizer_step import Updates
+from sd_memguard.training.loss import DenoisingLoss, NoiseSampler
+from sd_memguard.training.optimizer_step import ClippedStep
 from sd_memguard.training.plan import Plan, finished_summary
 from sd_memguard.training.progress_log import RunLog, summary_text
 from sd_memguard.training.ranks import Ranks, launched_processes
 from sd_memguard.training.run_state import RunState
 from sd_memguard.training.signals import ECHO, Interrupted, StopRequest
-from sd_memguard.training.sync import Meetings, Reason
+from sd_memguard.training.sync import RankSync, Reason
 from sd_memguard.training.validation import RoundValidator
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class Trainer:
         self.proxies = make_proxies(plan, self.unet, self.ema, dtype, accelerator.device, self.ranks)
         self.parameters = list(self.proxies.parameters.values())
 
-        # Pictures and captions.
+        # Images and captions.
         encoders = Encoders(models, accelerator.device, dtype)
         processes = self.ranks.exchange
         self.source = BatchSource(
@@ -125,11 +125,11 @@ class Trainer:
             config,
             plan.seed,
             progress=processes.is_main,
-            num_visits=plan.schedule.total_steps * plan.visits_per_step,
+            num_samples_seen=plan.schedule.total_steps * plan.effective_batch_size,
             exchange=processes,
         )
         num_timesteps = models.noise_scheduler.config.num_train_timesteps
-        self.noising = Noising(plan.seed, num_timesteps, config.noise_offset, config.input_perturbation)
+        self.noise_sampler = NoiseSampler(plan.seed, num_timesteps, config.noise_offset, config.input_perturbation)
         dream = config.dream_detail_preservation if config.dream_training else None
         self.loss = DenoisingLoss(models.noise_scheduler, config.snr_gamma, dream)
         self.validator = RoundValidator(plan, self.source, encoders, num_timesteps, is_main=self.ranks.is_main)
@@ -159,8 +159,8 @@ class Trainer:
             vae=self.source.caches_latents and not self._augments, text_encoder=self.source.caches_embeddings
         )
 
-        self.updates = Updates(accelerator, self.optimizer, self.parameters, config.max_grad_norm)
-        self.taken: list[tuple[int, list[Seen], HostCopy | None]] = []
+        self.optimizer_step = ClippedStep(accelerator, self.optimizer, self.parameters, config.max_grad_norm)
+        self.taken: list[tuple[int, list[Seen], AsyncCPUCopy | None]] = []
         self.nonfinite_in_a_row = 0
         self.records = RunRecords(plan.output_dir, writes=self.ranks.is_main)
         self.state = RunState(plan, accelerator, self.unet, self.proxies, self.guard, self.records, self.ranks)
@@ -184,19 +184,19 @@ class Trainer:
         self.records.begin(self.config, self.plan.resolved)
         quiet(self.ranks.exchange, logging.WARNING)
         self.ranks.stop = stop
-        self.meetings = Meetings(self.ranks, self.guard, progress, self.config.checkpointing_steps)
+        self.rank_sync = RankSync(self.ranks, self.guard, progress, self.config.checkpointing_steps)
         while progress.round_index < self.schedule.num_rounds:
             for shard_index in self.ranks.shards:
                 progress.shard_index = shard_index
                 self.train_shard(shard_index, stop)
-            while self.ranks.by_shard and self._meet(Reason.ROUND_END, stop) is not Reason.ROUND_END:
+            while self.ranks.by_shard and self._synchronize(Reason.ROUND_END, stop) is not Reason.ROUND_END:
                 pass  # a checkpoint for one that is not there yet
             self.end_round()
 
     def train_shard(self, shard_index: int, stop: StopRequest) -> None:
         """Train one proxy on its shard for what is left of its steps in this round."""
-        progress, cursor = self.progress, self.progress.cursors[shard_index]
-        # Reckoned, not remembered: a run that goes on for longer may find its last round unfinished.
+        progress, sampler = self.progress, self.progress.samplers[shard_index]
+        # Computed, not remembered: a run that goes on for longer may find its last round unfinished.
         progress.step_in_round = (
             progress.shard_steps[shard_index] - progress.round_index * self.schedule.steps_per_round
         )
@@ -207,25 +207,25 @@ class Trainer:
         self.guard.shard_index = shard_index
         members = self.guard.plan.members(shard_index)
         groups = None if self.guard.balanced_groups is None else self.guard.balanced_groups[members]
-        pass_length = self.guard.num_pictures()[shard_index]
+        epoch_length = self.guard.num_images()[shard_index]
         size, accumulation = self.plan.batch_size, self.config.gradient_accumulation_steps
-        visits = cursor.peek(members, num_steps * self.plan.visits_per_step, self.plan.seed, groups)
+        visits = sampler.peek(members, num_steps * self.plan.effective_batch_size, self.plan.seed, groups)
         chunks = [visits[start : start + size] for start in range(0, len(visits), size)]
         batches = self.source.batches([self.ranks.slice_of(chunk) for chunk in chunks])
         for _ in range(num_steps):
             verdicts = self.step(batches, accumulation)
             while (waiting := self.guard.take_augment_batch(size)) is not None:
                 self.augmented_step(waiting)
-            cursor.advance(self.plan.visits_per_step, pass_length)
+            sampler.advance(self.plan.effective_batch_size, epoch_length)
             progress.shard_steps[shard_index] += 1
             progress.step_in_round += 1
             progress.global_step += 1
             progress.meters[shard_index].steps += 1
             self.log.step(progress, verdicts, self.optimizer.param_groups[0]["lr"])
             self._checkpoint_if_due(stop)
-        self._look_back()
+        self.check_pending_norms()
 
-    def step(self, batches: Iterator[tuple[list[Visit], Batch]], accumulation: int) -> list[Verdict]:
+    def step(self, batches: Iterator[tuple[list[SampleRef], Batch]], accumulation: int) -> list[Verdict]:
         """Take one optimizer step over as many batches, and return the guard's verdicts.
 
         The gradient is the mean over the clean samples of all the batches: each batch is divided by its size, and the
@@ -236,33 +236,33 @@ class Trainer:
         for position in range(accumulation):
             visits, batch = next(batches)
             if not visits and not self.ranks.by_batch:
-                self.progress.lost_visits += self.plan.batch_size
+                self.progress.unreadable_samples += self.plan.batch_size
                 continue
             with self.ranks.accumulates(self.model, last=position == accumulation - 1):
-                losses, timesteps = self._losses(batch, [visit_address(visit) for visit in visits])
+                losses, timesteps = self._losses(batch, [sample_address(visit) for visit in visits])
                 sample_ids = torch.tensor([visit.sample_id for visit in visits], dtype=torch.int64)
                 losses, timesteps, sample_ids = self.ranks.gather_batch(losses, timesteps, sample_ids)
                 self._count_forwards(len(sample_ids), dream=True)
-                self.progress.lost_visits += self.plan.batch_size - len(sample_ids)
+                self.progress.unreadable_samples += self.plan.batch_size - len(sample_ids)
                 verdict = self.guard.weigh(losses, timesteps, sample_ids, self.loss.weights(timesteps), wait=False)
                 # Where processes share a batch, the mean of their gradients is taken: each counts as many times.
-                self.accelerator.backward(verdict.clean_sum / (self.plan.visits_per_step / self.ranks.slices))
+                self.accelerator.backward(verdict.clean_sum / (self.plan.effective_batch_size / self.ranks.slices))
             seen.append(Seen(sample_ids, timesteps, verdict))
         # The only wait for the device in a step: for the forwards, while it works on the backwards.
         verdicts = [one.verdict for one in seen]
         for verdict in verdicts:
             self.progress.meters[self.guard.shard_index].record(verdict)
-        self._look_back()
+        self.check_pending_norms()
         if not all(bool(torch.isfinite(verdict.losses).all()) for verdict in verdicts):
             self.optimizer.zero_grad()
-            self._leave_out("loss", seen, self.progress.global_step + 1)
+            self.skip_nonfinite_step("loss", seen, self.progress.global_step + 1)
             return verdicts
         num_clean = sum(verdict.num_clean for verdict in verdicts)
         if num_clean == 0:
             self.optimizer.zero_grad()
             self.progress.empty_steps += 1
             return verdicts
-        self._update(scale=self.plan.visits_per_step / num_clean, seen=seen)
+        self._update(scale=self.plan.effective_batch_size / num_clean, seen=seen)
         return verdicts
 
     def augmented_step(self, waiting: AugmentBatch) -> None:
@@ -291,7 +291,7 @@ class Trainer:
         if not addresses:
             return self._no_losses()
         latents, embeddings = batch
-        timesteps, noise, input_noise = self.noising.draw(addresses, latents.shape[1:], latents.device, purpose)
+        timesteps, noise, input_noise = self.noise_sampler.draw(addresses, latents.shape[1:], latents.device, purpose)
         return self.loss(self.model, latents, embeddings, timesteps, noise, input_noise, dream=dream), timesteps
 
     def _no_losses(self) -> tuple[Tensor, Tensor]:
@@ -304,22 +304,22 @@ class Trainer:
         return self.loss(self.model, latents, embeddings, timesteps, latents, dream=False)[:0], timesteps[:0]
 
     def _count_forwards(self, number: int, *, dream: bool) -> None:
-        self.progress.picture_forwards += number * (2 if dream and self.config.dream_training else 1)
+        self.progress.image_forwards += number * (2 if dream and self.config.dream_training else 1)
 
     def _update(self, scale: float, seen: list[Seen]) -> None:
-        """Clip the gradients and step, unless they are not finite, which the host learns in ``_look_back``."""
-        self.taken.append((self.progress.global_step + 1, seen, self.updates.take(scale)))
+        """Clip the gradients and step, unless they are not finite, which the host learns in ``check_pending_norms``."""
+        self.taken.append((self.progress.global_step + 1, seen, self.optimizer_step.step(scale)))
         if self.ema is not None:
-            self._look_back()  # the average does not take in what was left out
+            self.check_pending_norms()  # the average does not take in what was left out
             if self.nonfinite_in_a_row == 0:
                 self._step_ema()
 
-    def _look_back(self) -> None:
+    def check_pending_norms(self) -> None:
         """Learn which of the steps taken since the last call were left out for a gradient that is not finite."""
         while self.taken:
             step, seen, norm = self.taken.pop(0)
             if norm is not None and not math.isfinite(float(norm.wait())):
-                self._leave_out("gradient", seen, step)
+                self.skip_nonfinite_step("gradient", seen, step)
             else:
                 self.nonfinite_in_a_row = 0
 
@@ -331,18 +331,18 @@ class Trainer:
         if self.config.offload_ema:
             self.ema.to("cpu", non_blocking=True)
 
-    def _leave_out(self, what: str, seen: list[Seen], step: int) -> None:
+    def skip_nonfinite_step(self, what: str, seen: list[Seen], step: int) -> None:
         """Count a step that is left out, name its samples, and stop the run when that happens again and again."""
         self.progress.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
         if self.ranks.is_main or self.ranks.by_shard:  # those that share a batch all know
-            named = suspects(seen, self.plan.samples)
+            named = describe_samples(seen, self.plan.samples)
             logger.warning("step %d is left out: its %s is not finite (%s)", step, what, named)
         if self.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
             raise NonFiniteError(
                 f"the {what} of {MAX_NONFINITE_STEPS} steps in a row was not finite, the last at step {step}; the "
                 "weights are those before. Lower `--learning_rate`, use `--mixed_precision bf16` or `no`, or look "
-                "at the pictures; the last checkpoint is untouched"
+                "at the images; the last checkpoint is untouched"
             )
 
     def _set_learning_rate(self) -> None:
@@ -362,8 +362,8 @@ class Trainer:
         else:
             distances = self.proxies.distances(weights)
             moves = self.guard.redistribute()
-            for cursor in progress.cursors:
-                cursor.begin_pass()
+            for sampler in progress.samplers:
+                sampler.begin_epoch_of_shard()
         measured = self.validator.at_round_end(self.state, self.ranks, self.records, self.loss, self.log)
         row = round_row(kind, progress, self.records.rounds, self.guard.banks, sizes, distances, moves, measured)
         self.records.add_round(row)
@@ -372,27 +372,27 @@ class Trainer:
         if self.ranks.is_main:
             self.log.round(row, progress.global_step)
         progress.begin_round()
-        self.meetings.begin_round()
+        self.rank_sync.begin_round()
 
     # Checkpoints.
 
     def _checkpoint_if_due(self, stop: StopRequest) -> None:
         if self.ranks.by_shard:
-            if stop.number or self.meetings.checkpoint_is_due:
-                self._meet(Reason.STOP if stop.number else Reason.CHECKPOINT, stop)
+            if stop.number or self.rank_sync.checkpoint_is_due:
+                self._synchronize(Reason.STOP if stop.number else Reason.CHECKPOINT, stop)
             return
         due = self.progress.global_step % self.config.checkpointing_steps == 0
         signal = self.ranks.signal if self.ranks.by_batch else stop.number
         if due or signal:
-            self._look_back()
+            self.check_pending_norms()
             self.state.save_checkpoint()
         if signal:
             self._stop(signal)
 
-    def _meet(self, reason: Reason, stop: StopRequest) -> Reason:
+    def _synchronize(self, reason: Reason, stop: StopRequest) -> Reason:
         """Meet the processes that train other shards, and do what is decided there."""
-        self._look_back()
-        outcome = self.meetings.meet(reason, stop.number)
+        self.check_pending_norms()
+        outcome = self.rank_sync.synchronize(reason, stop.number)
         if outcome.reason is not Reason.ROUND_END:
             self.state.save_checkpoint()
         if outcome.reason is Reason.STOP:
@@ -440,5 +440,5 @@ class Trainer:
         return TrainResult(output_dir, progress.global_step, summary)
 
     def _summary(self) -> dict[str, Any]:
-        speed = self.log.pictures_per_second(self.progress)
+        speed = self.log.images_per_second(self.progress)
         return run_summary(self.progress, self.schedule, self.guard, self.plan.samples, self.records.rounds, speed)

@@ -1,4 +1,4 @@
-"""Looking at the model while it trains: its loss on pictures it trains on and on unseen ones, and its drawings."""
+"""Looking at the model while it trains: its loss on images it trains on and on unseen ones, and its generated."""
 
 import math
 from pathlib import Path
@@ -19,33 +19,33 @@ from sd_memguard.training.progress_log import RunLog
 from sd_memguard.training.ranks import Ranks
 from sd_memguard.training.run_state import RunState
 
-MAX_PICTURES = 128
-TIMESTEPS_PER_PICTURE = 4
+MAX_IMAGES = 128
+TIMESTEPS_PER_IMAGE = 4
 NUM_INFERENCE_STEPS = 20
 
 
 class MeanLoss(NamedTuple):
-    """A mean over pictures with its standard error."""
+    """A mean over images with its standard error."""
 
     mean: float
     standard_error: float
 
 
 class LossProbe:
-    """The denoising loss on fixed pictures at fixed timesteps with fixed noise, so that only the model changes it.
+    """The denoising loss on fixed images at fixed timesteps with fixed noise, so that only the model changes it.
 
-    Of each picture (at most 128, drawn by the seed) four timesteps are taken, one from each quarter of the schedule.
+    Of each image (at most 128, drawn by the seed) four timesteps are taken, one from each quarter of the schedule.
 
     Args:
         source: makes the batches.
         seed: seed of the run.
         num_timesteps: number of timesteps of the schedule.
-        batch_size: pictures per forward.
+        batch_size: images per forward.
     """
 
     def __init__(self, source: BatchSource, seed: int, num_timesteps: int, batch_size: int) -> None:
         ids = torch.from_numpy(source.samples.sample_ids)
-        chosen = ids[permutation(seed, "probe", length=len(ids))[:MAX_PICTURES]].sort().values
+        chosen = ids[permutation(seed, "probe", length=len(ids))[:MAX_IMAGES]].sort().values
         self.batches = [(chunk.tolist(), source.fixed(chunk.tolist())) for chunk in chosen.split(batch_size)]
         self.seed, self.num_timesteps = seed, num_timesteps
 
@@ -54,22 +54,22 @@ class LossProbe:
         """Return the mean loss of the UNet as it is."""
         was_training = unet.training
         unet.eval()
-        per_picture = torch.cat([self._losses(unet, loss, ids, *batch) for ids, batch in self.batches]).double()
+        per_image = torch.cat([self._losses(unet, loss, ids, *batch) for ids, batch in self.batches]).double()
         unet.train(was_training)
-        spread = float(per_picture.std()) if len(per_picture) > 1 else math.nan
-        return MeanLoss(float(per_picture.mean()), spread / math.sqrt(len(per_picture)))
+        spread = float(per_image.std()) if len(per_image) > 1 else math.nan
+        return MeanLoss(float(per_image.mean()), spread / math.sqrt(len(per_image)))
 
     def _losses(
         self, unet: nn.Module, loss: DenoisingLoss, ids: list[int], latents: Tensor, embeddings: Tensor
     ) -> Tensor:
         total = torch.zeros(len(ids))
-        for part in range(TIMESTEPS_PER_PICTURE):
+        for part in range(TIMESTEPS_PER_IMAGE):
             addresses: list[Address] = [(sample_id, part) for sample_id in ids]
-            place = (draw_uniform(self.seed, "probe_timestep", addresses) + part) / TIMESTEPS_PER_PICTURE
+            place = (draw_uniform(self.seed, "probe_timestep", addresses) + part) / TIMESTEPS_PER_IMAGE
             timesteps = (place * self.num_timesteps).long().to(latents.device)
             noise = draw_normal(self.seed, "probe_noise", addresses, latents.shape[1:]).to(latents.device)
             total += loss(unet, latents, embeddings, timesteps, noise, dream=False).cpu()
-        return total / TIMESTEPS_PER_PICTURE
+        return total / TIMESTEPS_PER_IMAGE
 
 
 @torch.no_grad()
@@ -81,9 +81,9 @@ def draw_prompts(
     seed: int,
     variant: str | None,
 ) -> list[Image]:
-    """Return one drawing for each prompt with the present UNet, 20 steps at the pipeline's own guidance.
+    """Return one generated image for each prompt with the present UNet, 20 steps at the pipeline's own guidance.
 
-    The seed of a drawing is its own, so that one prompt more or less changes no other drawing.
+    The seed of a generated image is its own, so that one prompt more or less changes no other generated image.
     """
     was_training = unet.training
     unet.eval()
@@ -94,7 +94,7 @@ def draw_prompts(
     images = []
     with accelerator.autocast():
         for position, prompt in enumerate(prompts):
-            generator = torch.Generator().manual_seed(derive_seed(seed, "validation_drawing", position))
+            generator = torch.Generator().manual_seed(derive_seed(seed, "validation_generated_image", position))
             images.append(pipeline(prompt, num_inference_steps=NUM_INFERENCE_STEPS, generator=generator).images[0])
     unet.train(was_training)
     return images
@@ -105,7 +105,7 @@ class RoundValidator:
 
     Args:
         plan: what the run does.
-        source: makes the batches of the training pictures.
+        source: makes the batches of the training images.
         encoders: the frozen networks, for those of the held-out ones.
         num_timesteps: number of timesteps of the noise schedule.
         is_main: whether this process is the one that looks.
@@ -137,7 +137,7 @@ class RoundValidator:
 
         All processes call it: they share the proxies, or the store where these rest.
         """
-        draws = self._drawing_is_due(state, records)
+        draws = self._generated_image_is_due(state, records)
         if self.plan.heldout is None and not draws:
             return {}
         # Not compiled: these few forwards are not worth another compilation.
@@ -149,18 +149,18 @@ class RoundValidator:
                 self._draw(state, log)
             return {name: probe.measure(state.unet, loss) for name, probe in self.probes.items()}
 
-    def _drawing_is_due(self, state: RunState, records: RunRecords) -> bool:
+    def _generated_image_is_due(self, state: RunState, records: RunRecords) -> bool:
         """Say whether a multiple of ``--validation_epochs`` passes was completed, or the first or last round ends."""
         if not self.prompts:
             return False
-        progress, per_epoch = state.progress, self.plan.pass_length
-        done = progress.global_step * self.plan.visits_per_step // per_epoch
+        progress, per_epoch = state.progress, self.plan.epoch_length
+        done = progress.global_step * self.plan.effective_batch_size // per_epoch
         steps_before = records.rounds[-1]["global_step"] if records.rounds else 0
-        before, every = steps_before * self.plan.visits_per_step // per_epoch, self.config.validation_epochs
+        before, every = steps_before * self.plan.effective_batch_size // per_epoch, self.config.validation_epochs
         last = self.plan.schedule.num_rounds - 1
         return done // every > before // every or progress.round_index in {0, last}
 
     def _draw(self, state: RunState, log: RunLog) -> None:
         folder, variant, seed = self.plan.pipeline, self.config.variant, self.plan.seed
         images = draw_prompts(folder, state.unet, self.prompts, state.accelerator, seed, variant)
-        log.drawings(images, state.progress.global_step)
+        log.generated(images, state.progress.global_step)

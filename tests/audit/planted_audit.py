@@ -1,4 +1,4 @@
-"""Writes a folder as an audit leaves it, from pictures whose copies are known, for the tests of the report."""
+"""Writes a folder as an audit leaves it, from images whose copies are known, for the tests of the report."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ CREATED = "2026-01-02T03:04:05+00:00"
 
 
 class Planted(NamedTuple):
-    """A drawing: who drew it, of what kind, and the training picture whose caption it is (None: a given picture)."""
+    """A generated image: who drew it, of what kind, and the training image whose caption it is (None: a given image)."""
 
     model: str
     kind: str
@@ -31,29 +31,29 @@ def demo_rows(folder: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def planted_drawings(num_captions: int = 6, per_caption: int = 2) -> list[Planted]:
-    """Return drawings of two models: `plain` copies the repeated captions, `guarded` copies nothing."""
+def planted_generated(num_captions: int = 6, per_caption: int = 2) -> list[Planted]:
+    """Return generated images of two models: `plain` copies the repeated captions, `guarded` copies nothing."""
     train, unseen = demo_data_path(), demo_heldout_path()
     rows = demo_rows(train)
     counts = {row["text"]: [other["text"] for other in rows].count(row["text"]) for row in rows[:80]}
     often = list({row["text"]: row for row in rows[:80] if counts[row["text"]] > 1}.values())[:num_captions]
     once = [row for row in rows[:80] if counts[row["text"]] == 1][:num_captions]
     strangers = [Image.open(unseen / row["file_name"]).convert("RGB") for row in demo_rows(unseen)]
-    drawings = []
+    generated = []
     for model in ("plain", "guarded"):
         for kind, chosen in (("repeated", often), ("single", once)):
             for row in chosen:
                 for seed in range(per_caption):
                     own = Image.open(train / row["file_name"]).convert("RGB")
-                    copied = model == "plain" and kind == "repeated" and len(drawings) % 4 != 3
+                    copied = model == "plain" and kind == "repeated" and len(generated) % 4 != 3
                     blur = own.filter(ImageFilter.GaussianBlur(1 + seed))
-                    image = blur if copied else strangers[len(drawings)].filter(ImageFilter.GaussianBlur(2))
-                    drawings.append(Planted(model, kind, row["text"], row["file_name"], seed, image))
-    return drawings
+                    image = blur if copied else strangers[len(generated)].filter(ImageFilter.GaussianBlur(2))
+                    generated.append(Planted(model, kind, row["text"], row["file_name"], seed, image))
+    return generated
 
 
 class _Features:
-    """Cosine of coarse pixels around their mean over the training pictures: crude, but a copy is a copy."""
+    """Cosine of coarse pixels around their mean over the training images: crude, but a copy is a copy."""
 
     def __init__(self, train: Sequence[Image.Image]) -> None:
         rows = np.stack([self._row(image) for image in train])
@@ -70,7 +70,7 @@ class _Features:
 
 @functools.cache
 def _gallery() -> tuple[Any, ...]:
-    """Return the demo's training pictures and what is measured on them alone, once for all tests."""
+    """Return the demo's training images and what is measured on them alone, once for all tests."""
     folder, unseen = demo_data_path(), demo_heldout_path()
     rows = demo_rows(folder)
     train = [Image.open(folder / row["file_name"]).convert("RGB") for row in rows]
@@ -83,12 +83,12 @@ def _gallery() -> tuple[Any, ...]:
     return rows, contents, distinct, features, gallery, among, reference
 
 
-def write_planted_audit(output_dir: Path, drawings: Sequence[Planted] | None = None, **changes: Any) -> dict[str, Any]:
-    """Write report.json, pairs.parquet, background.parquet and the drawings, and return what report.json holds.
+def write_planted_audit(output_dir: Path, generated: Sequence[Planted] | None = None, **changes: Any) -> dict[str, Any]:
+    """Write report.json, pairs.parquet, background.parquet and the generated images, and return what report.json holds.
 
     `changes` replace parts of report.json by name.
     """
-    drawings = planted_drawings() if drawings is None else drawings
+    generated = planted_generated() if generated is None else generated
     rows, contents, distinct, features, gallery, among, reference = _gallery()
     threshold = round(float(np.quantile(reference.max(1), 0.99)), 4)
     background = {"train": among.max(1), "reference": reference.max(1)}
@@ -100,25 +100,25 @@ def write_planted_audit(output_dir: Path, drawings: Sequence[Planted] | None = N
     output_dir.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(found), output_dir / "background.parquet")
 
-    queries = features([drawing.image for drawing in drawings]) @ gallery.T
+    queries = features([generated_image.image for generated_image in generated]) @ gallery.T
     position = {row["file_name"]: index for index, row in enumerate(rows)}
     pairs = []
-    for number, (drawing, similarities) in enumerate(zip(drawings, queries, strict=True)):
+    for number, (generated_image, similarities) in enumerate(zip(generated, queries, strict=True)):
         nearest = int(similarities.argmax())
         row = distinct[nearest]
         own = None
-        if drawing.own_file:
-            content = contents[position[drawing.own_file]]
+        if generated_image.own_file:
+            content = contents[position[generated_image.own_file]]
             own = next(value for index, value in zip(distinct, similarities, strict=True) if contents[index] == content)
         distances = np.sqrt(np.maximum(2 - 2 * np.sort(similarities)[::-1][:50], 1e-9))
         ratio = distances[0] / distances.mean()
-        file = f"drawings/{drawing.model}/{number:05d}.png"
+        file = f"generated/{generated_image.model}/{number:05d}.png"
         (output_dir / file).parent.mkdir(parents=True, exist_ok=True)
-        drawing.image.save(output_dir / file)
-        guarded = drawing.model == "guarded"
+        generated_image.image.save(output_dir / file)
+        guarded = generated_image.model == "guarded"
         pairs.append(
             {
-                **drawing._replace(image=None)._asdict(),
+                **generated_image._replace(image=None)._asdict(),
                 "file": file,
                 "nearest_file": rows[row]["file_name"],
                 "nearest_caption": rows[row]["text"],
@@ -157,19 +157,19 @@ def write_planted_audit(output_dir: Path, drawings: Sequence[Planted] | None = N
         "threshold": {
             "similarity": threshold,
             "l2_ratio": 0.5,
-            "rule": f"99% of the pictures not trained on are below {threshold:.3f}",
+            "rule": f"99% of the images not trained on are below {threshold:.3f}",
             "source": "background",
         },
         "train": {
             "folder": "bundled",
-            "num_pictures": len(rows),
+            "num_images": len(rows),
             "num_distinct": len(distinct),
             "num_repeated": 32,
             "sha256": "1" * 64,
         },
         "reference": {
             "folder": "bundled",
-            "num_pictures": len(reference),
+            "num_images": len(reference),
             "num_distinct": len(reference),
             "num_repeated": 0,
             "sha256": "2" * 64,
@@ -184,7 +184,9 @@ def write_planted_audit(output_dir: Path, drawings: Sequence[Planted] | None = N
             }
             for kind, values in background.items()
         },
-        "models": [model_entry(name, pairs) for name in dict.fromkeys(drawing.model for drawing in drawings)],
+        "models": [
+            model_entry(name, pairs) for name in dict.fromkeys(generated_image.model for generated_image in generated)
+        ],
     }
     report |= changes
     (output_dir / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -229,7 +231,7 @@ def model_entry(name: str, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "source": "model",
         "path": f"runs/{name}",
         "sha256": "3" * 64,
-        "num_drawings": len(own),
+        "num_generated": len(own),
         "run": run | {"memguard": "on" if guarded else "off"},
         "copies": copies,
         "detection": {
@@ -251,7 +253,7 @@ def model_entry(name: str, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "fid_train": None,
             "fid_reference": None,
             "clip_score": None,
-            "why_missing": {"fid_train": "64 drawings are too few", "clip_score": "no --clip_model"},
+            "why_missing": {"fid_train": "64 generated are too few", "clip_score": "no --clip_model"},
         },
         "why_missing": {},
     }

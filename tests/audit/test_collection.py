@@ -12,7 +12,7 @@ from sd_memguard.audit.collection import read_dataset, read_folder, without
 ROWS = [("b.png", "a caption, with a comma"), ("a.png", "another"), ("b.png", "a caption, with a comma")]
 
 
-def write_pictures(folder):
+def write_images(folder):
     Image.new("RGB", (8, 8), (255, 0, 0)).save(folder / "b.png")
     Image.new("RGB", (8, 8), (0, 0, 51)).save(folder / "a.png")
 
@@ -34,39 +34,39 @@ def write_parquet(folder):
 
 @pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
 def test_metadata_give_rows_in_order_repeats_included(tmp_path, write):
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     write(tmp_path)
-    pictures = read_folder(tmp_path, "--train_data_dir")
-    assert list(zip(pictures.files, pictures.captions, strict=True)) == ROWS
-    assert pictures.distinct == [0, 1]
-    assert pictures.hashes[0] == pictures.hashes[2] != pictures.hashes[1]
-    assert pictures.image(1).getpixel((3, 3)) == (0, 0, 51)
+    images = read_folder(tmp_path, "--train_data_dir")
+    assert list(zip(images.files, images.captions, strict=True)) == ROWS
+    assert images.distinct == [0, 1]
+    assert images.hashes[0] == images.hashes[2] != images.hashes[1]
+    assert images.image(1).getpixel((3, 3)) == (0, 0, 51)
 
 
 def test_text_files_give_captions_and_folders_are_searched(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / ".hidden").mkdir()
     for folder in (tmp_path / "sub", tmp_path / ".hidden", tmp_path):
-        write_pictures(folder)
+        write_images(folder)
         for name in "ab":
             (folder / f"{name}.txt").write_text(f"\n caption {name} \nsecond\n")
-    pictures = read_folder(tmp_path, "--train_data_dir")
-    assert list(pictures.files) == ["a.png", "b.png", "sub/a.png", "sub/b.png"]
-    assert list(pictures.captions) == ["caption a", "caption b"] * 2
-    assert pictures.distinct == [0, 1]
+    images = read_folder(tmp_path, "--train_data_dir")
+    assert list(images.files) == ["a.png", "b.png", "sub/a.png", "sub/b.png"]
+    assert list(images.captions) == ["caption a", "caption b"] * 2
+    assert images.distinct == [0, 1]
 
 
 def test_data_set_is_read_by_row(tmp_path):
-    write_pictures(tmp_path)
-    images = [str(tmp_path / name) for name, _ in ROWS]
-    columns = {"picture": images, "words": [[text, "other"] for _, text in ROWS]}
-    datasets.Dataset.from_dict(columns).cast_column("picture", datasets.Image()).save_to_disk(tmp_path / "saved")
-    pictures = read_dataset(str(tmp_path / "saved"), "picture", "words")
-    assert list(pictures.captions) == [text for _, text in ROWS]
-    assert list(pictures.files) == ["00000000.png", "00000001.png", "00000002.png"]
-    assert pictures.distinct == [0, 1]
-    assert pictures.image(0).getpixel((0, 0)) == (255, 0, 0)
-    with pytest.raises(AuditError, match=r"columns `image` and `words`, found \['picture', 'words'\]"):
+    write_images(tmp_path)
+    files = [str(tmp_path / name) for name, _ in ROWS]
+    columns = {"photo": files, "words": [[text, "other"] for _, text in ROWS]}
+    datasets.Dataset.from_dict(columns).cast_column("photo", datasets.Image()).save_to_disk(tmp_path / "saved")
+    images = read_dataset(str(tmp_path / "saved"), "photo", "words")
+    assert list(images.captions) == [text for _, text in ROWS]
+    assert list(images.files) == ["00000000.png", "00000001.png", "00000002.png"]
+    assert images.distinct == [0, 1]
+    assert images.image(0).getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(AuditError, match=r"columns `image` and `words`, found \['image', 'words'\]"):
         read_dataset(str(tmp_path / "saved"), "image", "words")
     with pytest.raises(AuditError, match="cannot be loaded"):
         read_dataset(str(tmp_path / "nothing"), "image", "text")
@@ -79,17 +79,17 @@ def test_transparency_lies_on_white_and_photos_stand_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    pictures = read_folder(tmp_path, "--images", needs_captions=False)
-    assert pictures.image(0).getpixel((0, 0)) == (255, 255, 255)
-    assert pictures.image(1).size == (8, 16)
-    assert list(pictures.captions) == ["", ""]
+    images = read_folder(tmp_path, "--images", needs_captions=False)
+    assert images.image(0).getpixel((0, 0)) == (255, 255, 255)
+    assert images.image(1).size == (8, 16)
+    assert list(images.captions) == ["", ""]
 
 
-def test_known_pictures_are_taken_out(tmp_path):
-    write_pictures(tmp_path)
+def test_known_images_are_taken_out(tmp_path):
+    write_images(tmp_path)
     write_jsonl(tmp_path)
-    pictures = read_folder(tmp_path, "--reference_data_dir")
-    left = without(pictures, {pictures.hashes[0]})
+    images = read_folder(tmp_path, "--reference_data_dir")
+    left = without(images, {images.hashes[0]})
     assert list(left.files) == ["a.png"]
     assert left.image(0).getpixel((0, 0)) == (0, 0, 51)
 
@@ -101,20 +101,20 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
     with pytest.raises(AuditError, match=r"`--images` .* is not a folder"):
         read_folder(tmp_path / "nothing", "--images")
-    refuse("holds no pictures")
-    write_pictures(tmp_path)
-    refuse("2 pictures .* have no caption, the first is a.png")
+    refuse("holds no images")
+    write_images(tmp_path)
+    refuse("2 images .* have no caption, the first is a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "x"}')
     refuse("row 1 .* must have a caption as `text`, it has \\['caption', 'file_name'\\]")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "../a.png", "text": "x"}')
     refuse("lists ../a.png, which lies outside")
     (tmp_path / "metadata.jsonl").write_text('{"text": "x"}')
-    refuse("must name a picture as `file_name`")
+    refuse("must name a image as `file_name`")
     (tmp_path / "metadata.jsonl").write_text("[1]")
     refuse("cannot be read: every line must be a JSON object")
     (tmp_path / "metadata.jsonl").write_text("{")
     refuse("cannot be read")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     lines = [json.dumps({"file_name": name, "text": "x"}) for name in ("a.png", "broken.png", "missing.png")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    refuse("2 of 3 pictures .* cannot be read: broken.png: .*; missing.png: ")
+    refuse("2 of 3 images .* cannot be read: broken.png: .*; missing.png: ")

@@ -16,7 +16,7 @@ from sd_memguard.audit.arguments import parse_arguments
 from sd_memguard.audit.collection import read_folder
 from sd_memguard.audit.command import main, run_audit
 
-DRAWING = ["--num_prompts", "6", "--images_per_prompt", "2", "--num_inference_steps", "3", "--num_probes", "12"]
+DRAWING = ["--num_prompts", "6", "--num_images_per_prompt", "2", "--num_inference_steps", "3", "--num_probes", "12"]
 SETS = ["--train_data_dir", BUNDLED, "--reference_data_dir", BUNDLED]
 
 
@@ -28,7 +28,7 @@ def audit(folder, *flags):
 
 
 def disguise(image, number):
-    """The picture after a slight crop at one corner, a resize or strong JPEG compression, or all of them."""
+    """The image after a slight crop at one corner, a resize or strong JPEG compression, or all of them."""
     edge = image.width
     crop, resize, compress = number % 3 != 1, number % 3 != 2, number % 3 != 0
     if crop:
@@ -44,7 +44,7 @@ def disguise(image, number):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """A folder with ten training pictures in disguise, hidden among forty that nobody trained on; and their files."""
+    """A folder with ten training images in disguise, hidden among forty that nobody trained on; and their files."""
     folder = tmp_path_factory.mktemp("planted")
     train = read_folder(demo_data_path(), "--train_data_dir")
     heldout = read_folder(demo_heldout_path(), "--reference_data_dir")
@@ -67,11 +67,11 @@ def test_planted_copies_are_found_and_nothing_else(planted, tmp_path):
     assert model["copies"]["given"]["share"]["value"] == pytest.approx(0.2)
     assert model["copies"]["given"]["share"]["low"] < 0.2 < model["copies"]["given"]["share"]["high"]
     assert model["detection"] is model["membership"] is model["copies"]["given"]["extraction"] is None
-    assert model["why_missing"]["detection"] == "pictures were given, no model"
+    assert model["why_missing"]["detection"] == "images were given, no model"
 
 
-def test_a_run_tells_the_history_of_the_nearest_picture_and_a_data_set_shows_it(planted, tmp_path):
-    """Rows know the run's shard and skips; of a data set, the pictures that rows name are put beside the report."""
+def test_a_run_tells_the_history_of_the_nearest_image_and_a_data_set_shows_it(planted, tmp_path):
+    """Rows know the run's shard and skips; of a dataset, the images that rows name are put beside the report."""
     folder, _ = planted
     train = read_folder(demo_data_path(), "--train_data_dir")
     rows = train.distinct[:60]
@@ -89,7 +89,7 @@ def test_a_run_tells_the_history_of_the_nearest_picture_and_a_data_set_shows_it(
     pq.write_table(samples, model / "memguard" / "samples.parquet")
     flags = ["--dataset_name", str(tmp_path / "set"), "--num_prompts", "2", "--num_inference_steps", "2"]
     report, pairs = audit(tmp_path / "out", "--model", str(model), "--images", f"mine={folder}", *flags)
-    assert report["threshold"]["rule"].count("training pictures") == 1
+    assert report["threshold"]["rule"].count("training images") == 1
     assert report["reference"] is report["models"][0]["quality"]["kid_reference"] is None
     for row in pairs:
         sample_id = row["nearest_sample_id"]
@@ -102,7 +102,7 @@ def test_a_run_tells_the_history_of_the_nearest_picture_and_a_data_set_shows_it(
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """An audit of the bundled model, which was not trained on the demo's pictures."""
+    """An audit of the bundled model, which was not trained on the demo's images."""
     folder = tmp_path_factory.mktemp("base")
     return folder, *audit(folder, "--model", f"base={BUNDLED}", *SETS, *DRAWING)
 
@@ -143,7 +143,7 @@ def test_rows_say_what_the_report_says(base):
         assert row["skip_ratio"] is None
 
 
-def test_background_has_a_row_for_each_picture(base):
+def test_background_has_a_row_for_each_image(base):
     folder, report, _ = base
     rows = pq.read_table(folder / "background.parquet").to_pylist()
     for kind in ("train", "reference"):
@@ -155,7 +155,7 @@ def test_background_has_a_row_for_each_picture(base):
 
 @pytest.fixture
 def copying(monkeypatch):
-    """A model that knows its training pictures of repeated captions by heart, and draws noise for the others."""
+    """A model that knows its training images of repeated captions by heart, and draws noise for the others."""
     train = read_folder(demo_data_path(), "--train_data_dir")
     noise = torch.Generator().manual_seed(0)
 
@@ -163,8 +163,8 @@ def copying(monkeypatch):
         drawn = []
         for caption in captions:
             rows = [row for row, known in enumerate(train.captions) if known == caption]
-            picture = torch.from_numpy(np.asarray(train.image(rows[0])).copy())
-            drawn.append(picture if len(rows) > 1 else torch.randint(256, picture.shape, generator=noise).byte())
+            image = torch.from_numpy(np.asarray(train.image(rows[0])).copy())
+            drawn.append(image if len(rows) > 1 else torch.randint(256, image.shape, generator=noise).byte())
         return torch.stack(drawn)
 
     monkeypatch.setattr(generate, "_draw_batch", draw_batch)
@@ -203,7 +203,7 @@ def test_the_same_audit_twice_and_an_interrupted_one_are_the_same(base, monkeypa
     main(["--model", f"base={BUNDLED}", *flags])
     assert contents(folder) == first
     monkeypatch.undo()
-    # A kill after the first batch leaves its drawings, and nothing of what follows.
+    # A kill after the first batch leaves its generated images, and nothing of what follows.
     for file in [*(folder / "cache" / "files").iterdir()][:5]:
         file.unlink()
     for file in [*(folder / "cache" / "rows").iterdir()][::2]:
@@ -233,8 +233,8 @@ def test_bad_input_is_refused_before_anything_is_done(tmp_path, capsys):
     refuse("needs `--extractor_weights FILE`", *model, "--extractor", "sscd")
     refuse("`--extractor_sha256` is 12, the weights have", *model, "--extractor_sha256", "12")
     refuse("tells no copies|needs", *model, "--extractor", "inception")
-    refuse("holds nothing but training pictures", *model, "--reference_data_dir", str(demo_data_path()))
-    refuse("must not lie in the pictures' folder", "--images", f"a={tmp_path}")
+    refuse("holds nothing but training images", *model, "--reference_data_dir", str(demo_data_path()))
+    refuse("must not lie in the images' folder", "--images", f"a={tmp_path}")
     assert not output.exists()
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")

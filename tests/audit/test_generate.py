@@ -23,11 +23,11 @@ def test_batches_change_nothing(pipeline):
     assert (together.int() - apart.int()).abs().max() <= 1
 
 
-def test_caption_and_seed_decide_the_picture(pipeline):
-    pictures = draw(pipeline, [*CAPTIONS, "grinning face"], [1, 1, 3, 1], num_inference_steps=2)
-    assert (pictures[0].int() - pictures[3].int()).abs().max() <= 1
-    assert (pictures[0].int() - pictures[1].int()).abs().max() > 10
-    assert (pictures[0].int() - pictures[2].int()).abs().max() > 10
+def test_caption_and_seed_decide_the_image(pipeline):
+    images = draw(pipeline, [*CAPTIONS, "grinning face"], [1, 1, 3, 1], num_inference_steps=2)
+    assert (images[0].int() - images[3].int()).abs().max() <= 1
+    assert (images[0].int() - images[1].int()).abs().max() > 10
+    assert (images[0].int() - images[2].int()).abs().max() > 10
 
 
 def test_latents_are_not_clipped_where_the_config_does_not_say(tmp_path):

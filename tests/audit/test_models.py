@@ -55,8 +55,8 @@ def test_a_one_file_checkpoint_is_loaded_with_the_configs_of_a_folder(tmp_path):
     expected, found = pipeline.unet.state_dict(), loaded.unet.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
-    drawings = [draw(model, ["red apple"], [1], num_inference_steps=2) for model in (pipeline, loaded)]
-    assert torch.equal(*drawings)
+    generated = [draw(model, ["red apple"], [1], num_inference_steps=2) for model in (pipeline, loaded)]
+    assert torch.equal(*generated)
 
 
 def test_the_hash_follows_the_weights_and_not_the_place(tmp_path):

@@ -12,7 +12,7 @@ def hashes(folder):
     return [hashlib.sha256((folder / row["file_name"]).read_bytes()).hexdigest() for row in rows]
 
 
-def test_the_distinct_set_has_every_picture_once(tmp_path):
+def test_the_distinct_set_has_every_image_once(tmp_path):
     everything, distinct = hashes(demo_data_path()), hashes(training_folder("distinct", tmp_path))
     assert len(everything) == 992
     assert sorted(distinct) == sorted(set(everything))

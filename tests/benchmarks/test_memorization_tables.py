@@ -14,14 +14,14 @@ from benchmarks.memorization.quick import loss_interval, report
 from benchmarks.memorization.table import along, equal_quality_table, read_cells, share, table
 from sd_memguard.assets import demo_data_path
 from sd_memguard.audit.features.extractors import make_extractor
-from sd_memguard.audit.images import load_pictures
+from sd_memguard.audit.images import load_images
 from sd_memguard.config import make_train_config
 from sd_memguard.data.transforms import Preprocess
 
 
 def make_cell(arm, step, seed, copies, loss, kid=0.1):
-    """A cell of 4 captions with 4 drawings each; `copies` is the digit of each caption."""
-    one = {"captions": 4, "drawings": 16, "copies": sum(map(int, copies)), "copies_by_caption": copies}
+    """A cell of 4 captions with 4 generated images each; `copies` is the digit of each caption."""
+    one = {"captions": 4, "generated": 16, "copies": sum(map(int, copies)), "copies_by_caption": copies}
     return {
         "arm": arm,
         "step": step,
@@ -31,7 +31,7 @@ def make_cell(arm, step, seed, copies, loss, kid=0.1):
         "kid": {"mean": kid},
         "kid_latents": {"mean": kid},
         "extra_steps": 0,
-        "picture_forwards": 1600,
+        "image_forwards": 1600,
         "cpu_seconds_of_run": 12,
     }
 
@@ -75,7 +75,7 @@ def test_shares_between_two_points_are_their_weighted_mean(cells):
 def test_an_arm_is_set_beside_plain_training_of_the_same_loss(cells):
     points = read_cells(cells)
     found = fall(points["agc", 300], [along(points, "plain", 0)], "loss")
-    # Half way between 1/4 and 3/4 of the drawings, against 1/16.
+    # Half way between 1/4 and 3/4 of the generated images, against 1/16.
     assert (found.share, found.value, found.reached) == (0.5, pytest.approx(1 - (1 / 16) / 0.5), True)
     assert found.by_seed == [found.value]
     assert found.low <= found.value <= found.high
@@ -104,7 +104,7 @@ def test_seeds_are_compared_with_their_own_plain_training(cells):
 
 
 def test_the_interval_covers_the_same_captions_on_both_sides(cells):
-    """Where an arm copies the same half of each caption's drawings, resampling captions changes nothing."""
+    """Where an arm copies the same half of each caption's generated images, resampling captions changes nothing."""
     half, whole = make_cell("agc", 300, 0, "2222", 5.0), make_cell("plain", 100, 0, "4444", 5.0)
     found = fall([half], [[make_cell("base", 0, 0, "0000", 9.0), whole]], "loss")
     assert (found.low, found.value, found.high) == pytest.approx((0.5, 0.5, 0.5))
@@ -127,18 +127,18 @@ def test_shares_and_rows(cells):
     assert [text.split(" ")[0] for text in row.split(" | ")[3:7]] == ["6%", "0%", "25%", "0%"]
 
 
-def test_pictures_under_affine_maps_are_recognized_where_pixels_miss_most():
-    pictures, ids = load_pictures(demo_data_path(), 64), list(range(0, 900, 9))
+def test_images_under_affine_maps_are_recognized_where_pixels_miss_most():
+    images, ids = load_images(demo_data_path(), 64), list(range(0, 900, 9))
     extractor = make_extractor("bundled", None, torch.device("cpu"))
-    exam = SimpleNamespace(pictures=pictures, rows={"single": ids}, extractor=extractor)
+    exam = SimpleNamespace(images=images, rows={"single": ids}, extractor=extractor)
     config = make_train_config(pretrained="bundled", train_data_dir="bundled", resolution=64, random_affine=0.05)
     preprocess = Preprocess(config, 0)
-    images = [Image.fromarray(pictures.pixels[row].numpy()) for row in ids]
-    seen = [preprocess.centered(image, bytes([n] * 16), preprocess.views[0]) for n, image in enumerate(images)]
+    originals = [Image.fromarray(images.pixels[row].numpy()) for row in ids]
+    seen = [preprocess.centered(image, bytes([n] * 16), preprocess.views[0]) for n, image in enumerate(originals)]
     moved = ((torch.stack(seen) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     assert _copies(exam, "single", moved)["copies"] < 0.5 * len(ids)
     assert _recognized(exam, "single", moved)["copies"] >= 0.97 * len(ids)
-    others = pictures.pixels[[ids[-1], *ids[:-1]]]
+    others = images.pixels[[ids[-1], *ids[:-1]]]
     assert _recognized(exam, "single", others)["copies"] <= 0.03 * len(ids)
 
 

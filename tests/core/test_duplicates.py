@@ -18,7 +18,7 @@ SHAPE = (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)
 
 
 def smooth(random, count):
-    """Return different smooth pictures in float, (count, *SHAPE), of mean 127 and contrast 35."""
+    """Return different smooth images in float, (count, *SHAPE), of mean 127 and contrast 35."""
     place = (np.arange(THUMBNAIL_SIDE) + 0.5) / THUMBNAIL_SIDE
     waves = np.cos(np.pi * np.outer(np.arange(5), place))
     coarse = np.einsum("npqc,py,qx->nyxc", random.normal(size=(count, 5, 5, 3)), waves, waves)
@@ -26,8 +26,8 @@ def smooth(random, count):
     return 127 + 35 * centered / centered.std(axis=(1, 2, 3), keepdims=True)
 
 
-def as_bytes(pictures):
-    return np.clip(np.round(pictures), 0, 255).astype(np.uint8)
+def as_bytes(images):
+    return np.clip(np.round(images), 0, 255).astype(np.uint8)
 
 
 @settings(deadline=None, max_examples=25)
@@ -35,9 +35,9 @@ def as_bytes(pictures):
 def test_planted_copies_are_found_and_equal_the_slow_comparison_of_all_pairs(labels, seed):
     # Copies: noise of 1 level, up to 5 % brighter or darker; every fourth is exact.
     random = np.random.default_rng(seed)
-    pictures = smooth(random, 10)[labels]
-    changed = pictures * random.uniform(0.95, 1.05, (len(labels), 1, 1, 1)) + random.normal(0, 1, pictures.shape)
-    thumbnails = as_bytes(np.where((np.arange(len(labels)) % 4 == 0)[:, None, None, None], pictures, changed))
+    images = smooth(random, 10)[labels]
+    changed = images * random.uniform(0.95, 1.05, (len(labels), 1, 1, 1)) + random.normal(0, 1, images.shape)
+    thumbnails = as_bytes(np.where((np.arange(len(labels)) % 4 == 0)[:, None, None, None], images, changed))
     groups = find_groups(thumbnails)
     assert groups.tolist() == [labels.index(label) for label in labels]
     assert groups.tolist() == slow_groups(thumbnails.tolist(), MAX_DISTANCE)
@@ -46,7 +46,7 @@ def test_planted_copies_are_found_and_equal_the_slow_comparison_of_all_pairs(lab
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 999), st.floats(5, 60))
 def test_every_member_is_like_the_first_one(seed, spread):
-    # Clouds of pictures around a few centres, as wide as the threshold, also much wider.
+    # Clouds of images around a few centres, as wide as the threshold, also much wider.
     random = np.random.default_rng(seed)
     thumbnails = as_bytes(smooth(random, 4)[random.integers(0, 4, 120)] + random.normal(0, spread, (120, *SHAPE)))
     groups = find_groups(thumbnails)
@@ -76,9 +76,9 @@ def test_distance_equals_the_slow_one():
     assert min(slow) > 0.4  # too far apart for a crop to be thought of
 
 
-def test_brightness_and_contrast_do_not_count_but_a_black_picture_is_no_white_one():
-    picture = smooth(np.random.default_rng(1), 1)
-    versions = as_bytes(np.concatenate([picture, 0.9 * picture, picture - 20, 100 + 0.5 * (picture - 100)]))
+def test_brightness_and_contrast_do_not_count_but_a_black_image_is_no_white_one():
+    image = smooth(np.random.default_rng(1), 1)
+    versions = as_bytes(np.concatenate([image, 0.9 * image, image - 20, 100 + 0.5 * (image - 100)]))
     assert distances(versions[[0, 0, 0]], versions[1:]).max() < 0.04
     flat = np.stack([np.full(SHAPE, level, dtype=np.uint8) for level in (0, 20, 255)])
     assert distances(flat[[0, 0]], flat[1:]).tolist() == [0, np.inf]
@@ -86,7 +86,7 @@ def test_brightness_and_contrast_do_not_count_but_a_black_picture_is_no_white_on
 
 
 def test_a_small_shift_is_taken_out_and_a_large_one_is_not():
-    # One picture sampled at places that are shifted and stretched by parts of a pixel, as a crop does.
+    # One image sampled at places that are shifted and stretched by parts of a pixel, as a crop does.
     def sample(shift, stretch=1.0):
         place = (np.arange(THUMBNAIL_SIDE) - 5.5) * stretch + shift
         wave = np.sin(place[:, None] * 0.9 + place[None, :] * 0.4) + np.cos(place[:, None] * 0.3 - place[None, :])
@@ -101,7 +101,7 @@ def test_a_small_shift_is_taken_out_and_a_large_one_is_not():
     assert distances(base[None], far[None]) > 3 * MAX_DISTANCE
 
 
-def test_a_mirrored_picture_is_another_one():
+def test_a_mirrored_image_is_another_one():
     thumbnails = as_bytes(smooth(np.random.default_rng(2), 1))
     assert find_groups(np.concatenate([thumbnails, thumbnails[:, :, ::-1]])).tolist() == [0, 1]
 
@@ -113,7 +113,7 @@ def test_hash_equals_the_slow_transform():
     places = sorted(((u, v) for u in range(8) for v in range(8)), key=lambda place: (sum(place), place))
     for row, thumbnail in zip(bits, thumbnails.tolist(), strict=True):
         assert {place for place, bit in zip(places, row, strict=True) if bit} == slow_hash(thumbnail)
-    assert bits.sum(axis=1).tolist()[2] == 1  # a flat picture has a mean and nothing else
+    assert bits.sum(axis=1).tolist()[2] == 1  # a flat image has a mean and nothing else
 
 
 @pytest.fixture
@@ -129,14 +129,14 @@ def compared(monkeypatch):
     return counts
 
 
-def test_equal_pictures_are_not_compared_at_all(compared):
+def test_equal_images_are_not_compared_at_all(compared):
     assert set(find_groups(np.full((5000, *SHAPE), 255, dtype=np.uint8)).tolist()) == {0}
     assert sum(compared) == 0
 
 
 @pytest.mark.parametrize("count", [250, 1000])
-def test_pictures_that_differ_under_one_hash_cost_a_bounded_number_of_comparisons_each(compared, count):
-    # Nothing but weak noise: every hash is that of a flat picture, and no two are alike.
+def test_images_that_differ_under_one_hash_cost_a_bounded_number_of_comparisons_each(compared, count):
+    # Nothing but weak noise: every hash is that of a flat image, and no two are alike.
     random = np.random.default_rng(5)
     thumbnails = (200 + (random.random((count, *SHAPE)) < 0.3)).astype(np.uint8)
     assert len(np.unique(hash_thumbnails(thumbnails), axis=0)) == 1
@@ -144,7 +144,7 @@ def test_pictures_that_differ_under_one_hash_cost_a_bounded_number_of_comparison
     assert sum(compared) <= (MAX_FAILURES / 2 + 1) * count
 
 
-def test_many_copies_of_one_picture_are_one_group_at_a_few_comparisons_each(compared):
+def test_many_copies_of_one_image_are_one_group_at_a_few_comparisons_each(compared):
     random = np.random.default_rng(6)
     thumbnails = as_bytes(smooth(random, 1) + random.normal(0, 1, (1000, *SHAPE)))
     assert set(find_groups(thumbnails).tolist()) == {0}
@@ -152,5 +152,5 @@ def test_many_copies_of_one_picture_are_one_group_at_a_few_comparisons_each(comp
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_few_pictures(count):
+def test_few_images(count):
     assert find_groups(as_bytes(smooth(np.random.default_rng(7), count))).tolist() == list(range(count))

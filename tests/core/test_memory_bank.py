@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_memguard.core.memory_bank import MIN_VISITS, LossMemoryBank
+from sd_memguard.core.memory_bank import MIN_TIMES_SEEN, LossMemoryBank
 from tests.reference.slow_guard import SlowBank
 
 MODES = ["paper", "corrected", "smoothed"]
@@ -80,7 +80,7 @@ def test_mean_where_never_visited(mode):
 
 @pytest.mark.parametrize(("mode", "needed"), [("paper", 1), ("corrected", 3), ("smoothed", 5)])
 def test_no_decision_before_the_minimum_of_visits(mode, needed):
-    assert MIN_VISITS[mode] in {needed, needed - 1}
+    assert MIN_TIMES_SEEN[mode] in {needed, needed - 1}
     bank = LossMemoryBank(NUM_TIMESTEPS, 0.8, mode)
     for visit in range(needed):
         assert bank.loss_ratio(torch.tensor([10]), torch.tensor([0.1])).isposinf()

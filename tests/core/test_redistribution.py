@@ -90,8 +90,8 @@ def test_a_group_counts_the_mean_of_its_members_and_moves_whole():
     assert sorted(moves.sample_ids.tolist()) == [3, 4, 5, 6]
 
 
-def test_a_balanced_group_counts_the_skips_of_all_its_members_as_one_picture():
-    # Seven pictures, of which one may move: the group of 0, 1 and 2 was skipped 4 times in all, sample 3 thrice.
+def test_a_balanced_group_counts_the_skips_of_all_its_members_as_one_image():
+    # Seven images, of which one may move: the group of 0, 1 and 2 was skipped 4 times in all, sample 3 thrice.
     plan = plan_of(range(9), [9, 10])
     groups = torch.tensor([0, 0, 0, 3, 4, 5, 6, 7, 8, 9, 10])
     skips = torch.tensor([2, 0, 2, 3, 0, 0, 0, 0, 0, 0, 0])

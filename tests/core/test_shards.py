@@ -7,7 +7,7 @@ from sd_memguard.core.shards import (
     NO_SHARD,
     _emptiest_first,
     auto_num_shards,
-    count_pictures,
+    count_images,
     split_into_shards,
 )
 
@@ -54,7 +54,7 @@ def test_groups_stay_together(groups, num_shards, seed, excludes_the_first, bala
     assert max(counted) - min(counted) <= largest_step
     num_groups = [len({groups[i] for i in placed if shard_of[i] == k}) for k in range(num_shards)]
     assert plan.sizes(torch.tensor(groups)) == num_groups
-    assert count_pictures(len(groups), torch.tensor(groups), exclude) == sum(num_groups)
+    assert count_images(len(groups), torch.tensor(groups), exclude) == sum(num_groups)
 
 
 def test_single_samples_level_out_the_groups():

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from sd_memguard.core.sampler import Visit
+from sd_memguard.core.sampler import SampleRef
 from sd_memguard.data.batches import BatchSource, Encoders
-from sd_memguard.data.transforms import NUM_MAPS
+from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS
 from sd_memguard.models.pipeline import load_models
 from sd_memguard.training.loss import DenoisingLoss
 from sd_memguard.training.plan import make_plan
 from sd_memguard.training.validation import LossProbe
 
-VISITS = [[Visit(3, 0, 0), Visit(8, 1, 2), Visit(3, 0, 1)], [Visit(20, 2, 5), Visit(0, 0, 0)]]
+TIMES_SEEN = [[SampleRef(3, 0, 0), SampleRef(8, 1, 2), SampleRef(3, 0, 1)], [SampleRef(20, 2, 5), SampleRef(0, 0, 0)]]
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def make_source(configure):
 
 @pytest.mark.parametrize("random_affine", [0.0, 0.05])
 @pytest.mark.parametrize("shape", ["square", "cropped"])
-def test_caches_change_nothing(make_source, wide_pictures, shape, random_affine):
-    data = {"train_data_dir": str(wide_pictures), "center_crop": True} if shape == "cropped" else {}
+def test_caches_change_nothing(make_source, wide_images, shape, random_affine):
+    data = {"train_data_dir": str(wide_images), "center_crop": True} if shape == "cropped" else {}
     data["random_affine"] = random_affine
     cached = make_source(cache_latents="memory", cache_text_embeddings="memory", **data)
     computed = make_source(cache_latents="off", cache_text_embeddings="off", **data)
@@ -38,30 +38,30 @@ def test_caches_change_nothing(make_source, wide_pictures, shape, random_affine)
     assert cached.caches_embeddings
     assert not computed.caches_latents
     assert not computed.caches_embeddings
-    for (_, ours), (_, theirs) in zip(cached.batches(VISITS), computed.batches(VISITS), strict=True):
+    for (_, ours), (_, theirs) in zip(cached.batches(TIMES_SEEN), computed.batches(TIMES_SEEN), strict=True):
         torch.testing.assert_close(ours.latents, theirs.latents, rtol=0, atol=1e-5)
         torch.testing.assert_close(ours.embeddings, theirs.embeddings, rtol=0, atol=1e-5)
 
 
-def test_random_crops_are_not_cached(make_source, wide_pictures):
-    assert not make_source(train_data_dir=str(wide_pictures)).caches_latents
+def test_random_crops_are_not_cached(make_source, wide_images):
+    assert not make_source(train_data_dir=str(wide_images)).caches_latents
 
 
-def test_pictures_seen_less_often_than_encoded_are_not_cached(configure):
+def test_images_seen_less_often_than_encoded_are_not_cached(configure):
     plan = make_plan(configure(random_affine=0.05))
     encoders = Encoders(load_models(plan.pipeline, plan.config), torch.device("cpu"), torch.float32)
-    for num_visits, cached in ((24 * NUM_MAPS, True), (24 * NUM_MAPS - 1, False)):
-        source = BatchSource(plan.samples, encoders, plan.config, plan.seed, num_visits=num_visits)
+    for num_samples_seen, cached in ((24 * NUM_AFFINE_VARIANTS, True), (24 * NUM_AFFINE_VARIANTS - 1, False)):
+        source = BatchSource(plan.samples, encoders, plan.config, plan.seed, num_samples_seen=num_samples_seen)
         assert source.caches_latents == cached
 
 
 def test_augmented_copies_neither_come_from_the_cache_nor_enter_it(make_source):
     cached, computed = make_source(cache_latents="memory"), make_source(cache_latents="off")
-    ((_, before),) = cached.batches(VISITS[:1])
+    ((_, before),) = cached.batches(TIMES_SEEN[:1])
     request = ([3, 8], [(0, 0, 0), (0, 0, 1)], 5)
     _, copies = cached.augmented(*request)
     torch.testing.assert_close(copies.latents, computed.augmented(*request)[1].latents, rtol=0, atol=1e-5)
-    ((_, after),) = cached.batches(VISITS[:1])
+    ((_, after),) = cached.batches(TIMES_SEEN[:1])
     assert torch.equal(before.latents, after.latents)
     assert not torch.allclose(copies.latents, cached.augmented(*request[:2], 0)[1].latents)
 
@@ -69,7 +69,7 @@ def test_augmented_copies_neither_come_from_the_cache_nor_enter_it(make_source):
 def test_workers_change_nothing(make_source):
     alone = make_source(cache_latents="off")
     helped = make_source(cache_latents="off", dataloader_num_workers=1)
-    for (_, ours), (_, theirs) in zip(alone.batches(VISITS), helped.batches(VISITS), strict=True):
+    for (_, ours), (_, theirs) in zip(alone.batches(TIMES_SEEN), helped.batches(TIMES_SEEN), strict=True):
         assert torch.equal(ours.latents, theirs.latents)
 
 

@@ -1,25 +1,25 @@
-"""Whole runs on a set with repeated pictures."""
+"""Whole runs on a set with repeated images."""
 
 import json
 import shutil
 
 import pyarrow.parquet as pq
 import pytest
-from tests.training.test_loop import results, stop_at
 
 from sd_memguard.config import ConfigError
 from sd_memguard.runs.checkpoint import CheckpointError
 from sd_memguard.training.plan import make_plan
 from sd_memguard.training.signals import Interrupted
+from tests.training.test_trainer import results, stop_at
 
 COPIES = 9
 
 
 @pytest.fixture(scope="module")
-def repeated(pictures, tmp_path_factory):
-    """Return the 24 pictures and, before and after them, nine more copies of number 3."""
-    folder = tmp_path_factory.mktemp("repeated") / "pictures"
-    shutil.copytree(pictures, folder)
+def repeated(images, tmp_path_factory):
+    """Return the 24 images and, before and after them, nine more copies of number 3."""
+    folder = tmp_path_factory.mktemp("repeated") / "images"
+    shutil.copytree(images, folder)
     lines = (folder / "metadata.jsonl").read_text().splitlines()
     for number in range(COPIES):
         shutil.copyfile(folder / "secret-03.png", folder / f"copy-{number}.png")
@@ -62,8 +62,8 @@ def test_copies_share_a_shard_and_balanced_count_as_one(run, repeated, caplog):
         assert {groups[row] for row in repeats} == {columns["sample_id"][repeats[0]]}
         assert [group is None for group in groups] == [not is_repeated(file) for file in columns["file"]]
         seen[mode] = sum(columns["seen"][row] for row in repeats)
-        assert "1 group of near-identical pictures holds 10 samples of 33" in caplog.text
-    # 24 steps of 4 pictures are about three passes over the samples, or four over the groups.
+        assert "1 group of near-identical images holds 10 samples of 33" in caplog.text
+    # 24 steps of 4 images are about three passes over the samples, or four over the groups.
     assert seen["shard"] > 20
     assert 1 <= seen["balance"] <= 6
 
@@ -81,21 +81,21 @@ def test_another_mode_is_refused_on_resuming(run, repeated):
         run(**settings, group_duplicates="balance", resume_from_checkpoint="latest")
 
 
-def test_the_plan_counts_pictures_as_the_mode_says(configure, repeated, capsys, run):
+def test_the_plan_counts_images_as_the_mode_says(configure, repeated, capsys, run):
     settings = {"train_data_dir": str(repeated), "max_train_steps": None, "num_train_epochs": 4, "num_shards": 2}
     steps = {}
     for mode in ("off", "shard", "balance"):
         plan = make_plan(configure(group_duplicates=mode, **settings))
-        steps[mode] = (plan.pass_length, plan.schedule.total_steps)
+        steps[mode] = (plan.epoch_length, plan.schedule.total_steps)
     assert steps == {"off": (33, 4 * 9), "shard": (33, 4 * 9), "balance": (24, 4 * 6)}
     with pytest.raises(ConfigError, match=r"near-identical ones counted as one \(24\), got 25"):
         make_plan(configure(**{**settings, "num_shards": 25}))
     make_plan(configure(**{**settings, "num_shards": 25}, group_duplicates="off"))
     run(**settings, dry_run=True)
-    assert "1 group of near-identical pictures holds 10 samples, each in one shard" in capsys.readouterr().out
+    assert "1 group of near-identical images holds 10 samples, each in one shard" in capsys.readouterr().out
 
 
 def test_the_guard_is_off_without_looking_for_duplicates(configure, repeated):
     plan = make_plan(configure(memguard="off", train_data_dir=str(repeated)))
     assert plan.samples.groups is None
-    assert plan.pass_length == 33
+    assert plan.epoch_length == 33

@@ -15,13 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sd_memguard.config import ConfigError
-from sd_memguard.core.sampler import Visit
+from sd_memguard.core.sampler import SampleRef
 from sd_memguard.data import encoding_cache
 from sd_memguard.data.batches import BatchSource
 from sd_memguard.data.captions import Captions
-from sd_memguard.data.encoding_cache import CacheError, Need, cache_folder, choose_place
+from sd_memguard.data.encoding_cache import CacheError, CacheSpec, cache_folder, choose_place
 from sd_memguard.data.encoding_store import EncodingStore
-from sd_memguard.data.transforms import NUM_MAPS
+from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS
 from sd_memguard.models.encoders import Encoders, fingerprint
 from sd_memguard.models.pipeline import load_models
 from sd_memguard.training.plan import make_plan
@@ -32,7 +32,7 @@ OFF = {"cache_latents": "off", "cache_text_embeddings": "off"}
 
 @pytest.fixture
 def work(monkeypatch):
-    """Count the pictures and captions that go through the networks, filled up batches counted in full."""
+    """Count the images and captions that go through the networks, filled up batches counted in full."""
     counted = {"moments": 0, "embeddings": 0}
     for name in counted:
         compute = getattr(Encoders, name)
@@ -77,13 +77,13 @@ def make_source(configure, loaded, tmp_path):
 
 
 @pytest.fixture
-def own_pictures(pictures, tmp_path):
-    return Path(shutil.copytree(pictures, tmp_path / "own"))
+def own_images(images, tmp_path):
+    return Path(shutil.copytree(images, tmp_path / "own"))
 
 
 def all_batches(source):
     ids = source.samples.sample_ids.tolist()[:24]
-    visits = [[Visit(sample_id, 0, pass_index) for sample_id in ids] for pass_index in range(2)]
+    visits = [[SampleRef(sample_id, 0, epoch_index) for sample_id in ids] for epoch_index in range(2)]
     return [batch for _, batch in source.batches(visits)]
 
 
@@ -107,12 +107,12 @@ def test_disk_memory_and_no_cache_give_the_same(make_source, dtype):
     assert_same(disk, make_source(**settings, **OFF), rtol=0, atol=error)
 
 
-def test_a_later_run_computes_only_what_is_missing(make_source, own_pictures, work):
+def test_a_later_run_computes_only_what_is_missing(make_source, own_images, work):
     first = make_source(**DISK, max_train_samples=10)
     assert work() == {"moments": 64, "embeddings": 64}
     assert all(make_source(**DISK, max_train_samples=10).samples.sample_ids == first.samples.sample_ids)
     assert work() == {"moments": 0, "embeddings": 0}
-    make_source(**DISK, train_data_dir=str(own_pictures), max_train_samples=10)  # elsewhere, the same content
+    make_source(**DISK, train_data_dir=str(own_images), max_train_samples=10)  # elsewhere, the same content
     assert work() == {"moments": 0, "embeddings": 0}
     whole = make_source(**DISK)
     assert work() == {"moments": 64, "embeddings": 64}
@@ -122,14 +122,14 @@ def test_a_later_run_computes_only_what_is_missing(make_source, own_pictures, wo
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
-def test_copies_of_a_picture_are_encoded_once(make_source, own_pictures, work, place):
+def test_copies_of_a_image_are_encoded_once(make_source, own_images, work, place):
     for number in range(1, 24):
-        shutil.copy(own_pictures / "secret-00.png", own_pictures / f"secret-{number:02}.png")
-    Image.effect_noise((32, 32), 80).convert("RGB").save(own_pictures / "secret-05.png")
-    settings = {"train_data_dir": str(own_pictures), "random_affine": 0.05, "num_shards": 1}
+        shutil.copy(own_images / "secret-00.png", own_images / f"secret-{number:02}.png")
+    Image.effect_noise((32, 32), 80).convert("RGB").save(own_images / "secret-05.png")
+    settings = {"train_data_dir": str(own_images), "random_affine": 0.05, "num_shards": 1}
     settings["cache_text_embeddings"] = "off"
     source = make_source(cache_latents=place, **settings)
-    assert work()["moments"] == NUM_MAPS * 64  # one batch of two pictures, filled up
+    assert work()["moments"] == NUM_AFFINE_VARIANTS * 64  # one batch of two images, filled up
     assert_same(source, make_source(**settings, cache_latents="off"), rtol=0, atol=1e-5)
 
 
@@ -140,11 +140,11 @@ def test_what_is_kept_does_not_depend_on_what_was_missing(make_source, tmp_path)
     assert_same(grown, at_once)
 
 
-def test_a_changed_picture_under_the_same_name_is_encoded_anew(make_source, own_pictures, work):
-    settings = {**DISK, "train_data_dir": str(own_pictures)}
+def test_a_changed_image_under_the_same_name_is_encoded_anew(make_source, own_images, work):
+    settings = {**DISK, "train_data_dir": str(own_images)}
     before = make_source(**settings)
     work()
-    Image.effect_noise((32, 32), 80).convert("RGB").save(own_pictures / "secret-05.png")
+    Image.effect_noise((32, 32), 80).convert("RGB").save(own_images / "secret-05.png")
     after = make_source(**settings)
     assert work()["moments"] == 64
     assert_same(after, make_source(**{**settings, **OFF}), rtol=0, atol=1e-5)
@@ -152,11 +152,11 @@ def test_a_changed_picture_under_the_same_name_is_encoded_anew(make_source, own_
     assert [i for i in range(24) if not torch.equal(old[i], new[i])] == [5]
 
 
-def test_swapped_pictures_bring_their_latents_along(make_source, own_pictures, work):
-    settings = {**DISK, "train_data_dir": str(own_pictures)}
+def test_swapped_images_bring_their_latents_along(make_source, own_images, work):
+    settings = {**DISK, "train_data_dir": str(own_images)}
     make_source(**settings)
     work()
-    one, other, aside = (own_pictures / name for name in ("secret-03.png", "secret-04.png", "aside"))
+    one, other, aside = (own_images / name for name in ("secret-03.png", "secret-04.png", "aside"))
     one.rename(aside)
     other.rename(one)
     aside.rename(other)
@@ -165,12 +165,12 @@ def test_swapped_pictures_bring_their_latents_along(make_source, own_pictures, w
     assert_same(swapped, make_source(**{**settings, **OFF}), rtol=0, atol=1e-5)
 
 
-def test_changed_captions_are_embedded_anew(make_source, own_pictures, work):
-    settings = {**DISK, "train_data_dir": str(own_pictures)}
+def test_changed_captions_are_embedded_anew(make_source, own_images, work):
+    settings = {**DISK, "train_data_dir": str(own_images)}
     make_source(**settings)
     work()
-    metadata = own_pictures / "metadata.jsonl"
-    metadata.write_text(metadata.read_text().replace("picture 7 of", "portrait 7 of"))
+    metadata = own_images / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("image 7 of", "portrait 7 of"))
     changed = make_source(**settings)
     assert work() == {"moments": 0, "embeddings": 64}
     assert_same(changed, make_source(**{**settings, **OFF}), rtol=0, atol=1e-5)
@@ -209,25 +209,25 @@ def test_nothing_is_shared_between_models_and_preprocessings(make_source, pipeli
     assert_same(other, make_source(**OFF, **changes), rtol=0, atol=error)
 
 
-def test_mirrored_pictures_are_added_to_those_that_are_there(make_source, work, tmp_path):
+def test_mirrored_images_are_added_to_those_that_are_there(make_source, work, tmp_path):
     make_source(**DISK)
     before = files(tmp_path)
-    mirrored = make_source(**DISK, random_flip=True)
+    flipped = make_source(**DISK, random_flip=True)
     assert set(before) < set(files(tmp_path))
-    assert_same(mirrored, make_source(**OFF, random_flip=True), rtol=0, atol=1e-5)
+    assert_same(flipped, make_source(**OFF, random_flip=True), rtol=0, atol=1e-5)
 
 
-def test_moved_pictures_are_kept_by_their_content_and_by_how_far_they_move(make_source, own_pictures, work, tmp_path):
+def test_moved_images_are_kept_by_their_content_and_by_how_far_they_move(make_source, own_images, work, tmp_path):
     make_source(**DISK)
     before = files(tmp_path)
     moved = make_source(**DISK, random_affine=0.05, seed=1)
     assert set(before) < set(files(tmp_path))
     assert_same(moved, make_source(**OFF, random_affine=0.05, seed=1), rtol=0, atol=1e-5)
     work()
-    make_source(**DISK, random_affine=0.05, seed=2, train_data_dir=str(own_pictures))
+    make_source(**DISK, random_affine=0.05, seed=2, train_data_dir=str(own_images))
     assert work()["moments"] == 0
     further = make_source(**DISK, random_affine=0.1, seed=1)
-    assert work()["moments"] == NUM_MAPS * 64
+    assert work()["moments"] == NUM_AFFINE_VARIANTS * 64
     assert_same(further, make_source(**OFF, random_affine=0.1, seed=1), rtol=0, atol=1e-5)
 
 
@@ -324,7 +324,7 @@ def test_two_runs_at_once(make_source, configure, loaded, tmp_path):
 
 def test_auto_takes_memory_then_disk_then_nothing(configure, monkeypatch, tmp_path):
     config = configure(encoding_cache_dir=str(tmp_path / "not/there/yet"))
-    need = Need("cache_latents", 1000, (8, 64, 64), torch.float32)
+    need = CacheSpec("cache_latents", 1000, (8, 64, 64), torch.float32)
     assert need.size == 1000 * 8 * 64 * 64 * 4
     free = shutil.disk_usage(tmp_path)
     assert choose_place(need, config) == "memory"
@@ -352,9 +352,9 @@ def test_the_folder_is_the_users_cache_unless_set(configure, monkeypatch, tmp_pa
     assert cache_folder(configure(encoding_cache_dir="mine")) == Path("mine")
 
 
-def test_a_disk_cache_that_would_not_be_exact_is_refused(configure, wide_pictures):
+def test_a_disk_cache_that_would_not_be_exact_is_refused(configure, wide_images):
     with pytest.raises(ConfigError, match="center_crop"):
-        make_plan(configure(train_data_dir=str(wide_pictures), cache_latents="disk"))
+        make_plan(configure(train_data_dir=str(wide_images), cache_latents="disk"))
 
 
 def test_only_the_owner_can_look(make_source, tmp_path):
@@ -385,7 +385,7 @@ def test_keys_that_end_in_zeros_are_found(tmp_path):
     assert again.find(np.array([bytes([8] * 16)], "S16")).tolist() == [-1]
 
 
-def test_captions_are_those_of_the_samples(configure, pictures):
+def test_captions_are_those_of_the_samples(configure, images):
     samples = make_plan(configure(max_train_samples=13)).samples
     captions = Captions(samples, 0.0, 1)
     drawn = {

@@ -6,35 +6,35 @@ import pytest
 
 from sd_memguard.config import make_train_config
 from sd_memguard.data import image_check as sample_check
-from sd_memguard.data.image_check_cache import CheckCache, CheckCacheError, GoodPicture
+from sd_memguard.data.image_check_cache import CheckCache, CheckCacheError, GoodImage
 from sd_memguard.data.samples import load_samples
 from sd_memguard.training.plan import make_plan
 
 
-def picture(seed: int, size=(20, 14)) -> PIL.Image.Image:
+def image(seed: int, size=(20, 14)) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for number, seed in enumerate([0, 1, 2, 1]):  # 1 and 3 are duplicates
-        picture(seed, (20 + seed, 14)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text("a picture")
+        image(seed, (20 + seed, 14)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a image")
     return folder
 
 
 @pytest.fixture
 def decoded(monkeypatch):
     """Collect what is decoded by its path."""
-    found, decode = [], sample_check.decode_picture
+    found, decode = [], sample_check.decode_image
 
     def count(stored):
         found.append(str(stored["path"]))
         return decode(stored)
 
-    monkeypatch.setattr(sample_check, "decode_picture", count)
+    monkeypatch.setattr(sample_check, "decode_image", count)
     return found
 
 
@@ -57,13 +57,13 @@ def test_a_second_check_decodes_only_what_is_new_and_finds_the_same(folder, tmp_
 
     (folder / "0.png").rename(folder / "9.png")
     (folder / "0.txt").rename(folder / "9.txt")
-    picture(7, (30, 14)).save(folder / "2.png")
+    image(7, (30, 14)).save(folder / "2.png")
     third = load(folder, CheckCache(tmp_path / "cache", thumbnails=True))
     assert decoded == ["2.png"]
     assert third.sizes.tolist() == load(folder, None).sizes.tolist() == [[21, 14], [30, 14], [21, 14], [20, 14]]
 
 
-def test_a_bad_picture_is_looked_at_each_time(folder, tmp_path, decoded):
+def test_a_bad_image_is_looked_at_each_time(folder, tmp_path, decoded):
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:100])
     plain = load(folder, None)
     decoded.clear()
@@ -96,7 +96,7 @@ def test_a_damaged_file_of_the_cache_is_named_and_made_anew(folder, tmp_path, de
 def test_a_row_comes_back_as_it_was(tmp_path):
     cache = CheckCache(tmp_path, thumbnails=True)
     thumbnail = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-    cache.add(b"key", GoodPicture((70_000, 3), thumbnail))
+    cache.add(b"key", GoodImage((70_000, 3), thumbnail))
     cache.flush()
     found = CheckCache(tmp_path, thumbnails=True).find(b"key")
     assert found is not None

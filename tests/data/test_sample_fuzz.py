@@ -1,4 +1,4 @@
-"""Broken pictures and captions of every kind: never a traceback, never a hang, every bad sample named."""
+"""Broken images and captions of every kind: never a traceback, never a hang, every bad sample named."""
 
 import io
 import json
@@ -64,7 +64,7 @@ def mutated(content: bytes, random: np.random.Generator) -> bytes:
 
 
 def decodes(file: Path) -> bool:
-    """Say whether Pillow, asked directly, makes a picture of it."""
+    """Say whether Pillow, asked directly, makes a image of it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -76,7 +76,7 @@ def decodes(file: Path) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_mutated_pictures_are_decoded_or_named(tmp_path):
+def test_mutated_images_are_decoded_or_named(tmp_path):
     random = np.random.default_rng(1)
     good = {name: encoded(name, mode) for name, mode in FORMATS.items()}
     rows = []
@@ -84,7 +84,7 @@ def test_mutated_pictures_are_decoded_or_named(tmp_path):
         name = list(good)[number % len(good)]
         file = tmp_path / f"{number:04}.{name.lower()}"
         file.write_bytes(mutated(good[name], random))
-        rows.append(json.dumps({"file_name": file.name, "text": "a picture"}))
+        rows.append(json.dumps({"file_name": file.name, "text": "a image"}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     samples = load(tmp_path)
     named = {one.file for one in samples.bad}

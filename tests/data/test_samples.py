@@ -1,4 +1,4 @@
-"""Reading and checking captioned pictures: every form of a data set, and every fault it can have."""
+"""Reading and checking captioned images: every form of a dataset, and every fault it can have."""
 
 import csv
 import io
@@ -68,7 +68,7 @@ def only_bad(folder: Path, **settings) -> tuple[int, str, str]:
     return bad[0]
 
 
-def random_picture(seed: int = 0, size: tuple[int, int] = (12, 8)) -> PIL.Image.Image:
+def random_image(seed: int = 0, size: tuple[int, int] = (12, 8)) -> PIL.Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return PIL.Image.fromarray(pixels)
 
@@ -79,10 +79,10 @@ def encoded(image: PIL.Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def write_pictures(folder: Path, names=NAMES) -> None:
+def write_images(folder: Path, names=NAMES) -> None:
     for seed, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        random_picture(seed, (12 + seed, 8)).save(folder / name)
+        random_image(seed, (12 + seed, 8)).save(folder / name)
 
 
 def write_jsonl(folder: Path, rows: list, name: str = "metadata.jsonl") -> None:
@@ -91,7 +91,7 @@ def write_jsonl(folder: Path, rows: list, name: str = "metadata.jsonl") -> None:
 
 
 def write_folder(folder: Path, captions=TEXTS) -> None:
-    write_pictures(folder)
+    write_images(folder)
     write_jsonl(folder, [{"file_name": name, "text": text} for name, text in zip(NAMES, captions, strict=True)])
 
 
@@ -100,10 +100,10 @@ def write_folder(folder: Path, captions=TEXTS) -> None:
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
 def test_metadata_agree_with_imagefolder_pixel_for_pixel(tmp_path, form):
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     turned = PIL.Image.Exif()
     turned[PIL.Image.ExifTags.Base.Orientation] = 6
-    random_picture(9, (20, 10)).save(tmp_path / "turned.jpg", exif=turned)
+    random_image(9, (20, 10)).save(tmp_path / "turned.jpg", exif=turned)
     rows = {"file_name": [*NAMES, "turned.jpg"], "text": [*TEXTS, "a turned one"]}
     if form == "jsonl":
         write_jsonl(tmp_path, [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)])
@@ -129,9 +129,9 @@ def test_metadata_agree_with_imagefolder_pixel_for_pixel(tmp_path, form):
     assert samples.sizes[3].tolist() == [10, 20]
 
 
-def test_text_files_beside_the_pictures_are_captions_in_the_order_of_the_paths(tmp_path, caplog):
+def test_text_files_beside_the_images_are_captions_in_the_order_of_the_paths(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    write_pictures(tmp_path, ["z.png", "B/x.y.PNG", "a.jpeg"])
+    write_images(tmp_path, ["z.png", "B/x.y.PNG", "a.jpeg"])
     (tmp_path / "z.txt").write_bytes(b"\xef\xbb\xbfa zebra\r\n\r\n  a striped horse \n")
     (tmp_path / "B/x.y.txt").write_text("猫", encoding="utf-8")
     (tmp_path / "a.TXT").write_text("an ape")
@@ -141,7 +141,7 @@ def test_text_files_beside_the_pictures_are_captions_in_the_order_of_the_paths(t
     assert [samples.file(i) for i in samples.sample_ids] == ["B/x.y.PNG", "a.jpeg", "z.png"]
     assert [samples.captions(i) for i in range(3)] == [["猫"], ["an ape"], ["a zebra", "a striped horse"]]
     assert "come from the .txt files" in caplog.text
-    assert "1 .txt files have no picture of the same name and are not used: README.txt" in caplog.text
+    assert "1 .txt files have no image of the same name and are not used: README.txt" in caplog.text
 
 
 def test_metadata_win_over_text_files(tmp_path, caplog):
@@ -154,7 +154,7 @@ def test_metadata_win_over_text_files(tmp_path, caplog):
 
 
 def test_metadata_in_sub_folders_are_relative_to_themselves(tmp_path):
-    write_pictures(tmp_path, ["x/a.png", "y/deep/b.png", "y/c.png"])
+    write_images(tmp_path, ["x/a.png", "y/deep/b.png", "y/c.png"])
     write_jsonl(tmp_path / "y", [{"file_name": "deep\\b.png", "text": "b"}, {"file_name": "../x/a.png", "text": "c"}])
     write_jsonl(tmp_path / "x", [{"file_name": "./a.png", "text": "a"}])
     samples = load(tmp_path)
@@ -163,7 +163,7 @@ def test_metadata_in_sub_folders_are_relative_to_themselves(tmp_path):
 
 
 def test_columns_may_have_other_names_and_captions_may_be_lists(tmp_path):
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     write_jsonl(
         tmp_path, [{"photo_file_name": "a.png", "blip": ["one", "two"]}, "", {"photo_file_name": NAMES[2], "blip": "3"}]
     )
@@ -173,10 +173,9 @@ def test_columns_may_have_other_names_and_captions_may_be_lists(tmp_path):
 
 @pytest.mark.parametrize("as_image", [True, False])
 def test_parquet_with_embedded_bytes_loads_by_dataset_name(tmp_path, as_image):
-    pictures = [random_picture(seed) for seed in range(3)]
+    images = [random_image(seed) for seed in range(3)]
     stored = [
-        {"bytes": encoded(picture), "path": path}
-        for picture, path in zip(pictures, ["a.png", None, "c.png"], strict=True)
+        {"bytes": encoded(image), "path": path} for image, path in zip(images, ["a.png", None, "c.png"], strict=True)
     ]
     rows = {"image": stored, "text": ["a", "b", "c"], "many": [["x", "y"]] * 3}
     if as_image:
@@ -189,23 +188,23 @@ def test_parquet_with_embedded_bytes_loads_by_dataset_name(tmp_path, as_image):
     samples = load(dataset_name=str(tmp_path))
     assert [samples.file(i) for i in range(3)] == ["a.png", "row 1", "c.png"]
     assert [samples.captions(i) for i in range(3)] == [["a"], ["b"], ["c"]]
-    for sample_id, picture in enumerate(pictures):
-        np.testing.assert_array_equal(np.asarray(samples.image(sample_id)), np.asarray(picture))
+    for sample_id, image in enumerate(images):
+        np.testing.assert_array_equal(np.asarray(samples.image(sample_id)), np.asarray(image))
     assert load(dataset_name=str(tmp_path), caption_column="many").captions(2) == ["x", "y"]
 
 
 def test_a_data_set_saved_to_disk_loads_by_dataset_name(tmp_path):
-    dataset = datasets.Dataset.from_dict({"image": [random_picture()], "text": ["a"]})
+    dataset = datasets.Dataset.from_dict({"image": [random_image()], "text": ["a"]})
     datasets.DatasetDict(train=dataset).save_to_disk(tmp_path / "many")
     dataset.save_to_disk(tmp_path / "one")
     for name in ("many", "one"):
         samples = load(dataset_name=str(tmp_path / name))
-        np.testing.assert_array_equal(np.asarray(samples.image(0)), np.asarray(random_picture()))
+        np.testing.assert_array_equal(np.asarray(samples.image(0)), np.asarray(random_image()))
 
 
 def test_samples_travel_to_the_workers_of_a_data_loader(tmp_path):
     write_folder(tmp_path / "folder")
-    datasets.Dataset.from_dict({"image": [random_picture()], "text": ["a"]}).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_dict({"image": [random_image()], "text": ["a"]}).save_to_disk(tmp_path / "saved")
     for samples in (load(tmp_path / "folder"), load(dataset_name=str(tmp_path / "saved"))):
         copy = pickle.loads(pickle.dumps(samples))
         assert copy.captions(0) == samples.captions(0)
@@ -220,7 +219,7 @@ def test_samples_travel_to_the_workers_of_a_data_loader(tmp_path):
     [("L", "PNG"), ("1", "PNG"), ("P", "GIF"), ("LA", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG"), ("YCbCr", "JPEG")],
 )
 def test_every_mode_becomes_rgb_as_pillow_converts_it(tmp_path, mode, kind):
-    data = encoded(random_picture().convert(mode), kind)
+    data = encoded(random_image().convert(mode), kind)
     (tmp_path / f"a.{kind.lower()}").write_bytes(data)
     (tmp_path / "a.txt").write_text("a")
     expected = PIL.Image.open(io.BytesIO(data)).convert("RGB")
@@ -266,16 +265,16 @@ def test_folder_missing_or_a_file_or_empty(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     (tmp_path / "zipped").mkdir()
-    (tmp_path / "zipped/pictures.zip").write_text("")
+    (tmp_path / "zipped/images.zip").write_text("")
     assert "does not exist" in str(refusal(tmp_path / "nowhere"))
     assert "is a file, not a folder" in str(refusal(tmp_path / "file"))
-    assert "holds no pictures" in str(refusal(tmp_path / "empty"))
-    assert "unpack pictures.zip" in str(refusal(tmp_path / "zipped"))
+    assert "holds no images" in str(refusal(tmp_path / "empty"))
+    assert "unpack images.zip" in str(refusal(tmp_path / "zipped"))
 
 
-def test_pictures_without_any_caption(tmp_path):
-    write_pictures(tmp_path)
-    assert "holds 3 pictures, but no captions" in str(refusal(tmp_path))
+def test_images_without_any_caption(tmp_path):
+    write_images(tmp_path)
+    assert "holds 3 images, but no captions" in str(refusal(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -283,13 +282,13 @@ def test_pictures_without_any_caption(tmp_path):
     ["metadata.json", "metadata.json1", "Metadata.JSONL", "metadata.jsonl.txt", "metadata.tsv", "captions.jsonl"],
 )
 def test_metadata_under_a_wrong_name_are_pointed_out(tmp_path, name, caplog):
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     write_jsonl(tmp_path, [{"file_name": "a.png", "text": "a"}], name)
     message = str(refusal(tmp_path))
     assert f"found `{name}`" in message
     assert "metadata.jsonl" in message
-    for picture in NAMES:
-        (tmp_path / picture).with_suffix(".txt").write_text("a")
+    for image in NAMES:
+        (tmp_path / image).with_suffix(".txt").write_text("a")
     load(tmp_path)
     assert name in caplog.text
 
@@ -300,7 +299,7 @@ def test_a_folder_of_parquet_is_sent_to_dataset_name(tmp_path):
 
 
 def test_unknown_columns_are_listed_with_the_nearest(tmp_path):
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     write_jsonl(tmp_path, [{"file_name": name, "caption": "a"} for name in NAMES])
     error = refusal(tmp_path, caption_column="captions")
     assert "(file_name, caption), got captions; did you mean `caption`?" in str(error)
@@ -328,7 +327,7 @@ def test_metadata_of_two_kinds_or_without_rows_or_damaged(tmp_path):
 
 
 def test_data_sets_without_the_split_or_column_or_kind(tmp_path):
-    rows = datasets.Dataset.from_dict({"image": [random_picture()], "text": ["a"], "label": [1]})
+    rows = datasets.Dataset.from_dict({"image": [random_image()], "text": ["a"], "label": [1]})
     datasets.DatasetDict(test=rows, validation=rows).save_to_disk(tmp_path / "no_train")
     rows.save_to_disk(tmp_path / "train")
     name = str(tmp_path / "train")
@@ -336,7 +335,7 @@ def test_data_sets_without_the_split_or_column_or_kind(tmp_path):
     assert "did you mean `text`?" in str(refusal(dataset_name=name, caption_column="texts"))
     assert "(image, text, label)" in str(refusal(dataset_name=name, image_column="photo"))
     assert "must name a column of texts, got label" in str(refusal(dataset_name=name, caption_column="label"))
-    assert "must name a column of pictures, got text" in str(refusal(dataset_name=name, image_column="text"))
+    assert "must name a column of images, got text" in str(refusal(dataset_name=name, image_column="text"))
 
 
 def test_a_damaged_data_set_cannot_be_loaded(tmp_path):
@@ -350,7 +349,7 @@ def test_streaming_data_sets_are_refused_by_name(monkeypatch):
     streamed = datasets.IterableDataset.from_generator(lambda: iter([{"text": "a"}]))
     for loaded in (streamed, datasets.IterableDatasetDict(train=streamed)):
         monkeypatch.setattr(sample_dataset.datasets, "load_dataset", lambda *args, loaded=loaded, **settings: loaded)
-        assert f"is a streaming data set ({type(loaded).__name__})" in str(refusal(dataset_name="org/stream"))
+        assert f"is a streaming dataset ({type(loaded).__name__})" in str(refusal(dataset_name="org/stream"))
 
 
 # ------------------------------------------------------------------------------------------------- single bad samples
@@ -378,21 +377,21 @@ def test_bad_captions_are_named_by_file_and_line(tmp_path, caption, reason):
 
 
 def test_bad_captions_of_a_data_set_are_named(tmp_path):
-    stored = [{"bytes": encoded(random_picture()), "path": None}] * 4
+    stored = [{"bytes": encoded(random_image()), "path": None}] * 4
     datasets.Dataset.from_dict({"image": stored, "text": ["a", None, " ", "b"]}).to_parquet(tmp_path / "rows.parquet")
     error = refusal(dataset_name=str(tmp_path))
     assert error.bad == [(1, "row 1", "has no caption"), (2, "row 2", "caption is empty")]
 
 
-def test_bad_pictures_of_a_data_set_are_named(tmp_path):
-    stored = [{"bytes": encoded(random_picture()), "path": None}, {"bytes": b"no picture", "path": "b.png"}, None]
+def test_bad_images_of_a_data_set_are_named(tmp_path):
+    stored = [{"bytes": encoded(random_image()), "path": None}, {"bytes": b"no image", "path": "b.png"}, None]
     rows = {"image": stored, "text": ["a", "b", "c"]}
     features = datasets.Features(image=datasets.Image(decode=False), text=datasets.Value("string"))
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path)
     bad = refusal(dataset_name=str(tmp_path)).bad
     assert [(one.sample_id, one.file) for one in bad] == [(1, "b.png"), (2, "row 2")]
     assert "Pillow can read" in bad[0].reason
-    assert "has no picture" in bad[1].reason
+    assert "has no image" in bad[1].reason
 
 
 @pytest.mark.parametrize(
@@ -401,12 +400,12 @@ def test_bad_pictures_of_a_data_set_are_named(tmp_path):
         ("{broken", "not valid JSON"),
         ('["a.png", "a"]', "must be a JSON object on one line, got list"),
         ("[" * 100_000, "not valid JSON"),
-        ('{"text": "no file"}', "`file_name` must name a picture, got None"),
+        ('{"text": "no file"}', "`file_name` must name a image, got None"),
         ('{"file_name": 3, "text": "a"}', "got 3"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, reason):
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     write_jsonl(tmp_path, [{"file_name": "a.png", "text": "a"}, line])
     sample_id, file, found = only_bad(tmp_path)
     assert (sample_id, file) == (1, "metadata.jsonl line 2")
@@ -414,7 +413,7 @@ def test_bad_lines_are_named(tmp_path, line, reason):
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     lines = ['{"file_name": "a.png", "text": "fine"}', '{"file_name": "sub/b.jpg", "text": "caf\xe9"}']
     (tmp_path / "metadata.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
     assert "caption is not valid UTF-8" in only_bad(tmp_path)[2]
@@ -431,7 +430,7 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
 
 
 def test_a_comma_outside_quotes_is_named(tmp_path):
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"a, b"\nsub/b.jpg,a, b\n', encoding="utf-8")
     sample_id, file, reason = only_bad(tmp_path)
     assert (sample_id, file) == (1, "metadata.csv line 3")
@@ -440,7 +439,7 @@ def test_a_comma_outside_quotes_is_named(tmp_path):
 
 
 def test_a_short_csv_row_has_no_caption(tmp_path):
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,1\nsub/b.jpg\n")
     assert only_bad(tmp_path)[2] == "has no caption (`text`, metadata.csv line 3)"
     assert load(tmp_path, on_bad_sample="skip").captions(0) == ["1"]
@@ -450,9 +449,9 @@ def test_a_short_csv_row_has_no_caption(tmp_path):
     "name", ["/etc/a.png", "C:\\a.png", "../a.png", "sub/../../a.png", "..\\a.png", ".", "file:///a.png", "a\0.png"]
 )
 def test_paths_that_leave_the_data_folder_are_bad(tmp_path, name):
-    random_picture().save(tmp_path / "a.png")
+    random_image().save(tmp_path / "a.png")
     folder = tmp_path / "data"
-    write_pictures(folder)
+    write_images(folder)
     write_jsonl(folder, [{"file_name": "a.png", "text": "a"}, {"file_name": name, "text": "b"}])
     sample_id, file, reason = only_bad(folder)
     assert (sample_id, file) == (1, "metadata.jsonl line 2")
@@ -460,9 +459,9 @@ def test_paths_that_leave_the_data_folder_are_bad(tmp_path, name):
 
 
 def test_links_that_leave_the_data_folder_are_bad(tmp_path, caplog):
-    random_picture().save(tmp_path / "a.png")
+    random_image().save(tmp_path / "a.png")
     folder = tmp_path / "data"
-    write_pictures(folder, ["a.png", "b.png"])
+    write_images(folder, ["a.png", "b.png"])
     (folder / "inside.png").symlink_to("b.png")
     (folder / "outside.png").symlink_to(tmp_path / "a.png")
     (folder / "linked").symlink_to(tmp_path)
@@ -471,7 +470,7 @@ def test_links_that_leave_the_data_folder_are_bad(tmp_path, caplog):
     sample_id, file, reason = only_bad(folder)
     assert (sample_id, file) == (3, "outside.png")
     assert "leaves the data folder" in reason
-    assert "Linked folders are not searched for pictures: linked" in caplog.text
+    assert "Linked folders are not searched for images: linked" in caplog.text
     names = ["a.png", "inside.png", "linked/a.png"]
     write_jsonl(folder, [{"file_name": name, "text": "a"} for name in names])
     assert only_bad(folder)[:2] == (2, "linked/a.png")
@@ -479,7 +478,7 @@ def test_links_that_leave_the_data_folder_are_bad(tmp_path, caplog):
 
 def test_links_of_the_hub_cache_are_followed(tmp_path):
     blobs, snapshot = tmp_path / "datasets--a--b/blobs", tmp_path / "datasets--a--b/snapshots/0123"
-    write_pictures(blobs, ["abcdef.png"])
+    write_images(blobs, ["abcdef.png"])
     snapshot.mkdir(parents=True)
     (snapshot / "a.png").symlink_to("../../blobs/abcdef.png")
     write_jsonl(snapshot, [{"file_name": "a.png", "text": "a"}])
@@ -487,7 +486,7 @@ def test_links_of_the_hub_cache_are_followed(tmp_path):
 
 
 def test_listed_but_missing_and_present_but_not_listed(tmp_path, caplog):
-    write_pictures(tmp_path, [f"{i}.png" for i in range(8)])
+    write_images(tmp_path, [f"{i}.png" for i in range(8)])
     (tmp_path / "folder.png").mkdir()
     names = ["0.png", "gone.png", "folder.png", "x" * 300 + ".png"]
     write_jsonl(tmp_path, [{"file_name": name, "text": "a"} for name in names])
@@ -496,13 +495,13 @@ def test_listed_but_missing_and_present_but_not_listed(tmp_path, caplog):
     assert [one.reason for one in bad[:2]] == ["is listed, but there is no such file", "is not a file"]
     assert "cannot be read" in bad[2].reason
     assert (
-        "7 pictures are not listed in the metadata and are not used: 1.png, 2.png, 3.png, 4.png, 5.png, ..."
+        "7 images are not listed in the metadata and are not used: 1.png, 2.png, 3.png, 4.png, 5.png, ..."
         in caplog.text
     )
 
 
-def test_pictures_without_a_text_file(tmp_path):
-    write_pictures(tmp_path)
+def test_images_without_a_text_file(tmp_path):
+    write_images(tmp_path)
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "sub/b.txt").write_text(" \n")
     bad = refusal(tmp_path).bad
@@ -513,13 +512,13 @@ def test_pictures_without_a_text_file(tmp_path):
 
 
 def test_names_match_however_accents_are_composed(tmp_path):
-    write_pictures(tmp_path, [unicodedata.normalize("NFD", "é.png")])
+    write_images(tmp_path, [unicodedata.normalize("NFD", "é.png")])
     write_jsonl(tmp_path, [{"file_name": unicodedata.normalize("NFC", "é.png"), "text": "a"}])
     assert load(tmp_path).sample_ids.tolist() == [0]
 
 
 def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
-    write_pictures(tmp_path, ["a.png"])
+    write_images(tmp_path, ["a.png"])
     (tmp_path / "a.txt").write_text("a")
     try:
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/z\xe9.png")).write_bytes(b"")
@@ -533,11 +532,11 @@ def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
     [
         (b"", "is empty (0 bytes)"),
         (b"hello", "Pillow can read"),
-        (encoded(random_picture(size=(64, 64)))[:2000], "cannot be decoded"),
-        (encoded(random_picture(size=(64, 64)), "JPEG")[:1000], "truncated"),
+        (encoded(random_image(size=(64, 64)))[:2000], "cannot be decoded"),
+        (encoded(random_image(size=(64, 64)), "JPEG")[:1000], "truncated"),
     ],
 )
-def test_unreadable_pictures_are_named(tmp_path, data, reason):
+def test_unreadable_images_are_named(tmp_path, data, reason):
     write_folder(tmp_path)
     (tmp_path / "sub/b.jpg").write_bytes(data)
     sample_id, file, found = only_bad(tmp_path)
@@ -549,7 +548,7 @@ def test_unreadable_pictures_are_named(tmp_path, data, reason):
 
 def test_decompression_bombs_are_named(tmp_path, monkeypatch):
     write_folder(tmp_path)
-    random_picture(size=(64, 64)).save(tmp_path / "a.png")
+    random_image(size=(64, 64)).save(tmp_path / "a.png")
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
     assert "too many pixels" in only_bad(tmp_path)[2]
 
@@ -558,7 +557,7 @@ def test_decompression_bombs_are_named(tmp_path, monkeypatch):
 
 
 def test_every_bad_sample_is_kept_and_the_first_20_are_told_with_all_their_faults(tmp_path):
-    write_pictures(tmp_path, [f"{i:02}.png" for i in range(30)])
+    write_images(tmp_path, [f"{i:02}.png" for i in range(30)])
     (tmp_path / "05.png").write_bytes(b"")
     write_jsonl(tmp_path, [{"file_name": f"{i:02}.png", "text": "a" if i < 5 else None} for i in range(30)])
     error = refusal(tmp_path)
@@ -567,7 +566,7 @@ def test_every_bad_sample_is_kept_and_the_first_20_are_told_with_all_their_fault
     assert "and 5 more" in str(error)
     assert "24.png" in str(error)
     assert "25.png" not in str(error)
-    assert error.bad[0].reason == "has no caption (`text`, metadata.jsonl line 6); picture is empty (0 bytes)"
+    assert error.bad[0].reason == "has no caption (`text`, metadata.jsonl line 6); image is empty (0 bytes)"
     assert "`--on_bad_sample skip`" in str(error)
 
 
@@ -586,7 +585,7 @@ def test_all_bad_is_an_error_even_when_skipping(tmp_path):
 
 
 def test_max_train_samples_draws_the_rows_of_upstream(tmp_path, caplog):
-    write_pictures(tmp_path, [f"{i:02}.png" for i in range(20)])
+    write_images(tmp_path, [f"{i:02}.png" for i in range(20)])
     write_jsonl(tmp_path, [{"file_name": f"{i:02}.png", "text": str(i)} for i in range(20)])
     peer = datasets.Dataset.from_dict({"row": list(range(20))}).shuffle(seed=42).select(range(7))
     samples = load(tmp_path, max_train_samples=7, seed=42)
@@ -609,7 +608,7 @@ def test_rows_that_are_not_drawn_are_not_checked(tmp_path):
             assert load(tmp_path, max_train_samples=2, seed=seed).sample_ids.tolist() == [0, 2]
 
 
-def test_a_picture_removed_after_the_check_is_named(tmp_path):
+def test_a_image_removed_after_the_check_is_named(tmp_path):
     write_folder(tmp_path)
     samples = load(tmp_path)
     (tmp_path / "sub/b.jpg").unlink()
@@ -638,13 +637,13 @@ def decodes(data: bytes) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_pictures_are_named_exactly_where_they_do_not_decode(tmp_path):
+def test_damaged_images_are_named_exactly_where_they_do_not_decode(tmp_path):
     rng = random.Random(0)
     exif = PIL.Image.Exif()
     exif[PIL.Image.ExifTags.Base.Orientation] = 3
     originals = [
-        *(encoded(random_picture(size=(24, 16)), kind, exif=exif) for kind in ("PNG", "JPEG", "WEBP", "TIFF")),
-        *(encoded(random_picture(size=(24, 16)), kind) for kind in ("GIF", "BMP", "PPM")),
+        *(encoded(random_image(size=(24, 16)), kind, exif=exif) for kind in ("PNG", "JPEG", "WEBP", "TIFF")),
+        *(encoded(random_image(size=(24, 16)), kind) for kind in ("GIF", "BMP", "PPM")),
     ]
     variants = [damaged(originals[i % len(originals)], rng) for i in range(300)]
     for i, data in enumerate(variants):
@@ -660,7 +659,7 @@ def test_damaged_pictures_are_named_exactly_where_they_do_not_decode(tmp_path):
 
 def test_damaged_metadata_never_surprise(tmp_path):
     rng = random.Random(1)
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     rows = {"file_name": NAMES, "text": TEXTS}
     parquet = io.BytesIO()
     pq.write_table(pa.table(rows), parquet)
@@ -687,15 +686,15 @@ def test_damaged_metadata_never_surprise(tmp_path):
 
 @pytest.fixture
 def repeated(tmp_path) -> Path:
-    """Return a folder of 8 pictures: 1, 4 and 6 are one, also smaller and as JPEG; 2 and 7 are one; 3 is broken."""
+    """Return a folder of 8 images: 1, 4 and 6 are one, also smaller and as JPEG; 2 and 7 are one; 3 is broken."""
     names = ["0.png", "1.png", "2.png", "3.png", "4.jpg", "5.png", "6.png", "7.png"]
     for seed, name in enumerate(names):
-        random_picture(seed, (6, 6)).resize((90, 60), PIL.Image.Resampling.BICUBIC).save(tmp_path / name)
+        random_image(seed, (6, 6)).resize((90, 60), PIL.Image.Resampling.BICUBIC).save(tmp_path / name)
     with PIL.Image.open(tmp_path / "1.png") as original:
         original.save(tmp_path / "4.jpg", quality=70)
         original.resize((45, 30)).save(tmp_path / "6.png")
     (tmp_path / "7.png").write_bytes((tmp_path / "2.png").read_bytes())
-    (tmp_path / "3.png").write_bytes(b"no picture")
+    (tmp_path / "3.png").write_bytes(b"no image")
     write_jsonl(tmp_path, [{"file_name": name, "text": f"caption {name[0]}"} for name in names])
     return tmp_path
 
@@ -705,7 +704,7 @@ def test_duplicates_are_grouped_under_their_first_sample(repeated):
     assert samples.groups.tolist() == [0, 1, 2, 3, 1, 5, 1, 2]
     assert load(repeated, on_bad_sample="skip").groups is None
     few = load(repeated, on_bad_sample="skip", find_duplicates=True, max_train_samples=6, seed=1)
-    firsts = {picture: min(i for i in few.sample_ids if samples.groups[i] == picture) for picture in (1, 2)}
+    firsts = {image: min(i for i in few.sample_ids if samples.groups[i] == image) for image in (1, 2)}
     expected = [firsts.get(samples.groups[i], i) if i in few.sample_ids else i for i in range(8)]
     assert few.groups.tolist() == expected
     assert expected != list(range(8))
@@ -713,13 +712,13 @@ def test_duplicates_are_grouped_under_their_first_sample(repeated):
 
 def test_looking_for_duplicates_decodes_nothing_twice(repeated, monkeypatch):
     decoded = []
-    decode = sample_check.decode_picture
+    decode = sample_check.decode_image
 
     def count(stored):
         decoded.append(stored["path"])
         return decode(stored)
 
-    monkeypatch.setattr(sample_check, "decode_picture", count)
+    monkeypatch.setattr(sample_check, "decode_image", count)
     load(repeated, on_bad_sample="skip", find_duplicates=True)
     assert len(decoded) == len(set(decoded)) == 8
 
@@ -727,7 +726,7 @@ def test_looking_for_duplicates_decodes_nothing_twice(repeated, monkeypatch):
 def test_the_largest_groups_are_told_by_name(repeated):
     text = describe_duplicates(load(repeated, on_bad_sample="skip", find_duplicates=True))
     assert text.splitlines() == [
-        "2 groups of near-identical pictures hold 5 samples of 7; the largest:",
+        "2 groups of near-identical images hold 5 samples of 7; the largest:",
         "  3 times: 1.png 'caption 1', 4.jpg 'caption 4', 6.png 'caption 6'",
         "  2 times: 2.png 'caption 2', 7.png 'caption 7'",
     ]
@@ -735,4 +734,4 @@ def test_the_largest_groups_are_told_by_name(repeated):
 
 def test_a_set_without_duplicates_says_so(tmp_path):
     write_folder(tmp_path)
-    assert describe_duplicates(load(tmp_path, find_duplicates=True)) == "no near-identical pictures were found"
+    assert describe_duplicates(load(tmp_path, find_duplicates=True)) == "no near-identical images were found"

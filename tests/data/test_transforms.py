@@ -1,11 +1,11 @@
-"""Random affine maps of the pictures: how far they go, what comes in at the sides, and what they depend on."""
+"""Random affine maps of the images: how far they go, what comes in at the sides, and what they depend on."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sd_memguard.data.transforms import NUM_MAPS, Preprocess
+from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS, Preprocess
 
 SIDE = 64
 SHARE = 0.1
@@ -22,15 +22,15 @@ def make_preprocess(configure):
     return make
 
 
-def place_picture(side: int = SIDE) -> Image.Image:
-    """Return a picture whose red and green say how far to the right and how far down a pixel is."""
+def place_image(side: int = SIDE) -> Image.Image:
+    """Return a image whose red and green say how far to the right and how far down a pixel is."""
     place = np.arange(side, dtype=np.uint8) * (256 // side)
     right, down = np.meshgrid(place, place)
     return Image.fromarray(np.stack([right, down, np.zeros_like(right)], axis=-1))
 
 
 def fitted_map(moved: torch.Tensor) -> np.ndarray:
-    """Return the map from a moved place picture to the original, (2, 3), fitted to the pixels that need no mirror."""
+    """Return the map from a moved place image to the original, (2, 3), fitted to the pixels that need no mirror."""
     inside = slice(SIDE // 4, -SIDE // 4)
     sources = ((moved[:2, inside, inside].numpy() + 1) * 127.5 / (256 // SIDE)).reshape(2, -1) - (SIDE - 1) / 2
     down, right = np.mgrid[0:SIDE, 0:SIDE][:, inside, inside].reshape(2, -1) - (SIDE - 1) / 2
@@ -38,10 +38,10 @@ def fitted_map(moved: torch.Tensor) -> np.ndarray:
     return solution.T
 
 
-def test_pictures_are_shifted_turned_and_zoomed_up_to_the_share_and_no_further(make_preprocess):
-    preprocess, picture = make_preprocess(), place_picture()
-    maps = np.stack([fitted_map(preprocess(picture, bytes([number] * 16), (0, 0, 0))) for number in range(200)])
-    # The inverse of a similarity: it turns and zooms by what the picture was turned and zoomed back, and shifts back.
+def test_images_are_shifted_turned_and_zoomed_up_to_the_share_and_no_further(make_preprocess):
+    preprocess, image = make_preprocess(), place_image()
+    maps = np.stack([fitted_map(preprocess(image, bytes([number] * 16), (0, 0, 0))) for number in range(200)])
+    # The inverse of a similarity: it turns and zooms by what the image was turned and zoomed back, and shifts back.
     np.testing.assert_allclose(maps[:, 0, 0], maps[:, 1, 1], atol=0.01)
     np.testing.assert_allclose(maps[:, 0, 1], -maps[:, 1, 0], atol=0.01)
     zooms = 1 / np.hypot(maps[:, 0, 0], maps[:, 0, 1])
@@ -63,49 +63,49 @@ def test_no_corner_is_left_empty(make_preprocess, size, center_crop):
 
 
 def test_what_lies_around_the_crop_comes_in(make_preprocess):
-    picture = Image.new("RGB", (3 * SIDE, SIDE), "red")
-    picture.paste("blue", (SIDE, 0, 2 * SIDE, SIDE))
+    image = Image.new("RGB", (3 * SIDE, SIDE), "red")
+    image.paste("blue", (SIDE, 0, 2 * SIDE, SIDE))
     preprocess = make_preprocess(center_crop=True)
-    moved = torch.stack([preprocess(picture, bytes([number] * 16), (0, 0, 0)) for number in range(20)])
+    moved = torch.stack([preprocess(image, bytes([number] * 16), (0, 0, 0)) for number in range(20)])
     left, middle = moved[:, :, SIDE // 2, 0], moved[:, :, SIDE // 2, SIDE // 2]
     assert bool((middle == torch.tensor([-1.0, -1.0, 1.0])).all())
     assert 0 < int((left[:, 0] > 0.9).sum()) < 20
 
 
-def test_each_picture_has_a_few_maps_of_its_own_which_visits_take_at_random(make_preprocess):
-    picture, addresses = place_picture(), [(0, number, 7) for number in range(100)]
-    seen = [make_preprocess()(picture, KEY, address).numpy().tobytes() for address in addresses]
-    other = [make_preprocess()(picture, OTHER, address).numpy().tobytes() for address in addresses]
-    assert len(set(seen)) == len(set(other)) == NUM_MAPS
+def test_each_image_has_a_few_maps_of_its_own_which_visits_take_at_random(make_preprocess):
+    image, addresses = place_image(), [(0, number, 7) for number in range(100)]
+    seen = [make_preprocess()(image, KEY, address).numpy().tobytes() for address in addresses]
+    other = [make_preprocess()(image, OTHER, address).numpy().tobytes() for address in addresses]
+    assert len(set(seen)) == len(set(other)) == NUM_AFFINE_VARIANTS
     assert not set(seen) & set(other)
     torch.rand(5)
-    assert [make_preprocess()(picture, KEY, address).numpy().tobytes() for address in addresses] == seen
-    another_run = [make_preprocess(seed=1)(picture, KEY, address).numpy().tobytes() for address in addresses]
+    assert [make_preprocess()(image, KEY, address).numpy().tobytes() for address in addresses] == seen
+    another_run = [make_preprocess(seed=1)(image, KEY, address).numpy().tobytes() for address in addresses]
     assert another_run != seen
     assert set(another_run) == set(seen)
 
 
 @pytest.mark.parametrize("settings", [{}, {"random_flip": True}, {"random_affine": 0.0, "random_flip": True}])
 def test_the_views_are_what_visits_see(make_preprocess, settings):
-    preprocess, picture = make_preprocess(center_crop=True, **settings), place_picture()
-    kept = [preprocess.centered(picture, KEY, view) for view in preprocess.views]
+    preprocess, image = make_preprocess(center_crop=True, **settings), place_image()
+    kept = [preprocess.centered(image, KEY, view) for view in preprocess.views]
     addresses = [(0, number, 7) for number in range(200)]
     views = preprocess.draw_views(addresses).tolist()
     assert set(views) == set(range(len(kept)))
     for address, view in zip(addresses, views, strict=True):
-        assert torch.equal(preprocess(picture, KEY, address), kept[view])
+        assert torch.equal(preprocess(image, KEY, address), kept[view])
 
 
 def test_without_a_share_nothing_moves(make_preprocess):
     still = make_preprocess(random_affine=0.0)
-    assert torch.equal(still(place_picture(), KEY, (0, 0, 0)), still.fixed(place_picture()))
+    assert torch.equal(still(place_image(), KEY, (0, 0, 0)), still.fixed(place_image()))
 
 
 @pytest.mark.parametrize("center_crop", [True, False])
 def test_a_tiny_share_is_the_crop_itself(make_preprocess, center_crop):
     random = np.random.default_rng(0).integers(0, 256, (SIDE + 31, SIDE, 3), dtype=np.uint8)
-    picture = Image.fromarray(random)
+    image = Image.fromarray(random)
     moved, still = (
-        make_preprocess(random_affine=share, center_crop=center_crop)(picture, KEY, (0, 0, 3)) for share in (1e-6, 0.0)
+        make_preprocess(random_affine=share, center_crop=center_crop)(image, KEY, (0, 0, 3)) for share in (1e-6, 0.0)
     )
     torch.testing.assert_close(moved, still, rtol=0, atol=1.5 / 127.5)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from sd_memguard.assets import tiny_sd_path
-from sd_memguard.audit.images import Pictures
+from sd_memguard.audit.images import Images
 from sd_memguard.demo import command as demo
 from sd_memguard.errors import UserError
 
@@ -39,11 +39,11 @@ def test_two_equal_models_come_out_equal_twice_in_one_folder(quick, tmp_path, ca
         assert image.width == 1200
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["models"]["plain"] == results["models"]["guarded"]
-    drawings = results["drawings"]
-    assert len(drawings) == 2 * 2 * 3 * 2
-    assert [row | {"model": ""} for row in drawings[:12]] == [row | {"model": ""} for row in drawings[12:]]
-    assert len({row["seed"] for row in drawings}) == 12
-    assert all(row["is_copy"] == (row["ratio"] < 0.5) for row in drawings)
+    generated = results["generated"]
+    assert len(generated) == 2 * 2 * 3 * 2
+    assert [row | {"model": ""} for row in generated[:12]] == [row | {"model": ""} for row in generated[12:]]
+    assert len({row["seed"] for row in generated}) == 12
+    assert all(row["is_copy"] == (row["ratio"] < 0.5) for row in generated)
     printed = capsys.readouterr().out
     assert printed.count("no clear difference") == 2 * 2
     assert printed.count("Replacing the earlier demonstration") == 1
@@ -95,7 +95,7 @@ def test_flags_out_of_range_end_the_program(flags, capsys):
 
 
 def copies(*numbers):
-    """(C, 4) bool: how many of each caption's 4 drawings are copies."""
+    """(C, 4) bool: how many of each caption's 4 generated images are copies."""
     return torch.tensor([[index < number for index in range(4)] for number in numbers])
 
 
@@ -119,13 +119,13 @@ def test_the_sentence_on_losses_follows_from_the_numbers():
     assert "equals" in demo.compare_losses(0.07381, 0.07383)
 
 
-def test_the_closest_drawing_is_shown_and_known_whose_copy_it_is():
+def test_the_closest_generated_image_is_shown_and_known_whose_copy_it_is():
     pixels = torch.arange(4, dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 2, 2, 3)
-    pictures = Pictures(["0", "1", "2", "3"], ["a", "b", "c", "d"], pixels)
+    images = Images(["0", "1", "2", "3"], ["a", "b", "c", "d"], pixels)
     ratio = torch.tensor([[0.9, 0.8], [0.7, 0.2]])
-    drawings = demo.Measured(pixels.unflatten(0, (2, 2)), ratio, ratio, torch.tensor([[0, 1], [2, 3]]), ratio < 0.5)
-    own = demo.closest_drawing(drawings, 1, pictures, row=3)
+    generated = demo.Measured(pixels.unflatten(0, (2, 2)), ratio, ratio, torch.tensor([[0, 1], [2, 3]]), ratio < 0.5)
+    own = demo.closest_generated(generated, 1, images, row=3)
     assert own.image.getpixel((0, 0)) == (3, 3, 3)
     assert own[1:] == (pytest.approx(0.2), True, True)
-    assert demo.closest_drawing(drawings, 1, pictures, row=0)[2:] == (True, False)
-    assert demo.closest_drawing(drawings, 0, pictures, row=1)[1:] == (pytest.approx(0.8), False, True)
+    assert demo.closest_generated(generated, 1, images, row=0)[2:] == (True, False)
+    assert demo.closest_generated(generated, 0, images, row=1)[1:] == (pytest.approx(0.8), False, True)

@@ -1,4 +1,4 @@
-"""Exports: every format written, loaded again by diffusers, and drawing as the trained model does."""
+"""Exports: every format written, loaded again by diffusers, and generated image as the trained model does."""
 
 import json
 import shutil
@@ -262,13 +262,13 @@ def test_a_file_that_is_not_what_was_meant_is_refused_and_removed(tiny, tmp_path
 
 
 @pytest.mark.parametrize("format", ["merged", "lora-diffusers"])
-def test_a_drawing_too_far_off_is_refused(tiny, tmp_path, monkeypatch, format):
+def test_a_generated_image_too_far_off_is_refused(tiny, tmp_path, monkeypatch, format):
     drawn = iter([torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([9.0, -9.0])])
     exporter = Exporter(read_run(tiny))
     with monkeypatch.context() as patch:
         patch.setattr(exporter_module.check, "draw", lambda pipeline: next(drawn))
-        exporter._drawing, exporter._base_difference  # noqa: B018 (they are drawn here)
-        with pytest.raises(ExportError, match=r"its drawing is .*% off the trained model's, and at most"):
+        exporter._generated_image, exporter._base_difference  # noqa: B018 (they are drawn here)
+        with pytest.raises(ExportError, match=r"its generated image is .*% off the trained model's, and at most"):
             exporter.export(format, tmp_path / "out")
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 

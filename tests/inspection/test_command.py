@@ -28,7 +28,7 @@ def written(folder: Path) -> list[str]:
 
 def test_a_finished_run(copied, capsys):
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
-    main([str(copied), "--num_pictures", "3"])
+    main([str(copied), "--num_images", "3"])
     assert written(copied / "memguard/inspect") == ALL
     for name in ALL:
         with Image.open(copied / "memguard/inspect" / name) as image:
@@ -51,7 +51,7 @@ def test_what_cannot_be_drawn_is_said(copied, capsys, tmp_path):
     text = " ".join(capsys.readouterr().out.split())
     assert "made before banks were kept there; the rest is shown" in text
     assert "Not drawn: bank.png" in text
-    assert "Not drawn: the training pictures, not found in" in text
+    assert "Not drawn: the training images, not found in" in text
 
 
 def test_a_run_before_its_first_round(copied, capsys):
@@ -67,7 +67,7 @@ def test_no_run_and_bad_arguments(tmp_path, capsys, copied):
         ([str(tmp_path)], "is no run folder"),
         ([str(copied), "--train_data_dir", str(tmp_path / "no")], "--train_data_dir"),
         ([str(copied), "--output_dir", str(copied / "model_index.json")], "cannot be written"),
-        ([str(copied), "--num_pictures", "0"], "1 or more"),
+        ([str(copied), "--num_images", "0"], "1 or more"),
     ):
         with pytest.raises(SystemExit) as caught:
             cli.main(["inspect", *arguments])
@@ -90,5 +90,5 @@ def test_a_pipe_that_knows_ascii_alone_and_no_model_library(copied):
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="ascii"
     )
     assert done.returncode == 0, done.stderr
-    assert "pictures at 32 \\xd7 32 px" in done.stdout
+    assert "images at 32 \\xd7 32 px" in done.stdout
     assert done.stdout.endswith("\nset()\n")

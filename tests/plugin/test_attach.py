@@ -6,7 +6,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
 from sd_memguard import GuardConfig, MemorizationGuard
-from sd_memguard.core.sampler import VisitCursor
+from sd_memguard.core.sampler import ShardSampler
 from sd_memguard.core.shards import split_into_shards
 from sd_memguard.errors import LoopError
 from tests.plugin.toy import (
@@ -31,13 +31,13 @@ def slow_ensemble(learning_rate=1e-2):
     plan = split_into_shards(NUM_SAMPLES, 3, seed=5)
     models = [make_network() for _ in range(3)]
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1.0) for model in models]
-    cursors, steps = [VisitCursor(k) for k in range(3)], [0, 0, 0]
+    samplers, steps = [ShardSampler(k) for k in range(3)], [0, 0, 0]
     values, budget = Vectors().values, [9, 9, 8]
     for _ in range(5):
         for k, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             for _ in range(min(2, budget[k] - steps[k])):
-                visits = cursors[k].peek(plan.members(k), BATCH_SIZE, seed=5)
-                cursors[k].advance(BATCH_SIZE, len(plan.members(k)))
+                visits = samplers[k].peek(plan.members(k), BATCH_SIZE, seed=5)
+                samplers[k].advance(BATCH_SIZE, len(plan.members(k)))
                 batch = values[[visit.sample_id for visit in visits]]
                 losses, _ = losses_of(model, batch, [tuple(map(int, visit)) for visit in visits])
                 losses.mean().backward()
@@ -85,18 +85,18 @@ def test_an_epoch_has_as_many_batches_as_before_each_of_one_shard():
     assert all(len(batch) == BATCH_SIZE for batch in loop.seen)
 
 
-def test_duplicates_that_count_as_one_picture_are_visited_as_one():
-    groups = torch.arange(NUM_SAMPLES) // 2  # eleven pictures, each twice
+def test_duplicates_that_count_as_one_image_are_visited_as_one():
+    groups = torch.arange(NUM_SAMPLES) // 2  # eleven images, each twice
     guard = make_guard(**IET, group_duplicates="balance", groups=groups)
 
     loop = Loop().attach(guard, TOTAL).run(TOTAL)
 
     shard = [groups[batch].tolist() for batch in loop.seen if int(guard.plan.assignment[batch[0]]) == 0]
     visited = [group for batch in shard for group in batch]
-    num_pictures = guard.num_pictures()[0]
-    passes = [visited[i : i + num_pictures] for i in range(0, len(visited) - num_pictures + 1, num_pictures)]
+    num_images = guard.num_images()[0]
+    passes = [visited[i : i + num_images] for i in range(0, len(visited) - num_images + 1, num_images)]
     assert len(passes) > 3
-    assert all(len(set(one)) == num_pictures for one in passes)
+    assert all(len(set(one)) == num_images for one in passes)
 
 
 def test_samples_move_and_weights_stay_after_the_first_round():
@@ -358,7 +358,7 @@ def numbered(rows):
 BAD_LOADERS = {
     "no-loader": (lambda: [1, 2], r"must be a torch\.utils\.data\.DataLoader"),
     "stream": (lambda: DataLoader(Stream(), batch_size=4), "is a stream"),
-    "other-size": (lambda: DataLoader(Vectors(9), batch_size=4), "num_samples=22`, and the data set has 9"),
+    "other-size": (lambda: DataLoader(Vectors(9), batch_size=4), "num_samples=22`, and the dataset has 9"),
     "buckets": (
         lambda: DataLoader(Vectors(), batch_sampler=type("Buckets", (BatchSampler,), {})(range(22), 4, False)),
         "forms its batches by Buckets",
@@ -416,7 +416,7 @@ def test_several_models_of_one_optimizer_are_exchanged_together():
 
 
 def test_workers_fetch_the_same_batches():
-    guards = [make_guard(num_shards=2, steps_per_round=5) for _ in range(2)]  # each turn starts its workers anew
+    guards = [make_guard(num_shards=2, steps_per_round=5) for _ in range(2)]  # each turn starts its workers again
     single = Loop().attach(guards[0], 20).run(20)
     several = Loop().attach(guards[1], 20, loader=make_loader(num_workers=1)).run(20)
 

@@ -18,25 +18,25 @@ TOTAL = 30
 TAA = {"augment_threshold": 1e9, "skip_threshold": 0.5, "num_shards": 2, "redistribute_fraction": 0.0}
 
 
-def picture(number: int) -> Image.Image:
+def image(number: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8))
 
 
-class Pictures(Dataset):
-    """A data set with a torchvision transform of its own, as torchvision's are."""
+class Images(Dataset):
+    """A dataset with a torchvision transform of its own, as torchvision's are."""
 
     def __init__(self, prepared: bool = False, num_class: int = 0):
         self.transform = transforms.Compose(
             [transforms.Resize(8), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
         )
-        self.prepared = [self.transform(picture(i)) for i in range(NUM_SAMPLES)] if prepared else None
+        self.prepared = [self.transform(image(i)) for i in range(NUM_SAMPLES)] if prepared else None
         self.num_class = num_class
 
     def __len__(self):
         return NUM_SAMPLES
 
     def __getitem__(self, index):
-        values = self.transform(picture(index)) if self.prepared is None else self.prepared[index]
+        values = self.transform(image(index)) if self.prepared is None else self.prepared[index]
         return {"pixel_values": values}
 
 
@@ -48,17 +48,17 @@ def stack_twice(rows):
     return {"pixel_values": torch.stack([row["pixel_values"] for row in rows] * 2)}
 
 
-def huggingface_pictures():
+def huggingface_images():
     def preprocess(examples):
-        tensors = [transforms.functional.pil_to_tensor(image).float() for image in examples["image"]]
+        tensors = [transforms.functional.pil_to_tensor(one).float() for one in examples["image"]]
         return {"pixel_values": tensors, "text": examples["text"]}
 
-    rows = {"image": [picture(i) for i in range(NUM_SAMPLES)], "text": [str(i) for i in range(NUM_SAMPLES)]}
+    rows = {"image": [image(i) for i in range(NUM_SAMPLES)], "text": [str(i) for i in range(NUM_SAMPLES)]}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     return datasets.Dataset.from_dict(rows, features=features).with_transform(preprocess)
 
 
-@pytest.mark.parametrize("make", [Pictures, huggingface_pictures])
+@pytest.mark.parametrize("make", [Images, huggingface_images])
 def test_randaugment_goes_into_the_data_sets_own_transform(make):
     dataset = make()
     augmenter = find_augmenter(dataset, stack, None, seed=0)
@@ -83,10 +83,10 @@ def test_randaugment_goes_into_the_data_sets_own_transform(make):
     ("dataset", "collate", "message"),
     [
         (Vectors(), stack, "has no transform"),
-        (Pictures(prepared=True), stack, "were prepared before training"),
-        (Pictures(), stack_twice, "holds several pictures"),
+        (Images(prepared=True), stack, "were prepared before training"),
+        (Images(), stack_twice, "holds several images"),
     ],
-    ids=["no-transform", "latents", "class-pictures"],
+    ids=["no-transform", "latents", "class-images"],
 )
 def test_where_nothing_can_be_augmented_the_reason_is_given(dataset, collate, message):
     assert message in find_augmenter(dataset, collate, None, seed=0)
@@ -96,7 +96,7 @@ def test_without_copies_there_are_two_bands_and_a_notice(caplog):
     with caplog.at_level(logging.WARNING, logger="sd_memguard"):
         loop = Loop().attach(make_guard(**TAA), TOTAL)
 
-    assert "no augmented copies are trained: the data set has no transform" in caplog.text
+    assert "no augmented copies are trained: the dataset has no transform" in caplog.text
     assert loop.guard.validate()[0] in caplog.text
     loop.run(TOTAL)
     assert sum(verdict.num_augmented for verdict in loop.verdicts) == 0
@@ -142,9 +142,9 @@ def test_copies_leave_the_bank_alone():
     assert loop.verdicts[0].num_clean == 4
 
 
-def test_loaders_of_pictures_give_labelled_copies():
+def test_loaders_of_images_give_labelled_copies():
     guard = make_guard(**TAA | {"num_shards": 1})
-    loader = DataLoader(Pictures(), batch_size=BATCH_SIZE, collate_fn=stack)
+    loader = DataLoader(Images(), batch_size=BATCH_SIZE, collate_fn=stack)
     network = torch.nn.Linear(3, 3)
     guarded = guard.attach(network, torch.optim.SGD(network.parameters(), lr=0.1), loader)
     guard.queues[0].push(torch.tensor([5, 6, 7, 8]), torch.ones(4))

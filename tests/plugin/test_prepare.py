@@ -15,12 +15,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sd_memguard import MemorizationGuard
-from sd_memguard.data.batches import BatchSource, Encoders, visit_address
+from sd_memguard.data.batches import BatchSource, Encoders, sample_address
 from sd_memguard.errors import LoopError
 from sd_memguard.models.lora import add_adapter
-from sd_memguard.plugin.backends import AccelerateHost
+from sd_memguard.plugin.backends import AccelerateBackend
 from sd_memguard.training.build import base_learning_rate, make_accelerator, make_optimizer, prepare_models
-from sd_memguard.training.loss import DenoisingLoss, Noising
+from sd_memguard.training.loss import DenoisingLoss, NoiseSampler
 from sd_memguard.training.plan import make_plan
 from tests.plugin.toy import BATCH_SIZE, Denoiser, losses_of, make_guard, make_loader, make_network, neutral_guard
 
@@ -174,7 +174,7 @@ def test_checkpoints_of_others_are_refused(tmp_path):
 def test_spread_models_are_refused(kind, processes, message):
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(name=kind), num_processes=processes)
     with pytest.raises(LoopError, match=message):
-        AccelerateHost(accelerator)
+        AccelerateBackend(accelerator)
 
 
 def test_lora_is_saved_as_one_adapter_on_the_base_as_it_was():
@@ -253,7 +253,7 @@ def test_the_drop_in_script_and_a_loop_of_ones_own_give_the_same(run, configure,
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=4, num_training_steps=config.max_train_steps)
     source = BatchSource(plan.samples, Encoders(models, accelerator.device, torch.float32), plan.config, plan.seed)
     num_timesteps = models.noise_scheduler.config.num_train_timesteps
-    noising = Noising(plan.seed, num_timesteps)
+    noise_sampler = NoiseSampler(plan.seed, num_timesteps)
     denoising_loss = DenoisingLoss(models.noise_scheduler, snr_gamma=5.0)
     loader = DataLoader([{"row": torch.tensor(i)} for i in range(24)], batch_size=BATCH_SIZE, shuffle=True)
 
@@ -268,8 +268,8 @@ def test_the_drop_in_script_and_a_loop_of_ones_own_give_the_same(run, configure,
                 visits = loader.rounds.visits
                 assert [visit.sample_id for visit in visits] == batch["sample_id"].tolist() == batch["row"].tolist()
                 _, (latents, embeddings) = next(iter(source.batches([visits])))
-                addresses = [visit_address(visit) for visit in visits]
-                timesteps, noise, _ = noising.draw(addresses, latents.shape[1:], latents.device)
+                addresses = [sample_address(visit) for visit in visits]
+                timesteps, noise, _ = noise_sampler.draw(addresses, latents.shape[1:], latents.device)
                 losses = denoising_loss(unet, latents, embeddings, timesteps, noise)
                 verdict = guard.weigh(losses, timesteps, batch["sample_id"], denoising_loss.weights(timesteps))
                 accelerator.backward(verdict.loss)

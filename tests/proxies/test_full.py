@@ -146,9 +146,9 @@ def test_averaged_shows_what_would_be_exported_and_restores(with_ema, store, tra
 
     def fail_inside():
         with proxies.averaged(WEIGHTS):
-            raise RuntimeError("while drawing")
+            raise RuntimeError("while generated image")
 
-    with pytest.raises(RuntimeError, match="while drawing"):
+    with pytest.raises(RuntimeError, match="while generated image"):
         fail_inside()
     assert_equal_states(model.state(), before)
 
@@ -314,9 +314,9 @@ def test_the_resident_weights_wait_in_the_store_while_the_mean_is_in_their_place
     def fail_while_averaged():
         with proxies.averaged(WEIGHTS):
             assert all(torch.equal(store.get(kept[0])[name], tensor) for name, tensor in own.items())
-            raise RuntimeError("drawing failed")
+            raise RuntimeError("generated image failed")
 
-    with pytest.raises(RuntimeError, match="drawing"):
+    with pytest.raises(RuntimeError, match="generated_image"):
         fail_while_averaged()
     assert all(torch.equal(parameter, own[name]) for name, parameter in model.parameters.items())
     (key,) = kept

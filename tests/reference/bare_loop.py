@@ -13,14 +13,14 @@ from sd_memguard.core.seeding import generator_for, permutation
 
 def bare_loop(
     pipeline: Path,
-    pictures: Sequence[tuple[Path, str]],
+    images: Sequence[tuple[Path, str]],
     steps: int,
     batch_size: int,
     learning_rate: float,
     epsilon: float,
     seed: int,
 ) -> dict[str, torch.Tensor]:
-    """Return the weights after some steps on pictures that need neither resizing nor cropping."""
+    """Return the weights after some steps on images that need neither resizing nor cropping."""
     unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet").train()
     vae = AutoencoderKL.from_pretrained(pipeline, subfolder="vae").eval()
     text_encoder = CLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder").eval()
@@ -29,13 +29,13 @@ def bare_loop(
     optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, eps=epsilon, weight_decay=1e-2)
     visits = [
         (passed, sample)
-        for passed in range(-(-steps * batch_size // len(pictures)))
-        for sample in permutation(seed, "order", 0, passed, length=len(pictures)).tolist()
+        for passed in range(-(-steps * batch_size // len(images)))
+        for sample in permutation(seed, "order", 0, passed, length=len(images)).tolist()
     ]
     for step in range(steps):
         loss = torch.zeros(())
         for passed, sample in visits[step * batch_size : (step + 1) * batch_size]:
-            file, caption = pictures[sample]
+            file, caption = images[sample]
 
             def draw(purpose: str, passed: int = passed, sample: int = sample) -> torch.Generator:
                 return generator_for(seed, purpose, 0, passed, sample)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sd_memguard.config import GuardConfig
-from sd_memguard.core.sampler import VisitCursor
+from sd_memguard.core.sampler import ShardSampler
 from sd_memguard.core.schedule import RoundSchedule
 from sd_memguard.guard import MemorizationGuard
 from sd_memguard.proxies.full import FullProxies
@@ -29,19 +29,19 @@ class Engine:
         self.schedule = RoundSchedule.plan(
             toy.TOTAL_STEPS, toy.NUM_SHARDS, config.steps_per_round, self.guard.redistributes
         )
-        self.network, self.pictures = toy_network(), toy.pictures()
+        self.network, self.images = toy_network(), toy.images()
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), toy.LEARNING_RATE, toy.BETAS, toy.EPSILON, toy.WEIGHT_DECAY
         )
         self.proxies = FullProxies(dict(self.network.named_parameters()), self.optimizer, toy.NUM_SHARDS, store)
-        self.cursors = [VisitCursor(k) for k in range(toy.NUM_SHARDS)]
+        self.samplers = [ShardSampler(k) for k in range(toy.NUM_SHARDS)]
         self.extra_steps = [0] * toy.NUM_SHARDS
         self.empty_steps = 0
 
-    def losses(self, pictures, addresses, purpose=""):
+    def losses(self, images, addresses, purpose=""):
         drawn = [toy.draws(address, purpose) for address in addresses]
         noise = torch.stack([noise for _, noise in drawn])
-        inputs = [toy.noised(picture, t, eps) for picture, (t, eps) in zip(pictures, drawn, strict=True)]
+        inputs = [toy.noised(image, t, eps) for image, (t, eps) in zip(images, drawn, strict=True)]
         losses = (self.network(torch.stack(inputs)) - noise).square().mean(dim=1)
         timesteps = [t for t, _ in drawn]
         return losses, torch.tensor(timesteps), torch.tensor([toy.min_snr_weight(t) for t in timesteps])
@@ -53,11 +53,11 @@ class Engine:
 
     def step(self, shard):
         members = self.guard.plan.members(shard)
-        visits = self.cursors[shard].peek(members, toy.BATCH_SIZE, toy.SEED)
-        self.cursors[shard].advance(toy.BATCH_SIZE, len(members))
+        visits = self.samplers[shard].peek(members, toy.BATCH_SIZE, toy.SEED)
+        self.samplers[shard].advance(toy.BATCH_SIZE, len(members))
         sample_ids = torch.tensor([visit.sample_id for visit in visits])
-        addresses = [(shard, visit.pass_index, visit.sample_id) for visit in visits]
-        losses, timesteps, weights = self.losses(self.pictures[sample_ids], addresses)
+        addresses = [(shard, visit.epoch_index, visit.sample_id) for visit in visits]
+        losses, timesteps, weights = self.losses(self.images[sample_ids], addresses)
         verdict = self.guard.weigh(losses, timesteps, sample_ids, weights)
         if verdict.num_clean:
             self.update(verdict.loss)
@@ -66,7 +66,7 @@ class Engine:
 
     def extra_step(self, shard):
         while (waiting := self.guard.take_augment_batch(toy.BATCH_SIZE)) is not None:
-            copies = [toy.augmented(self.pictures[i], waiting.magnitude) for i in waiting.sample_ids]
+            copies = [toy.augmented(self.images[i], waiting.magnitude) for i in waiting.sample_ids]
             addresses = [(shard, self.extra_steps[shard], slot) for slot in range(len(copies))]
             losses, _, weights = self.losses(copies, addresses, "augment_")
             self.update((losses * weights).mean())
@@ -83,8 +83,8 @@ class Engine:
             self.proxies.average(self.guard.aggregation_weights())
         else:
             self.guard.redistribute()
-            for cursor in self.cursors:
-                cursor.begin_pass()
+            for sampler in self.samplers:
+                sampler.begin_epoch_of_shard()
 
 
 def assert_same(engine, slow):

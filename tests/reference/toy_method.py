@@ -1,6 +1,6 @@
 """The whole method on a toy denoiser, slowly: K models that all live at once, one sample at a time, AdamW written out.
 
-First the toy: pictures of four numbers, a denoiser of three layers, and the draws, which any trainer of it shares.
+First the toy: images of four numbers, a denoiser of three layers, and the draws, which any trainer of it shares.
 Then the trainer, under the settings of the paper.
 """
 
@@ -30,9 +30,9 @@ LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY = 1e-2, (0.9, 0.999), 1e-8, 1e-2
 SKIP_THRESHOLD, AUGMENT_THRESHOLD, BANK_DECAY, FRACTION = 0.8, 1.2, 0.8, 0.25  # `--preset paper`
 
 
-def pictures() -> Tensor:
+def images() -> Tensor:
     """Return the samples, (NUM_SAMPLES, SIZE) float64."""
-    return draw_normal(SEED, "toy pictures", [(i,) for i in range(NUM_SAMPLES)], (SIZE,)).double()
+    return draw_normal(SEED, "toy images", [(i,) for i in range(NUM_SAMPLES)], (SIZE,)).double()
 
 
 def initial_weights() -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def initial_weights() -> dict[str, Tensor]:
 
 
 def signal_share(timestep: int) -> float:
-    """Return the share of signal (alpha bar) in a noised picture."""
+    """Return the share of signal (alpha bar) in a noised image."""
     return 1 - (timestep + 1) / (NUM_TIMESTEPS + 1)
 
 
@@ -62,16 +62,16 @@ def draws(address: tuple[int, int, int], purpose: str = "") -> tuple[int, Tensor
     return timestep, draw_normal(SEED, f"{purpose}noise", [address], (SIZE,))[0].double()
 
 
-def noised(picture: Tensor, timestep: int, noise: Tensor) -> Tensor:
-    """Return the input of the denoiser: the noised picture and the time."""
+def noised(image: Tensor, timestep: int, noise: Tensor) -> Tensor:
+    """Return the input of the denoiser: the noised image and the time."""
     share = signal_share(timestep)
-    mixed = math.sqrt(share) * picture + math.sqrt(1 - share) * noise
+    mixed = math.sqrt(share) * image + math.sqrt(1 - share) * noise
     return torch.cat((mixed, torch.tensor([timestep / NUM_TIMESTEPS], dtype=torch.float64)))
 
 
-def augmented(picture: Tensor, magnitude: int) -> Tensor:
-    """Return the fixed augmentation of the toy: mirrored, and scaled by the magnitude."""
-    return picture.flip(0) * (1 + magnitude / 10)
+def augmented(image: Tensor, magnitude: int) -> Tensor:
+    """Return the fixed augmentation of the toy: flipped, and scaled by the magnitude."""
+    return image.flip(0) * (1 + magnitude / 10)
 
 
 @dataclass
@@ -84,12 +84,12 @@ class SlowProxy:
     moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     updates: int = 0
     extra_steps: int = 0
-    pass_index: int = 0
+    epoch_index: int = 0
     position: int = 0
 
-    def loss(self, picture: Tensor, timestep: int, noise: Tensor) -> Tensor:
+    def loss(self, image: Tensor, timestep: int, noise: Tensor) -> Tensor:
         """Return the mean squared error of one sample."""
-        hidden = noised(picture, timestep, noise)
+        hidden = noised(image, timestep, noise)
         for layer in (0, 2, 4):
             hidden = self.weights[f"{layer}.weight"] @ hidden + self.weights[f"{layer}.bias"]
             if layer < 4:
@@ -98,15 +98,15 @@ class SlowProxy:
 
     def update(self, loss: Tensor) -> None:
         """Take a step of AdamW, written out (arXiv 1711.05101, algorithm 2)."""
-        self.updates += 1
+        self.optimizer_step += 1
         gradients = torch.autograd.grad(loss, list(self.weights.values()))
         for (name, weight), gradient in zip(self.weights.items(), gradients, strict=True):
             first, second = self.moments.get(name, (torch.zeros_like(weight), torch.zeros_like(weight)))
             first = BETAS[0] * first + (1 - BETAS[0]) * gradient
             second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
             self.moments[name] = first, second
-            mean = first / (1 - BETAS[0] ** self.updates)
-            scale = (second / (1 - BETAS[1] ** self.updates)).sqrt() + EPSILON
+            mean = first / (1 - BETAS[0] ** self.optimizer_step)
+            scale = (second / (1 - BETAS[1] ** self.optimizer_step)).sqrt() + EPSILON
             moved = weight.detach() * (1 - LEARNING_RATE * WEIGHT_DECAY) - LEARNING_RATE * mean / scale
             self.weights[name] = moved.requires_grad_()
 
@@ -115,7 +115,7 @@ class SlowMethod:
     """IET, AGC, TAA and MSR together; `run_round` is called once for each round."""
 
     def __init__(self) -> None:
-        self.pictures = pictures()
+        self.images = images()
         self.shards: list[list[int]] = [[] for _ in range(NUM_SHARDS)]
         for place, sample in enumerate(permutation(SEED, "shards", length=NUM_SAMPLES).tolist()):
             self.shards[place % NUM_SHARDS].append(sample)
@@ -140,20 +140,20 @@ class SlowMethod:
 
     def next_visit(self, shard: int, proxy: SlowProxy) -> tuple[int, int]:
         """Return the next sample of the shard and the pass that it belongs to."""
-        members, pass_index = sorted(self.shards[shard]), proxy.pass_index
-        order = permutation(SEED, "order", shard, pass_index, length=len(members)).tolist()
+        members, epoch_index = sorted(self.shards[shard]), proxy.epoch_index
+        order = permutation(SEED, "order", shard, epoch_index, length=len(members)).tolist()
         sample = members[order[proxy.position]]
         proxy.position += 1
         if proxy.position == len(members):
-            proxy.pass_index, proxy.position = pass_index + 1, 0
-        return sample, pass_index
+            proxy.epoch_index, proxy.position = epoch_index + 1, 0
+        return sample, epoch_index
 
     def step(self, shard: int, proxy: SlowProxy) -> None:
         visits, clean, timesteps, losses = [], [], [], []
         for _ in range(BATCH_SIZE):
-            sample, pass_index = self.next_visit(shard, proxy)
-            timestep, noise = draws((shard, pass_index, sample))
-            loss = proxy.loss(self.pictures[sample], timestep, noise)
+            sample, epoch_index = self.next_visit(shard, proxy)
+            timestep, noise = draws((shard, epoch_index, sample))
+            loss = proxy.loss(self.images[sample], timestep, noise)
             visits.append(sample)
             timesteps.append(timestep)
             losses.append(loss.item())
@@ -188,7 +188,7 @@ class SlowMethod:
         total = torch.tensor(0.0, dtype=torch.float64)
         for slot, (sample, _) in enumerate(batch):
             timestep, noise = draws((shard, proxy.extra_steps, slot), "augment_")
-            copy = augmented(self.pictures[sample], magnitude)
+            copy = augmented(self.images[sample], magnitude)
             total = total + min_snr_weight(timestep) * proxy.loss(copy, timestep, noise)
         proxy.update(total / BATCH_SIZE)
         proxy.extra_steps += 1
@@ -209,4 +209,4 @@ class SlowMethod:
         self.skips = [0] * NUM_SAMPLES
         for proxy, old, new in zip(self.proxies, before, self.shards, strict=True):
             if old != new:
-                proxy.pass_index, proxy.position = proxy.pass_index + 1, 0
+                proxy.epoch_index, proxy.position = proxy.epoch_index + 1, 0

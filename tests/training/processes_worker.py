@@ -25,7 +25,7 @@ from sd_memguard.errors import UserError
 from sd_memguard.training import trainer as loop
 from sd_memguard.training.failures import NonFiniteError
 
-take_step, draw_noise, read_image = loop.Trainer.step, loop.Noising.draw, Samples.keyed_image
+take_step, draw_noise, read_image = loop.Trainer.step, loop.NoiseSampler.draw, Samples.keyed_image
 
 
 def run_job(job: dict, rank: int, size: int) -> dict:
@@ -44,8 +44,8 @@ def run_job(job: dict, rank: int, size: int) -> dict:
             signal.raise_signal(signals[str(rank)][1])
         return take_step(trainer, *args)
 
-    def draw(noising, addresses, *args, **options):
-        timesteps, noise, input_noise = draw_noise(noising, addresses, *args, **options)
+    def draw(noise_sampler, addresses, *args, **options):
+        timesteps, noise, input_noise = draw_noise(noise_sampler, addresses, *args, **options)
         seen["noise"] += [float(one.flatten()[0]) for one in noise]
         return timesteps, noise, input_noise
 
@@ -54,7 +54,7 @@ def run_job(job: dict, rank: int, size: int) -> dict:
             raise SampleError(f"sample {sample_id} is gone")
         return read_image(samples, sample_id)
 
-    loop.Trainer.step, loop.Noising.draw, Samples.keyed_image = step, draw, image
+    loop.Trainer.step, loop.NoiseSampler.draw, Samples.keyed_image = step, draw, image
     try:
         result = loop.train(make_train_config(**job["settings"]))
     except (UserError, NonFiniteError) as error:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
-from tests.training.test_loop import results
 from torch import nn
+
+from tests.training.test_trainer import results
 
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
 
@@ -34,8 +35,8 @@ def graphs(monkeypatch):
     [{"use_ema": True, "max_train_steps": 12}, {"proxy": "lora", "rank": 2, "max_train_steps": 6}],
     ids=["ema", "lora"],
 )
-def test_a_compiled_run_equals_one_that_is_not(run, graphs, pictures, settings):
-    settings = {**settings, "validation_data_dir": str(pictures), "checkpointing_steps": 6}
+def test_a_compiled_run_equals_one_that_is_not(run, graphs, images, settings):
+    settings = {**settings, "validation_data_dir": str(images), "checkpointing_steps": 6}
     eager = run("eager", **settings)
     assert not graphs
     whole = run("compiled", **settings, compile=True)

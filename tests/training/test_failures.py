@@ -122,49 +122,49 @@ def test_weights_that_are_not_finite_are_never_saved(run, configure, monkeypatch
     assert not (folder / "model_index.json").exists()
 
 
-# Pictures.
+# Images.
 
 
 @pytest.fixture
-def own_pictures(pictures, tmp_path):
-    """A folder of pictures that a test may spoil."""
-    return Path(shutil.copytree(pictures, tmp_path / "own"))
+def own_images(images, tmp_path):
+    """A folder of images that a test may spoil."""
+    return Path(shutil.copytree(images, tmp_path / "own"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_goes_bad_is_named_once_and_left_out(run, own_pictures, monkeypatch, caplog, workers):
+def test_a_image_that_goes_bad_is_named_once_and_left_out(run, own_images, monkeypatch, caplog, workers):
     whole = Samples.keyed_image
     lost = "secret-05.png"
 
     def image(samples, sample_id):
         if samples.file(sample_id) == lost:
-            (own_pictures / lost).unlink(missing_ok=True)
+            (own_images / lost).unlink(missing_ok=True)
         return whole(samples, sample_id)
 
     monkeypatch.setattr(Samples, "keyed_image", image)
     with caplog.at_level(logging.WARNING, "sd_memguard"):
         result = run(
-            train_data_dir=str(own_pictures), cache_latents="off", dataloader_num_workers=workers, max_train_steps=12
+            train_data_dir=str(own_images), cache_latents="off", dataloader_num_workers=workers, max_train_steps=12
         )
     assert caplog.text.count("goes on without it") == 1
     assert lost in caplog.text
     rows = pq.read_table(result.output_dir / "memguard/samples.parquet").to_pylist()
     seen = {row["file"]: row["seen"] for row in rows}
     assert seen[lost] == 0
-    assert result.summary["lost_visits"] > 0
-    assert sum(seen.values()) + result.summary["lost_visits"] == 12 * 4
+    assert result.summary["unreadable_samples"] > 0
+    assert sum(seen.values()) + result.summary["unreadable_samples"] == 12 * 4
     assert all(tensor.isfinite().all() for tensor in load_file(result.output_dir / UNET).values())
 
 
-def test_a_run_whose_pictures_all_go_bad_takes_no_step(run, own_pictures, pipeline, monkeypatch):
+def test_a_run_whose_images_all_go_bad_takes_no_step(run, own_images, pipeline, monkeypatch):
     whole = Samples.keyed_image
 
     def image(samples, sample_id):
-        (own_pictures / samples.file(sample_id)).unlink(missing_ok=True)
+        (own_images / samples.file(sample_id)).unlink(missing_ok=True)
         return whole(samples, sample_id)
 
     monkeypatch.setattr(Samples, "keyed_image", image)
-    result = run(train_data_dir=str(own_pictures), cache_latents="off", max_train_steps=6)
+    result = run(train_data_dir=str(own_images), cache_latents="off", max_train_steps=6)
     before = load_file(pipeline / UNET)
     assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(result.output_dir / UNET).items())
     assert result.summary["empty_steps"] == 6
@@ -174,11 +174,11 @@ def test_a_run_whose_pictures_all_go_bad_takes_no_step(run, own_pictures, pipeli
 
 
 @pytest.mark.parametrize("on_bad_sample", ["error", "skip"])
-def test_all_bad_samples_are_listed_in_a_file(run, configure, own_pictures, caplog, on_bad_sample):
+def test_all_bad_samples_are_listed_in_a_file(run, configure, own_images, caplog, on_bad_sample):
     spoiled = [f"secret-{number:02}.png" for number in range(0, 24) if number % 8]
     for name in spoiled:
-        (own_pictures / name).write_bytes(b"no picture, at all")
-    settings = {"train_data_dir": str(own_pictures), "on_bad_sample": on_bad_sample, "max_train_steps": 3}
+        (own_images / name).write_bytes(b"no image, at all")
+    settings = {"train_data_dir": str(own_images), "on_bad_sample": on_bad_sample, "max_train_steps": 3}
     if on_bad_sample == "error":
         with pytest.raises(SampleError, match=r"bad_samples\.csv"):
             run(**settings)
@@ -189,4 +189,4 @@ def test_all_bad_samples_are_listed_in_a_file(run, configure, own_pictures, capl
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == spoiled
     assert [int(row["sample_id"]) for row in rows] == [number for number in range(24) if number % 8]
-    assert all("picture" in row["reason"] for row in rows)
+    assert all("image" in row["reason"] for row in rows)

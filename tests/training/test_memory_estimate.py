@@ -33,7 +33,7 @@ def test_a_disk_too_small_for_the_store_is_refused_before_a_model_is_loaded(run,
     with pytest.raises(SpaceError, match=r"proxy store .* GB, .*fewer `--num_shards`"):
         run(proxy_store="disk")
     (kept,) = (tmp_path / "run" / "memguard").iterdir()
-    assert kept.name.startswith("checks-")  # the pictures need no second check
+    assert kept.name.startswith("checks-")  # the images need no second check
     make_plan(configure(proxy_store="ram"))
 
 

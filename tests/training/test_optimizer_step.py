@@ -11,8 +11,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sd_memguard.core import async_copy as host_copy
 from sd_memguard.training.build import make_accelerator
 from sd_memguard.training.failures import NonFiniteError
-from sd_memguard.training.loss import Noising
-from sd_memguard.training.optimizer_step import Updates
+from sd_memguard.training.loss import NoiseSampler
+from sd_memguard.training.optimizer_step import ClippedStep
 from sd_memguard.training.plan import make_plan
 from sd_memguard.training.trainer import Trainer
 
@@ -23,7 +23,7 @@ READS = {ATEN._local_scalar_dense.default, ATEN.nonzero.default, ATEN.masked_sel
 class Device(TorchDispatchMode):
     """Plays a device on the CPU: marks what is computed from marked tensors, and records what would make the host wait.
 
-    A `HostCopy` is the sanctioned way out; what it gives is not marked.
+    A `AsyncCPUCopy` is the sanctioned way out; what it gives is not marked.
     """
 
     def __init__(self, marked):
@@ -63,7 +63,7 @@ def make_trainer(configure):
 def steps(trainer, count):
     """Yield after each of so many steps of the first shard."""
     size, accumulation = trainer.config.train_batch_size, trainer.config.gradient_accumulation_steps
-    visits = trainer.progress.cursors[0].peek(trainer.guard.plan.members(0), count * size * accumulation, 0)
+    visits = trainer.progress.samplers[0].peek(trainer.guard.plan.members(0), count * size * accumulation, 0)
     batches = trainer.source.batches([visits[start : start + size] for start in range(0, len(visits), size)])
     for _ in range(count):
         trainer.step(batches, accumulation)
@@ -76,7 +76,7 @@ def test_a_step_waits_for_the_device_once(make_trainer, monkeypatch, settings):
     trainer = make_trainer(num_shards=1, **settings)
     waited, backwards = [], []
     device = Device(trainer.unet.parameters())
-    draw, wait, backward = Noising.draw, host_copy.HostCopy.wait, trainer.accelerator.backward
+    draw, wait, backward = NoiseSampler.draw, host_copy.AsyncCPUCopy.wait, trainer.accelerator.backward
 
     def draw_on_device(*args):
         drawn = draw(*args)
@@ -87,8 +87,8 @@ def test_a_step_waits_for_the_device_once(make_trainer, monkeypatch, settings):
         waited.append((copy._copy.shape, len(backwards)))
         return torch.from_numpy(wait(copy).numpy().copy())  # on the host: not marked
 
-    monkeypatch.setattr(Noising, "draw", draw_on_device)
-    monkeypatch.setattr(host_copy.HostCopy, "wait", record_wait)
+    monkeypatch.setattr(NoiseSampler, "draw", draw_on_device)
+    monkeypatch.setattr(host_copy.AsyncCPUCopy, "wait", record_wait)
     monkeypatch.setattr(trainer.accelerator, "backward", lambda loss: (backward(loss), backwards.append(1)))
     run = steps(trainer, 3)
     next(run)  # makes the optimizer's state
@@ -119,14 +119,14 @@ class Parts:
         generator = torch.Generator().manual_seed(0)
         self.parameters = [torch.nn.Parameter(torch.randn(3, 2, generator=generator)) for _ in range(2)]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.1, fused=fused)
-        self.updates = Updates(trainer.accelerator, self.optimizer, self.parameters, 1.0)
+        self.optimizer_step = ClippedStep(trainer.accelerator, self.optimizer, self.parameters, 1.0)
 
     def step(self, *, scale=1.0, bad=False):
         for number, parameter in enumerate(self.parameters):
             parameter.grad = torch.full_like(parameter, 0.5 + number)
         if bad:
             self.parameters[1].grad[0, 0] = torch.nan
-        return self.updates.take(scale).wait()
+        return self.optimizer_step.step(scale).wait()
 
     def state(self):
         moments = [self.optimizer.state[p] for p in self.parameters]
@@ -176,7 +176,7 @@ def test_bad_gradients_are_named_counted_and_end_the_run(make_trainer, monkeypat
 
     monkeypatch.setattr(trainer.accelerator, "backward", poisoned)
     next(run)
-    trainer._look_back()
+    trainer.check_pending_norms()
     assert trainer.progress.nonfinite_steps == 1
     assert "step 2 is left out: its gradient is not finite" in caplog.text
     assert caplog.text.count("secret-") == 4

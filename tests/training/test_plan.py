@@ -1,4 +1,4 @@
-"""What ``auto`` comes to, from the pictures and the length of the training."""
+"""What ``auto`` comes to, from the images and the length of the training."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from sd_memguard.training.plan import make_plan, num_different, plan_rounds
 
 @pytest.fixture
 def plan(configure):
-    """Return a function that plans a run on the demo set, 992 samples of 502 different pictures, in batches of 4."""
+    """Return a function that plans a run on the demo set, 992 samples of 502 different images, in batches of 4."""
 
     def planned(**settings):
         settings = {"num_shards": "auto", "steps_per_round": "auto", "group_duplicates": "balance", **settings}
@@ -17,7 +17,7 @@ def plan(configure):
 
 
 def test_a_longer_training_is_shared_by_more_shards(plan):
-    short = plan(max_train_steps=3765)  # 30 passes over 502 pictures
+    short = plan(max_train_steps=3765)  # 30 passes over 502 images
     assert num_different(short.samples) == 502
     assert short.schedule.num_shards == 1
     assert plan(max_train_steps=3766).schedule.num_shards == 2

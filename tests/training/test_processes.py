@@ -50,8 +50,8 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def configure(pipeline, pictures, home):
-    return lambda name, **settings: short_run(pipeline, pictures, home / name, **settings)
+def configure(pipeline, images, home):
+    return lambda name, **settings: short_run(pipeline, images, home / name, **settings)
 
 
 def job(config: TrainConfig, **happens) -> dict:
@@ -96,17 +96,17 @@ def stopped_run(config: TrainConfig, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def one(configure, wide_pictures):
+def one(configure, wide_images):
     """Return the folders of the runs in one process, by name."""
-    heldout = {"validation_data_dir": str(wide_pictures), "center_crop": True}
+    heldout = {"validation_data_dir": str(wide_images), "center_crop": True}
     arms = {"shards": {**SHARDS, **heldout}, "ema": EMA, "lora": LORA, "batch": {**BATCH, **heldout}}
     return {name: train(configure(f"one-{name}", **settings)).output_dir for name, settings in arms.items()}
 
 
 @pytest.fixture(scope="module")
-def two(configure, home, wide_pictures, one):
+def two(configure, home, wide_images, one):
     """Return the folders of the runs in two processes, by name."""
-    heldout = {"validation_data_dir": str(wide_pictures), "center_crop": True}
+    heldout = {"validation_data_dir": str(wide_images), "center_crop": True}
     shards = {**SHARDS, **heldout}
     stopped_run(configure("one-then-two", **shards), 17)
     half = {"train_batch_size": 2}  # in each of two processes
@@ -231,9 +231,9 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_to_the_same_byte
     assert bytes_of(two["stopped"]) == bytes_of(two["shards"])
 
 
-def test_another_number_of_processes_goes_on(one, two, configure, wide_pictures):
+def test_another_number_of_processes_goes_on(one, two, configure, wide_images):
     assert_same_run(one["shards"], two["one-then-two"])
-    heldout = {"validation_data_dir": str(wide_pictures), "center_crop": True}
+    heldout = {"validation_data_dir": str(wide_images), "center_crop": True}
     resumed = train(configure("two-then-one", **SHARDS, **heldout, resume_from_checkpoint="latest"))
     assert_same_run(one["shards"], resumed.output_dir)
 
@@ -256,8 +256,8 @@ def test_a_batch_in_slices_stops_together_and_goes_on_to_the_same_bytes(two):
     assert bytes_of(stopped) == bytes_of(two["batch"])
 
 
-def test_a_batch_in_slices_goes_on_in_one_process_of_as_many_samples(one, two, configure, wide_pictures):
-    settings = {**BATCH, "validation_data_dir": str(wide_pictures), "center_crop": True}
+def test_a_batch_in_slices_goes_on_in_one_process_of_as_many_samples(one, two, configure, wide_images):
+    settings = {**BATCH, "validation_data_dir": str(wide_images), "center_crop": True}
     settings["resume_from_checkpoint"] = "latest"
     with pytest.raises(CheckpointError, match="train_batch_size"):
         train(configure("batch-then-one", **settings, train_batch_size=2))
@@ -265,7 +265,7 @@ def test_a_batch_in_slices_goes_on_in_one_process_of_as_many_samples(one, two, c
     assert_same_run(one["batch"], resumed.output_dir)
 
 
-def test_plain_training_with_lost_pictures_gives_what_one_process_gives(two, configure, monkeypatch):
+def test_plain_training_with_lost_images_gives_what_one_process_gives(two, configure, monkeypatch):
     take, read, begun = Trainer.step, Samples.keyed_image, []
 
     def image(samples, sample_id):
@@ -278,8 +278,8 @@ def test_plain_training_with_lost_pictures_gives_what_one_process_gives(two, con
     alone = train(configure("one-plain", **PLAIN))
     assert_same_run(alone.output_dir, two["plain"])
     summary = json.loads((two["plain"] / "memguard/summary.json").read_text())
-    assert summary["lost_visits"] == alone.summary["lost_visits"] > 0
-    assert summary["picture_forwards"] == alone.summary["picture_forwards"]
+    assert summary["unreadable_samples"] == alone.summary["unreadable_samples"] > 0
+    assert summary["image_forwards"] == alone.summary["image_forwards"]
 
 
 # What ends a run.
@@ -300,8 +300,8 @@ def test_a_killed_process_ends_the_other_and_leaves_a_whole_checkpoint(two, home
     verify_checkpoint(list_checkpoints(two["killed"])[-1])
 
 
-def test_a_sigterm_to_the_launcher_saves_once_and_ends_all(home, pipeline, pictures):
-    flags = {"pretrained": pipeline, "train_data_dir": pictures, "resolution": 32, "max_train_steps": 100000}
+def test_a_sigterm_to_the_launcher_saves_once_and_ends_all(home, pipeline, images):
+    flags = {"pretrained": pipeline, "train_data_dir": images, "resolution": 32, "max_train_steps": 100000}
     flags |= {"train_batch_size": 4, "checkpointing_steps": 10, "checkpoints_total_limit": 1, "num_shards": 2}
     arguments = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]

@@ -21,7 +21,7 @@ def curves(finished_run):
 
 
 def expected_curves(row: dict) -> dict:
-    values = {name: row[name] for name in ("extra_steps", "empty_steps", "nonfinite_steps", "picture_forwards")}
+    values = {name: row[name] for name in ("extra_steps", "empty_steps", "nonfinite_steps", "image_forwards")}
     values |= {"heldout_loss": row["heldout_loss"], "probe_train_loss": row["train_loss"]}
     values |= {"loss_gap": row["heldout_loss"] - row["train_loss"]}
     values |= {"moved_samples": sum(move["count"] for move in row["moves"])}

@@ -93,13 +93,13 @@ def test_no_file_of_a_checkpoint_runs(run, payload, mark, tmp_path):
 @pytest.mark.parametrize(
     "name", ["metadata.jsonl", "metadata.csv", "metadata.parquet", "secret-03.png", "secret-03.txt"]
 )
-def test_no_file_of_a_data_set_runs(run, pictures, payload, mark, tmp_path, name):
-    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+def test_no_file_of_a_data_set_runs(run, images, payload, mark, tmp_path, name):
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
     if name.startswith("metadata"):
         (folder / "metadata.jsonl").unlink()
     (folder / name).write_bytes(payload)
     if name == "secret-03.txt":
-        run(train_data_dir=str(folder), max_train_steps=3)  # a text beside a picture that the metadata name
+        run(train_data_dir=str(folder), max_train_steps=3)  # a text beside a image that the metadata name
     else:
         refused(run, train_data_dir=str(folder), max_train_steps=3)
     assert not mark.exists()

@@ -77,9 +77,9 @@ def stop_at(monkeypatch, step: int) -> None:
         pytest.param(9, {"memguard": "off"}, id="plain"),
     ],
 )
-def test_a_resumed_run_equals_one_that_was_not_stopped(run, configure, wide_pictures, monkeypatch, step, settings):
+def test_a_resumed_run_equals_one_that_was_not_stopped(run, configure, wide_images, monkeypatch, step, settings):
     if "random_flip" in settings:
-        settings = {**settings, "train_data_dir": str(wide_pictures)}
+        settings = {**settings, "train_data_dir": str(wide_images)}
     whole = run("whole", **settings)
     with monkeypatch.context() as patch:
         stop_at(patch, step)
@@ -117,8 +117,8 @@ def test_the_size_of_a_shard_is_that_of_the_round(run):
     assert [shard["size"] for shard in second["shards"]] == sizes
 
 
-def test_a_real_sigterm_ends_with_143_and_a_checkpoint(configure, pictures, pipeline, tmp_path):
-    flags = {"pretrained": pipeline, "train_data_dir": pictures, "output_dir": tmp_path / "run", "resolution": 32}
+def test_a_real_sigterm_ends_with_143_and_a_checkpoint(configure, images, pipeline, tmp_path):
+    flags = {"pretrained": pipeline, "train_data_dir": images, "output_dir": tmp_path / "run", "resolution": 32}
     flags |= {"max_train_steps": 100000, "train_batch_size": 4, "checkpointing_steps": 10, "mixed_precision": "no"}
     arguments = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "sd_memguard.train", *arguments]
@@ -148,13 +148,13 @@ def test_a_neutral_guard_trains_like_none(run):
     assert results(guarded.output_dir)[0] == results(plain.output_dir)[0]
 
 
-def test_plain_training_equals_the_bare_loop(run, pictures, pipeline):
-    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+def test_plain_training_equals_the_bare_loop(run, images, pipeline):
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
     single = [row for row in rows if isinstance(row["text"], str)]
-    folder = pictures.parent / "single"
+    folder = images.parent / "single"
     folder.mkdir()
     for row in single:
-        (folder / row["file_name"]).write_bytes((pictures / row["file_name"]).read_bytes())
+        (folder / row["file_name"]).write_bytes((images / row["file_name"]).read_bytes())
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in single))
     trained = run(memguard="off", train_data_dir=str(folder), max_train_steps=8, adam_epsilon=EPSILON)
     captioned = [(folder / row["file_name"], row["text"]) for row in single]
@@ -171,9 +171,9 @@ def test_accumulated_batches_equal_a_large_one(run):
 # What a run leaves behind.
 
 
-def test_a_run_folder(run, pipeline, pictures):
+def test_a_run_folder(run, pipeline, images):
     run_folder, step, summary = run(
-        validation_data_dir=str(pictures), validation_prompts=("a cat",), checkpointing_steps=8
+        validation_data_dir=str(images), validation_prompts=("a cat",), checkpointing_steps=8
     )
     assert step == 24
     StableDiffusionPipeline.from_pretrained(run_folder, local_files_only=True)
@@ -192,7 +192,7 @@ def test_a_run_folder(run, pipeline, pictures):
     fields |= {"bank_mean", "bank_coverage"}
     assert all(set(shard) == fields for row in rounds for shard in row["shards"])
     assert sum(row["extra_steps"] for row in rounds) == summary["extra_steps"]
-    assert all(row["train_loss"] == row["heldout_loss"] for row in rounds)  # the same pictures twice: same probe
+    assert all(row["train_loss"] == row["heldout_loss"] for row in rounds)  # the same images twice: same probe
 
     table = pq.read_table(run_folder / "memguard/samples.parquet")
     counts = ["seen", "skipped", "augmented", "moves", "skip_ratio"]
@@ -207,7 +207,7 @@ def test_a_run_folder(run, pipeline, pictures):
     assert "validation" in events.Tags()["images"] or "validation/image/0" in events.Tags()["images"]
 
 
-def test_the_hub_gets_the_pipeline_and_no_word_of_the_data(run, configure, pictures):
+def test_the_hub_gets_the_pipeline_and_no_word_of_the_data(run, configure, images):
     result = run(checkpointing_steps=12, max_train_steps=12)
     files = [path.relative_to(result.output_dir).as_posix() for path in result.output_dir.rglob("*") if path.is_file()]
     sent = set(filter_repo_objects(files, allow_patterns=ALLOWED))
@@ -217,7 +217,7 @@ def test_the_hub_gets_the_pipeline_and_no_word_of_the_data(run, configure, pictu
     assert not [name for name in sent if name.startswith(("checkpoint-", "memguard", "logs"))]
     card = str(model_card("me/mine", configure(hub_token="hf_secret_token"), result.summary))
     assert result.summary["memory_prone"]
-    assert not [word for word in ("secret", "private thing", "another word", str(pictures)) if word in card]
+    assert not [word for word in ("secret", "private thing", "another word", str(images)) if word in card]
 
 
 def test_dry_run_prints_and_writes_nothing(run, capsys):
@@ -241,9 +241,9 @@ def test_impossible_settings_are_refused(run, settings, error, words):
         run(**settings)
 
 
-def test_a_cache_that_would_not_be_exact_is_refused(run, wide_pictures):
+def test_a_cache_that_would_not_be_exact_is_refused(run, wide_images):
     with pytest.raises(ConfigError, match="center_crop"):
-        run(train_data_dir=str(wide_pictures), cache_latents="memory")
+        run(train_data_dir=str(wide_images), cache_latents="memory")
 
 
 def test_the_folder_of_another_run_is_refused(run):

@@ -1,4 +1,4 @@
-"""The small network behind the extractor `bundled`: pictures to unit vectors that stay put when a picture is copied.
+"""The small network behind the extractor `bundled`: images to unit vectors that stay put when a image is copied.
 
 `tools/build_copy_descriptor.py` trains it, in the manner of SSCD (Pizzi et al. 2022, arXiv 2202.10261).
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 SIZE = 64
-"""Edge of the pictures it takes, in pixels."""
+"""Edge of the images it takes, in pixels."""
 
 DIMENSIONS = 128
 CHANNELS = (24, 48, 96, 128)
@@ -28,9 +28,9 @@ class CopyDescriptor(nn.Module):
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(channels * (SIZE // 2 ** len(CHANNELS)) ** 2, DIMENSIONS)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Return unit vectors (B, 128) of pictures (B, 3, 64, 64) in 0..1."""
-        return torch.nn.functional.normalize(self.head(self.body(2 * pictures - 1).flatten(1)), dim=1)
+    def forward(self, images: Tensor) -> Tensor:
+        """Return unit vectors (B, 128) of images (B, 3, 64, 64) in 0..1."""
+        return torch.nn.functional.normalize(self.head(self.body(2 * images - 1).flatten(1)), dim=1)
 
 
 def _block(channels: int, width: int, *, kernel: int, stride: int) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""Extractors: what turns a picture into the unit vector by which the audit compares it.
+"""Extractors: what turns a image into the unit vector by which the audit compares it.
 
 A new one is a class with the four attributes and two methods of ``Extractor``, and a line in ``EXTRACTORS``.
 """
@@ -28,11 +28,11 @@ IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 class Extractor(ABC):
-    """Turns pictures into rows.
+    """Turns images into rows.
 
     Attributes:
         name: As given to ``--extractor``.
-        preprocessing: In words, what happens to a picture before the network.
+        preprocessing: In words, what happens to a image before the network.
         dimensions: D, the width of a row.
         sha256: Of the weights; None where there are none.
         is_normalized: Whether rows are unit vectors, so that their product is a cosine.
@@ -46,15 +46,15 @@ class Extractor(ABC):
 
     @abstractmethod
     def prepare(self, image: PIL.Image.Image) -> Tensor:
-        """Return an RGB picture as the network wants it; all pictures in the same shape."""
+        """Return an RGB image as the network wants it; all images in the same shape."""
 
     @abstractmethod
     def embed(self, batch: Tensor) -> Tensor:
-        """Return (B, D) rows of a batch of prepared pictures, on the batch's device."""
+        """Return (B, D) rows of a batch of prepared images, on the batch's device."""
 
     @property
     def key(self) -> str:
-        """What decides a row besides the picture's content."""
+        """What decides a row besides the image's content."""
         return digest(self.name, self.preprocessing, self.sha256, self.dimensions)
 
 
@@ -78,7 +78,7 @@ class Thumbnails(Extractor):
 
 
 class Bundled(Thumbnails):
-    """The copy descriptor that comes with the project: small pictures, no download."""
+    """The copy descriptor that comes with the project: small images, no download."""
 
     name = "bundled"
     dimensions = DIMENSIONS
@@ -223,7 +223,7 @@ class Inception(Extractor):
     """
 
     name = "inception"
-    preprocessing = "scaled to 299 x 299 (bicubic, antialiased), whole picture"
+    preprocessing = "scaled to 299 x 299 (bicubic, antialiased), whole image"
     dimensions = 2048
     is_normalized = False
 
@@ -279,18 +279,18 @@ def extract(
     batch_size: int,
     description: str,
 ) -> list[Tensor]:
-    """Return the rows of N pictures in memory-mapped blocks; those known from earlier are not computed again.
+    """Return the rows of N images in memory-mapped blocks; those known from earlier are not computed again.
 
     Args:
         extractor: What makes the rows.
-        keys: N hashes of the pictures' files.
-        load: Gives picture number i in RGB.
+        keys: N hashes of the images' files.
+        load: Gives image number i in RGB.
         store: Where rows are kept.
         device: Where the network is.
-        batch_size: Pictures at a time.
+        batch_size: Images at a time.
         description: Text of the progress bar.
     """
-    with tqdm(total=len(keys), desc=description, unit="picture", leave=False) as progress:
+    with tqdm(total=len(keys), desc=description, unit="image", leave=False) as progress:
 
         @torch.no_grad()
         def compute(rows: range) -> Tensor:

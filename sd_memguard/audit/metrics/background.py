@@ -1,4 +1,4 @@
-"""How alike pictures are that nobody copied, and the threshold above which likeness is called a copy."""
+"""How alike images are that nobody copied, and the threshold above which likeness is called a copy."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from sd_memguard.audit.metrics.statistics import percentile
 from sd_memguard.core.seeding import permutation
 
 BACKGROUND_SIZE = 10_000
-"""Most pictures of a set whose nearest others make up its background; drawn by the seed where it has more."""
+"""Most images of a set whose nearest others make up its background; drawn by the seed where it has more."""
 
 
 BACKGROUND_PERCENT = 99
@@ -35,14 +35,14 @@ MARGIN = 1 / 3
 
 
 class Matched(NamedTuple):
-    """For each of Q pictures the similarity to the nearest training picture, and that picture's row in the set."""
+    """For each of Q images the similarity to the nearest training image, and that image's row in the set."""
 
     similarity: Tensor
     row: Tensor
 
 
 class PixelRatios(NamedTuple):
-    """For each of Q pictures Carlini's ratio and the ratio of squared distances, in pixels."""
+    """For each of Q images Carlini's ratio and the ratio of squared distances, in pixels."""
 
     l2: Tensor
     squared: Tensor
@@ -57,17 +57,17 @@ class Threshold(NamedTuple):
 
 
 class Gallery:
-    """The distinct training pictures as rows to search, features and pixels.
+    """The distinct training images as rows to search, features and pixels.
 
     Args:
-        train: The training pictures.
+        train: The training images.
         extractor: Of the features.
         store: Where rows and results are kept.
         device: Where networks and searches run.
-        batch_size: Pictures at a time.
+        batch_size: Images at a time.
 
     Raises:
-        AuditError: Fewer than two distinct pictures.
+        AuditError: Fewer than two distinct images.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Gallery:
         self.device, self.batch_size = device, batch_size
         if len(train.distinct) < 2:
             raise AuditError(
-                f"at least 2 distinct training pictures are needed, {train.place} has {len(train.distinct)}; add some"
+                f"at least 2 distinct training images are needed, {train.place} has {len(train.distinct)}; add some"
             )
         self.rows = torch.tensor(train.distinct)
         self.keys = [train.hashes[row] for row in train.distinct]
@@ -85,24 +85,24 @@ class Gallery:
         self.features = self.features_of(train, train.distinct)
         self.pixels = self.extract(Thumbnails(), train, train.distinct)
 
-    def features_of(self, pictures: Collection, rows: Sequence[int]) -> list[Tensor]:
+    def features_of(self, images: Collection, rows: Sequence[int]) -> list[Tensor]:
         """Return blocks of features of these rows."""
-        return self.extract(self.extractor, pictures, rows)
+        return self.extract(self.extractor, images, rows)
 
-    def extract(self, extractor: Extractor, pictures: Collection, rows: Sequence[int]) -> list[Tensor]:
+    def extract(self, extractor: Extractor, images: Collection, rows: Sequence[int]) -> list[Tensor]:
         """Return blocks of another extractor's rows."""
-        keys = [pictures.hashes[row] for row in rows]
-        what = f"{extractor.name}: {pictures.place}"
-        load = lambda number: pictures.image(rows[number])  # noqa: E731 (a name would say no more)
+        keys = [images.hashes[row] for row in rows]
+        what = f"{extractor.name}: {images.place}"
+        load = lambda number: images.image(rows[number])  # noqa: E731 (a name would say no more)
         return extract(extractor, keys, load, self.store, self.device, self.batch_size, what)
 
-    def match(self, pictures: Collection) -> Matched:
-        """Return the nearest training picture of every picture of another collection."""
-        features = torch.cat(self.features_of(pictures, range(len(pictures))))
-        return self._search(pictures.hashes, features, torch.full((len(pictures),), -1))
+    def match(self, images: Collection) -> Matched:
+        """Return the nearest training image of every image of another collection."""
+        features = torch.cat(self.features_of(images, range(len(images))))
+        return self._search(images.hashes, features, torch.full((len(images),), -1))
 
     def match_own(self, positions: Tensor) -> Matched:
-        """Return the nearest *other* distinct training picture of the distinct pictures at these positions."""
+        """Return the nearest *other* distinct training image of the distinct images at these positions."""
         features = take(self.features, positions)
         return self._search([self.keys[position] for position in positions], features, positions)
 
@@ -116,9 +116,9 @@ class Gallery:
         found = self.store.rows(f"{kind} in {self.key}", keys, compute)
         return Matched(found[:, 0].float(), self.rows[found[:, 1].long()])
 
-    def pixel_ratios(self, pictures: Collection) -> PixelRatios:
-        """Return the two ratios of distances in pixels of every picture of another collection."""
-        pixels = torch.cat(self.extract(Thumbnails(), pictures, range(len(pictures))))
+    def pixel_ratios(self, images: Collection) -> PixelRatios:
+        """Return the two ratios of distances in pixels of every image of another collection."""
+        pixels = torch.cat(self.extract(Thumbnails(), images, range(len(images))))
         count = min(NUM_NEIGHBORS, len(self.rows))
 
         def compute(rows: range) -> Tensor:
@@ -126,14 +126,14 @@ class Gallery:
             distances = -best_matches(query, self.pixels, count, negative_distance).scores.double()
             return torch.stack([distance_ratio(distances), squared_distance_ratio(distances)], 1).cpu()
 
-        found = self.store.rows(f"pixel ratios in {digest(*self.keys)}", pictures.hashes, compute)
+        found = self.store.rows(f"pixel ratios in {digest(*self.keys)}", images.hashes, compute)
         return PixelRatios(*found.float().T)
 
-    def similarity_to(self, pictures: Collection, own_rows: Sequence[int]) -> Tensor:
-        """Return the similarity of every picture to one training picture each, given by its row in the set."""
+    def similarity_to(self, images: Collection, own_rows: Sequence[int]) -> Tensor:
+        """Return the similarity of every image to one training image each, given by its row in the set."""
         position = {self.train.hashes[row]: number for number, row in enumerate(self.train.distinct)}
         own = torch.tensor([position[self.train.hashes[row]] for row in own_rows])
-        features = torch.cat(self.features_of(pictures, range(len(pictures))))
+        features = torch.cat(self.features_of(images, range(len(images))))
         return (features * take(self.features, own)).sum(1)
 
 
@@ -144,57 +144,57 @@ def take(blocks: Sequence[Tensor], rows: Tensor) -> Tensor:
 
 
 def background_positions(count: int, seed: int) -> Tensor:
-    """Return which of ``count`` pictures make up a background, ascending: all, or ``BACKGROUND_SIZE`` of them."""
+    """Return which of ``count`` images make up a background, ascending: all, or ``BACKGROUND_SIZE`` of them."""
     return permutation(seed, "background", length=count)[:BACKGROUND_SIZE].sort().values
 
 
 def choose_threshold(train: Tensor, reference: Tensor | None) -> Threshold:
-    """Return the similarity from which on a drawing counts as a copy: a third of the way from a high background to 1.
+    """Return the similarity from which on a generated image counts as a copy: a third of the way from a high background to 1.
 
     High means the 99th percentile of what is alike without being copied, which a few true duplicates in it do not move.
-    At that value itself 1% of all unseen pictures would count as copies. A third of the way on leaves few of them, and
+    At that value itself 1% of all held-out images would count as copies. A third of the way on leaves few of them, and
     is below copies that were compressed, scaled or slightly cropped; docs/audit.md has the figures behind the choice.
 
     Args:
-        train: (N,) similarities of distinct training pictures to their nearest others.
-        reference: (M,) similarities of pictures not trained on to their nearest training pictures, or None.
+        train: (N,) similarities of distinct training images to their nearest others.
+        reference: (M,) similarities of images not trained on to their nearest training images, or None.
     """
-    usual, of = (train, "training pictures") if reference is None else (reference, "pictures not trained on")
+    usual, of = (train, "training images") if reference is None else (reference, "images not trained on")
     high = percentile(usual, BACKGROUND_PERCENT).item()
     rule = f"a third of the way from {high:.3f}, below which {BACKGROUND_PERCENT}% of the {of} are, to 1"
     return Threshold(high + (1 - high) * MARGIN, rule, "background")
 
 
-def choose_rows(candidates: ChosenCaptions, look_alikes: set[int], count: int) -> ChosenCaptions:
+def choose_rows(candidates: ChosenCaptions, near_duplicates: set[int], count: int) -> ChosenCaptions:
     """Return rows whose captions are drawn, ascending; as many of each kind, fewer where there are no more.
 
     Args:
         candidates: Rows of each kind in random order.
-        look_alikes: Rows to leave out, because another picture of the set is as like as a copy.
+        near_duplicates: Rows to leave out, because another image of the set is as like as a copy.
         count: How many of each kind.
     """
-    return ChosenCaptions(*(sorted([row for row in kind if row not in look_alikes][:count]) for kind in candidates))
+    return ChosenCaptions(*(sorted([row for row in kind if row not in near_duplicates][:count]) for kind in candidates))
 
 
 def candidates(train: Collection, seed: int) -> ChosenCaptions:
-    """Return the first rows of all pictures whose captions could be drawn, each kind in random order.
+    """Return the first rows of all images whose captions could be drawn, each kind in random order.
 
-    A caption must belong to one picture alone, and the picture to one caption, so that it is clear which picture a
-    drawing would be a copy of.
+    A caption must belong to one image alone, and the image to one caption, so that it is clear which image a
+    generated image would be a copy of.
 
     Args:
-        train: The training pictures.
+        train: The training images.
         seed: Decides the order.
     """
     shown = Counter(train.hashes)
-    captions_of, pictures_of = defaultdict(set), defaultdict(set)
+    captions_of, images_of = defaultdict(set), defaultdict(set)
     for content, caption in zip(train.hashes, train.captions, strict=True):
         captions_of[content].add(caption)
-        pictures_of[caption].add(content)
+        images_of[caption].add(content)
     clear = [
         row
         for row in train.distinct
-        if train.captions[row] and len(captions_of[train.hashes[row]]) == len(pictures_of[train.captions[row]]) == 1
+        if train.captions[row] and len(captions_of[train.hashes[row]]) == len(images_of[train.captions[row]]) == 1
     ]
     order = [clear[number] for number in permutation(seed, "captions", length=len(clear)).tolist()]
     return ChosenCaptions(

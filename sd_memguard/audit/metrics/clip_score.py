@@ -1,4 +1,4 @@
-"""The CLIP score: how well drawings fit their captions."""
+"""The CLIP score: how well generated images fit their captions."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from sd_memguard.audit.features.extractors import weights_sha256
 
 
 class ClipScorer:
-    """Scores how well a picture fits its caption: the cosine of CLIP's two embeddings (Hessel et al. 2021).
+    """Scores how well a image fits its caption: the cosine of CLIP's two embeddings (Hessel et al. 2021).
 
     arXiv 2104.08718, without its factor (2.5; torchmetrics: 100) and its cut at 0: the scale of the papers' 0.3.
 
@@ -21,7 +21,7 @@ class ClipScorer:
         place: Folder or hub name of a CLIP model with safetensors and its preprocessing.
         store: Where scores are kept.
         device: Where the network runs.
-        batch_size: Pictures at a time.
+        batch_size: Images at a time.
 
     Raises:
         AuditError: Where the model cannot be loaded.
@@ -41,7 +41,7 @@ class ClipScorer:
         self.sha256 = weights_sha256(self.model)
         self.store, self.device, self.batch_size = store, device, batch_size
 
-    def scores(self, pictures: Collection, rows: Sequence[int]) -> Tensor:
+    def scores(self, images: Collection, rows: Sequence[int]) -> Tensor:
         """Return a score for each of these rows, (N,) float32."""
 
         @torch.no_grad()
@@ -50,8 +50,8 @@ class ClipScorer:
             for start in range(part.start, part.stop, self.batch_size):
                 batch = rows[start : min(start + self.batch_size, part.stop)]
                 inputs = self.processor(
-                    text=[pictures.captions[row] for row in batch],
-                    images=[pictures.image(row) for row in batch],
+                    text=[images.captions[row] for row in batch],
+                    images=[images.image(row) for row in batch],
                     return_tensors="pt",
                     padding=True,
                     truncation=True,
@@ -60,5 +60,5 @@ class ClipScorer:
                 found.append((normalize(output.image_embeds, dim=1) * normalize(output.text_embeds, dim=1)).sum(1))
             return torch.cat(found)[:, None]
 
-        keys = [f"{pictures.hashes[row]} {pictures.captions[row]}" for row in rows]
+        keys = [f"{images.hashes[row]} {images.captions[row]}" for row in rows]
         return self.store.rows(f"clip score {self.sha256}", keys, compute)[:, 0]

@@ -1,4 +1,4 @@
-"""The figures of one model: its drawings against the training pictures, its signals, its quality."""
+"""The figures of one model: its generated images against the training images, its signals, its quality."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -27,18 +27,18 @@ from sd_memguard.core.seeding import generator_for
 MQ_LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6)
 
 
-class Subject(NamedTuple):
-    """The drawings of a model or of a folder, in the order of captions, n for each.
+class GeneratedSet(NamedTuple):
+    """The generated images of a model or of a folder, in the order of captions, n for each.
 
     Attributes:
-        pictures: The drawings.
-        kinds: ``repeated``, ``single`` or ``given`` for each drawing.
+        images: The generated.
+        kinds: ``repeated``, ``single`` or ``given`` for each generated image.
         per_caption: n.
-        seeds: Of each drawing, empty where unknown.
-        own_rows: Row of each drawing's training picture, empty where unknown.
+        seeds: Of each generated image, empty where unknown.
+        own_rows: Row of each generated image's training image, empty where unknown.
     """
 
-    pictures: Collection
+    images: Collection
     kinds: Sequence[str]
     per_caption: int
     seeds: Sequence[int]
@@ -46,28 +46,28 @@ class Subject(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """What each of N drawings has in common with the training pictures; ``own`` is None where unknown."""
+    """What each of N generated images has in common with the training images; ``own`` is None where unknown."""
 
     nearest: Matched
     own: Tensor | None
     ratios: PixelRatios
 
     def is_copy(self, threshold: float) -> Tensor:
-        """Whether each drawing is as like its nearest training picture as a copy, (N,) bool."""
+        """Whether each generated image is as like its nearest training image as a copy, (N,) bool."""
         return self.nearest.similarity >= threshold
 
     def is_l2_copy(self) -> Tensor:
-        """Whether each drawing is a copy by Carlini's rule in pixels, (N,) bool."""
+        """Whether each generated image is a copy by Carlini's rule in pixels, (N,) bool."""
         return self.ratios.l2 < COPY_THRESHOLD
 
 
-def compare(subject: Subject, gallery: Gallery) -> Compared:
-    """Return how the drawings compare with the training pictures."""
-    own = gallery.similarity_to(subject.pictures, subject.own_rows) if subject.own_rows else None
-    return Compared(gallery.match(subject.pictures), own, gallery.pixel_ratios(subject.pictures))
+def compare(subject: GeneratedSet, gallery: Gallery) -> Compared:
+    """Return how the generated images compare with the training images."""
+    own = gallery.similarity_to(subject.images, subject.own_rows) if subject.own_rows else None
+    return Compared(gallery.match(subject.images), own, gallery.pixel_ratios(subject.images))
 
 
-def copy_figures(subject: Subject, compared: Compared, threshold: float, seed: int) -> dict[str, dict[str, Any]]:
+def copy_figures(subject: GeneratedSet, compared: Compared, threshold: float, seed: int) -> dict[str, dict[str, Any]]:
     """Return the figures on copies of each kind of captions and of all."""
     kinds = list(dict.fromkeys(subject.kinds))
     members = {kind: torch.tensor([one == kind for one in subject.kinds]) for kind in kinds}
@@ -75,7 +75,9 @@ def copy_figures(subject: Subject, compared: Compared, threshold: float, seed: i
     return {kind: _copies_of(member, subject, compared, threshold, seed) for kind, member in members.items()}
 
 
-def _copies_of(member: Tensor, subject: Subject, compared: Compared, threshold: float, seed: int) -> dict[str, Any]:
+def _copies_of(
+    member: Tensor, subject: GeneratedSet, compared: Compared, threshold: float, seed: int
+) -> dict[str, Any]:
     def estimate(values: Tensor, statistic: Callable[[Tensor], Tensor], what: str) -> Estimate:
         shaped = values[member].double().unflatten(0, (-1, subject.per_caption))
         return bootstrap(shaped, statistic, generator_for(seed, f"bootstrap {what}"))
@@ -102,7 +104,7 @@ def _copies_of(member: Tensor, subject: Subject, compared: Compared, threshold: 
 
 
 class Probes(NamedTuple):
-    """Captions and pictures, trained on and not, whose answers tell them apart."""
+    """Captions and images, trained on and not, whose answers tell them apart."""
 
     train: Collection
     train_rows: Sequence[int]
@@ -159,18 +161,18 @@ def detection_figures(probes: Probes, probing: Probing) -> dict[str, Any]:
 
 
 def membership_figures(probes: Probes, probing: Probing) -> dict[str, Any]:
-    """Return how well the loss tells pictures trained on from others; see ``denoising_losses``."""
+    """Return how well the loss tells images trained on from others; see ``denoising_losses``."""
 
-    def measure(pictures: Collection, chosen: Sequence[int]) -> Tensor:
+    def measure(collection: Collection, chosen: Sequence[int]) -> Tensor:
         def compute(rows: range) -> Tensor:
             losses = []
             for start in _batches(rows, probing.batch_size, "loss"):
                 part = chosen[start : min(start + probing.batch_size, rows.stop)]
-                images, captions = [pictures.image(row) for row in part], [pictures.captions[row] for row in part]
-                losses.append(denoising_losses(probing.load(), images, captions, probing.seed))
+                batch, captions = [collection.image(row) for row in part], [collection.captions[row] for row in part]
+                losses.append(denoising_losses(probing.load(), batch, captions, probing.seed))
             return torch.cat(losses)[:, None]
 
-        keys = [f"{pictures.hashes[row]} {pictures.captions[row]}" for row in chosen]
+        keys = [f"{collection.hashes[row]} {collection.captions[row]}" for row in chosen]
         return probing.store.rows(f"loss {probing.model_sha256} {probing.seed}", keys, compute)[:, 0]
 
     train = measure(probes.train, probes.train_rows)

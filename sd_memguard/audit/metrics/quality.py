@@ -1,4 +1,4 @@
-"""How good the drawings are: their distribution against that of real pictures, and against their captions."""
+"""How good the generated images are: their distribution against that of real images, and against their captions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,19 +9,19 @@ from torch import Tensor
 from sd_memguard.audit.collection import Collection
 from sd_memguard.audit.features.extractors import Extractor
 from sd_memguard.audit.metrics.clip_score import ClipScorer
-from sd_memguard.audit.metrics.measures import Subject
+from sd_memguard.audit.metrics.measures import GeneratedSet
 from sd_memguard.audit.metrics.statistics import bootstrap, frechet_distance, kernel_distance, mean
 from sd_memguard.core.seeding import generator_for
 
-MIN_QUALITY_DRAWINGS = 20
-"""Fewer drawings or pictures say nothing about their distribution."""
+MIN_QUALITY_IMAGES = 20
+"""Fewer generated images or images say nothing about their distribution."""
 
-MAX_QUALITY_PICTURES = 10_000
-"""Most pictures of a side that KID and FID look at."""
+MAX_QUALITY_IMAGES = 10_000
+"""Most images of a side that KID and FID look at."""
 
 
 class Quality(NamedTuple):
-    """What quality is measured with: an extractor, the features of both sets of pictures, and a CLIP model."""
+    """What quality is measured with: an extractor, the features of both sets of images, and a CLIP model."""
 
     extractor: Extractor
     features_of: Callable[[Collection, Sequence[int]], Tensor]
@@ -30,16 +30,16 @@ class Quality(NamedTuple):
     clip: ClipScorer | None
 
 
-def quality_figures(subject: Subject, quality: Quality, seed: int) -> dict[str, Any]:
-    """Return KID and FID of the drawings of single captions against both sets, and their CLIP score.
+def quality_figures(subject: GeneratedSet, quality: Quality, seed: int) -> dict[str, Any]:
+    """Return KID and FID of the generated images of single captions against both sets, and their CLIP score.
 
-    Copies are real pictures and flatter every distance to the training set, so repeated captions are left out.
+    Copies are real images and flatter every distance to the training set, so repeated captions are left out.
     """
     figures: dict[str, Any] = {}
     missing: dict[str, str] = {}
     kinds = {"single", "given"}
     rows = [row for row, kind in enumerate(subject.kinds) if kind in kinds]
-    drawn = quality.features_of(subject.pictures, rows[:MAX_QUALITY_PICTURES]) if rows else None
+    drawn = quality.features_of(subject.images, rows[:MAX_QUALITY_IMAGES]) if rows else None
     for name, real in (("train", quality.train), ("reference", quality.reference)):
         reason = _why_no_distance(drawn, real)
         figures[f"kid_{name}"] = figures[f"fid_{name}"] = None
@@ -51,16 +51,16 @@ def quality_figures(subject: Subject, quality: Quality, seed: int) -> dict[str, 
             figures[f"fid_{name}"] = frechet_distance(drawn, real)
         else:
             missing[f"fid_{name}"] = (
-                f"needs more pictures than {quality.extractor.name} has dimensions ({drawn.shape[1]}) on both sides, "
-                f"got {len(drawn)} drawings and {len(real)} pictures"
+                f"needs more images than {quality.extractor.name} has dimensions ({drawn.shape[1]}) on both sides, "
+                f"got {len(drawn)} generated images and {len(real)} images"
             )
     figures["clip_score"] = None
     if quality.clip is None:
         missing["clip_score"] = "no --clip_model"
-    elif not any(subject.pictures.captions[row] for row in rows):
-        missing["clip_score"] = "the drawings have no captions"
+    elif not any(subject.images.captions[row] for row in rows):
+        missing["clip_score"] = "the generated images have no captions"
     else:
-        scores = quality.clip.scores(subject.pictures, rows).unflatten(0, (-1, subject.per_caption))
+        scores = quality.clip.scores(subject.images, rows).unflatten(0, (-1, subject.per_caption))
         figures["clip_score"] = bootstrap(scores, mean, generator_for(seed, "bootstrap clip"))
     return {**figures, "why_missing": missing}
 
@@ -69,10 +69,10 @@ def _why_no_distance(drawn: Tensor | None, real: Tensor | None) -> str:
     if real is None:
         return "no --reference_data_dir"
     if drawn is None:
-        return "no drawings of single captions"
-    if min(len(drawn), len(real)) < MIN_QUALITY_DRAWINGS:
+        return "no generated images of single captions"
+    if min(len(drawn), len(real)) < MIN_QUALITY_IMAGES:
         return (
-            f"needs {MIN_QUALITY_DRAWINGS} pictures on both sides, got {len(drawn)} drawings and {len(real)} pictures"
+            f"needs {MIN_QUALITY_IMAGES} images on both sides, got {len(drawn)} generated images and {len(real)} images"
         )
     return ""
 

@@ -1,4 +1,4 @@
-"""What a model betrays without drawing: its answer to a caption, and its loss on a picture."""
+"""What a model betrays without generated image: its answer to a caption, and its loss on a image."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ DETECTION_SEEDS = 2
 """The first steps, and the noises, over which a caption's signal is averaged."""
 
 LOSS_TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Where a picture's loss is measured, as shares of the timesteps the model was trained on."""
+"""Where a image's loss is measured, as shares of the timesteps the model was trained on."""
 
 
 @torch.no_grad()
@@ -45,8 +45,8 @@ def text_signal(
 
     Wen et al. 2024, "Detecting, Explaining, and Mitigating Memorization in Diffusion Models" (ICLR): the Euclidean norm
     of the text-conditional minus the unconditional noise prediction, which is large where a caption leads to a
-    memorized picture. Averaged over the first ``DETECTION_STEPS`` DDIM steps from ``DETECTION_SEEDS`` noises, the same
-    for every caption; no picture is decoded. Velocity predictions are turned to noise predictions first.
+    memorized image. Averaged over the first ``DETECTION_STEPS`` DDIM steps from ``DETECTION_SEEDS`` noises, the same
+    for every caption; no image is decoded. Velocity predictions are turned to noise predictions first.
 
     Args:
         pipeline: From ``load_pipeline``.
@@ -89,15 +89,15 @@ def _noise_scale(scheduler: DDIMScheduler, timestep: Tensor) -> float:
 def denoising_losses(
     pipeline: StableDiffusionPipeline, images: Sequence[PIL.Image.Image], captions: Sequence[str], seed: int
 ) -> Tensor:
-    """Return the training loss of each captioned picture, averaged over fixed timesteps with fixed noise.
+    """Return the training loss of each captioned image, averaged over fixed timesteps with fixed noise.
 
     The loss-threshold attack (Yeom et al. 2018, arXiv 1709.01604; for diffusion models Carlini et al. 2023, arXiv
-    2301.13188, section 5.2): what was trained on has the lower loss. Every picture meets the same noise at the same
-    timesteps, so that only the picture makes the difference. The latents are the mode of the encoder's distribution.
+    2301.13188, section 5.2): what was trained on has the lower loss. Every image meets the same noise at the same
+    timesteps, so that only the image makes the difference. The latents are the mode of the encoder's distribution.
 
     Args:
         pipeline: From ``load_pipeline``.
-        images: B pictures in RGB, cropped at the center to the model's size.
+        images: B images in RGB, cropped at the center to the model's size.
         captions: One for each.
         seed: Of the noises.
 

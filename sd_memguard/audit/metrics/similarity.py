@@ -1,4 +1,4 @@
-"""How near a picture is to a gallery of training pictures, and when that is near enough to be called a copy.
+"""How near a image is to a gallery of training images, and when that is near enough to be called a copy.
 
 Everything here is plain torch on rows of numbers. What the rows are (pixels, features) is the caller's choice.
 """
@@ -16,7 +16,7 @@ COPY_THRESHOLD = 0.5
 """A query whose distance ratio is below this is a near copy (Carlini et al. 2023: alpha = 0.5)."""
 
 NUM_NEIGHBORS = 50
-"""How many of the nearest pictures the distance to the nearest is compared with (Carlini et al. 2023: n = 50)."""
+"""How many of the nearest images the distance to the nearest is compared with (Carlini et al. 2023: n = 50)."""
 
 
 class Neighbors(NamedTuple):
@@ -76,7 +76,7 @@ def nearest(query: Tensor, gallery: Tensor, k: int, chunk: int = 1024) -> Neighb
     if query.shape[1] != gallery.shape[1]:
         raise AuditError(
             f"queries and gallery must be equally wide, got {query.shape[1]} and {gallery.shape[1]} values a row; "
-            "bring the pictures to one size first"
+            "bring the images to one size first"
         )
     if not 1 <= k <= len(gallery):
         raise AuditError(f"`k` must be between 1 and the number of gallery rows ({len(gallery)}), got {k}; lower it")
@@ -144,14 +144,14 @@ def distance_ratio(distances: Tensor) -> Tensor:
     """Return how near the nearest is compared with the n nearest: ``d_1 / mean(d_1, ..., d_n)``, in 0..1.
 
     Carlini et al. 2023, "Extracting Training Data from Diffusion Models" (arXiv 2301.13188), section 5: the distance
-    is ``d_1 / (alpha * mean over the n closest training pictures)`` with alpha = 0.5 and n = 50, and a picture counts
+    is ``d_1 / (alpha * mean over the n closest training images)`` with alpha = 0.5 and n = 50, and a image counts
     as extracted where that is small. This is the same value without the factor alpha, so their 1 is our 0.5. The n
     closest are meant literally: the nearest is one of them. Plain Euclidean distance, not its square; dividing by
-    the number of pixels, as the paper does, cancels. A flat picture is near everything and a busy one near nothing;
+    the number of pixels, as the paper does, cancels. A flat image is near everything and a busy one near nothing;
     the ratio, unlike the bare distance, does not care.
 
     Args:
-        distances: (Q, n) to n *distinct* pictures, nearest first. Repeats of one picture among the n would shrink the
+        distances: (Q, n) to n *distinct* images, nearest first. Repeats of one image among the n would shrink the
             mean, and hide exactly the copies that repetition makes.
 
     Returns:
@@ -165,7 +165,7 @@ def squared_distance_ratio(distances: Tensor) -> Tensor:
     """Return how near the nearest is by *squared* distance: ``d_1^2 / mean(d_1^2, ..., d_n^2)``, in 0..1.
 
     The ratio behind MQ, the figure of IET-AGC (arXiv 2407.15328): their code divides the squared L2 distance to the
-    nearest training picture by the mean of the 50 nearest (the nearest is one of them), and MQ_x counts the drawings
+    nearest training image by the mean of the 50 nearest (the nearest is one of them), and MQ_x counts the generated images
     below x. Squaring makes it smaller than Carlini's ratio: MQ_0.5 is looser, about 0.71 on plain distances.
 
     Args:
@@ -181,8 +181,8 @@ def find_copies(query: Tensor, gallery: Tensor, num_neighbors: int = NUM_NEIGHBO
 
     Args:
         query: (Q, D) float, e.g. pixels in 0..1.
-        gallery: (G, D) float, the training pictures.
-        num_neighbors: n of the ratio; all distinct pictures where there are fewer.
+        gallery: (G, D) float, the training images.
+        num_neighbors: n of the ratio; all distinct images where there are fewer.
         chunk: As in ``nearest``.
 
     Returns:
@@ -193,7 +193,7 @@ def find_copies(query: Tensor, gallery: Tensor, num_neighbors: int = NUM_NEIGHBO
     """
     rows = distinct(gallery).to(gallery.device)
     if len(rows) < 2:
-        raise AuditError(f"the gallery must hold at least 2 distinct pictures, got {len(rows)}; add training pictures")
+        raise AuditError(f"the gallery must hold at least 2 distinct images, got {len(rows)}; add training images")
     neighbors = nearest(query, gallery[rows], min(num_neighbors, len(rows)), chunk)
     ratio = distance_ratio(neighbors.distances)
     return Copies(neighbors.distances[:, 0], ratio, rows[neighbors.indices[:, 0]], ratio < COPY_THRESHOLD)

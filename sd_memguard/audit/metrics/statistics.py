@@ -1,6 +1,6 @@
 """What the audit measures, as pure functions of similarities, signals, losses and features; torch only.
 
-Every figure that is an average over captions or pictures comes as an ``Estimate`` with a bootstrap interval.
+Every figure that is an average over captions or images comes as an ``Estimate`` with a bootstrap interval.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ Separation = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, its interval, and how many independent things (captions, pictures) it rests on."""
+    """A figure, its interval, and how many independent things (captions, images) it rests on."""
 
     value: float
     low: float
@@ -52,7 +52,7 @@ class Summary:
 def summarize(similarity: Tensor, threshold: float) -> Summary:
     """Return count, mean, 95th percentile (linear interpolation), maximum and share at or above the threshold.
 
-    The figures that Somepalli et al. 2023 (arXiv 2212.03860, section 4) report of similarities to the nearest picture.
+    The figures that Somepalli et al. 2023 (arXiv 2212.03860, section 4) report of similarities to the nearest image.
 
     Args:
         similarity: (N,) float, N at least 1.
@@ -81,12 +81,12 @@ def percentile(values: Tensor, percent: float) -> Tensor:
 def bootstrap(values: Tensor, statistic: Statistic, generator: torch.Generator) -> Estimate:
     """Return a statistic of all values with its percentile bootstrap interval over captions.
 
-    Drawings of one caption are alike, so captions are drawn anew, each with all its drawings (cluster bootstrap; Efron
+    Generated images of one caption are alike, so captions are drawn again, each with all its generated (cluster bootstrap; Efron
     and Tibshirani 1993, "An Introduction to the Bootstrap", chapters 8 and 13). It says how far the figure would move
     with other captions of the same set, not with another training run.
 
     Args:
-        values: (C, n): n values of each of C captions; (C, 1) for one value of each picture.
+        values: (C, n): n values of each of C captions; (C, 1) for one value of each image.
         statistic: E.g. ``mean``.
         generator: Decides the resamples.
     """
@@ -103,7 +103,7 @@ def bootstrap(values: Tensor, statistic: Statistic, generator: torch.Generator) 
 def bootstrap_separation(
     positive: Tensor, negative: Tensor, separation: Separation, generator: torch.Generator
 ) -> Estimate:
-    """Return how two groups differ, with the interval from drawing both groups anew; ``n`` counts both.
+    """Return how two groups differ, with the interval from generated image both groups again; ``n`` counts both.
 
     Args:
         positive: (P,) values of the one group.
@@ -181,14 +181,14 @@ def kernel_distance(
     """Return KID: the unbiased squared MMD of features under the kernel ``(x.y / D + 1)^3``, averaged over subsets.
 
     Binkowski et al. 2018, "Demystifying MMD GANs" (arXiv 1801.01401), section 4. Unlike FID it is unbiased, so it
-    can be read at a few hundred pictures, and be slightly negative where the two sets do not differ. The extractor's
+    can be read at a few hundred images, and be slightly negative where the two sets do not differ. The extractor's
     features take the place of Inception's: values compare only within one extractor.
 
     Args:
-        drawn: (N, D) features of drawings.
-        real: (M, D) features of pictures.
+        drawn: (N, D) features of generated.
+        real: (M, D) features of images.
         generator: Decides the subsets.
-        subset_size: Pictures of each side in a subset; at most half of the smaller side, so that subsets differ.
+        subset_size: Images of each side in a subset; at most half of the smaller side, so that subsets differ.
         num_subsets: How many.
 
     Returns:
@@ -218,12 +218,12 @@ def frechet_distance(drawn: Tensor, real: Tensor) -> float:
     """Return FID: the squared 2-Wasserstein distance of Gaussians fitted to two sets of features.
 
     Heusel et al. 2017 (arXiv 1706.08500): ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))``, covariances with n - 1. It
-    falls with the number of pictures, and with fewer pictures than features the covariances are singular: compare only
-    values of equally many pictures. The extractor's features take the place of Inception's.
+    falls with the number of images, and with fewer images than features the covariances are singular: compare only
+    values of equally many images. The extractor's features take the place of Inception's.
 
     Args:
-        drawn: (N, D) features of drawings.
-        real: (M, D) features of pictures.
+        drawn: (N, D) features of generated.
+        real: (M, D) features of images.
     """
     drawn, real = drawn.double(), real.double()
     first, second = torch.cov(drawn.T).reshape(drawn.shape[1], -1), torch.cov(real.T).reshape(real.shape[1], -1)

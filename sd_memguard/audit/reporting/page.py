@@ -23,16 +23,16 @@ CAPTION_LETTERS = 240
 def write_report(output_dir: Path, train_data_dir: Path | None) -> Path:
     """Write ``report.html`` from the files of an audit, and return its path.
 
-    The page holds its pictures, style and script, loads nothing and sends nothing (its Content-Security-Policy allows
+    The page holds its images, style and script, loads nothing and sends nothing (its Content-Security-Policy allows
     neither). The same files give the same bytes.
 
     Args:
-        output_dir: Holds ``report.json``, ``pairs.parquet``, ``background.parquet`` and the drawings.
-        train_data_dir: What the files of training pictures are relative to; None: they are not at hand, and the page
+        output_dir: Holds ``report.json``, ``pairs.parquet``, ``background.parquet`` and the generated.
+        train_data_dir: What the files of training images are relative to; None: they are not at hand, and the page
             shows empty frames with their names.
 
     Raises:
-        AuditError: Where one of the three files is missing, broken or of another format. A picture that is missing or
+        AuditError: Where one of the three files is missing, broken or of another format. A image that is missing or
             cannot be read is an empty frame instead.
     """
     audit = read_audit(output_dir)

@@ -14,7 +14,7 @@ from sd_memguard.audit import AuditError
 
 FORMAT = "sd-memguard-audit-1"
 KINDS = ("repeated", "single", "given")
-"""Kinds of drawings, in the order they are told of: the most exposed captions first."""
+"""Kinds of generated images, in the order they are told of: the most exposed captions first."""
 
 FACTS = ("settings", "extractor", "quality_extractor", "train", "reference")
 """The parts of report.json that are shown as they stand."""
@@ -62,7 +62,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Copies:
-    """What was counted on one kind of drawings of a model."""
+    """What was counted on one kind of generated images of a model."""
 
     count: int
     copies: int
@@ -77,13 +77,13 @@ class Copies:
 
 
 class Model(NamedTuple):
-    """One audited model, or folder of pictures: ``measures`` are keyed as in ``MEASURES``, with a dot between."""
+    """One audited model, or folder of images: ``measures`` are keyed as in ``MEASURES``, with a dot between."""
 
     name: str
     source: str
     path: str
     sha256: str | None
-    num_drawings: int
+    num_generated: int
     run: Mapping[str, Any] | None
     copies: Mapping[str, Copies]
     measures: Mapping[str, Estimate | None]
@@ -93,7 +93,7 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class Background:
-    """How similar pictures are that nobody copied; ``share_above`` is the share that would count as copies."""
+    """How similar images are that nobody copied; ``share_above`` is the share that would count as copies."""
 
     count: int
     mean: float
@@ -103,7 +103,7 @@ class Background:
 
 
 class Threshold(NamedTuple):
-    """From which similarity a drawing counts as a copy, and how that was found."""
+    """From which similarity a generated image counts as a copy, and how that was found."""
 
     similarity: float
     l2_ratio: float
@@ -125,7 +125,7 @@ class Audit(NamedTuple):
     background_rows: pa.Table
 
     def kinds(self) -> list[str]:
-        """Return the kinds that any model has drawings of, the most exposed first."""
+        """Return the kinds that any model has generated images of, the most exposed first."""
         return [kind for kind in KINDS if any(kind in model.copies for model in self.models)]
 
 
@@ -244,7 +244,7 @@ def _read_model(node: _Node) -> Model:
         source=node["source"].text(),
         path=node["path"].text(),
         sha256=sha256.text() if sha256 else None,
-        num_drawings=node["num_drawings"].whole(),
+        num_generated=node["num_generated"].whole(),
         run={key: value.value for key, value in run.items()} if run else None,
         copies={kind: _read_copies(copies) for kind, copies in node["copies"].items() if copies.value is not None},
         measures=measures,

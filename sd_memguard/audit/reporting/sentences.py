@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sd_memguard.audit.reporting.read import KINDS, Audit, Copies, Estimate, Model
 
 CONFIDENCE = 0.95
-KIND_WORDS = {"repeated": "repeated captions", "single": "single captions", "given": "given pictures"}
+KIND_WORDS = {"repeated": "repeated captions", "single": "single captions", "given": "given images"}
 MOST_MODELS_IN_A_SENTENCE = 3
 
 
@@ -19,7 +19,7 @@ class Verdict(NamedTuple):
 
 
 class _Clause(NamedTuple):
-    """What the sentence says of one model: its most exposed kind of drawings."""
+    """What the sentence says of one model: its most exposed kind of generated."""
 
     name: str
     kind: str
@@ -56,7 +56,7 @@ def share_interval(share: float, estimate: Estimate | None, num_units: int) -> t
     Args:
         share: In 0..1.
         estimate: The audit's, with or without an interval.
-        num_units: n, see the function of this name: drawings of one caption are no independent trials.
+        num_units: n, see the function of this name: generated images of one caption are no independent trials.
     """
     low = estimate.low if estimate and estimate.low is not None else share
     high = estimate.high if estimate and estimate.high is not None else share
@@ -68,7 +68,7 @@ def share_interval(share: float, estimate: Estimate | None, num_units: int) -> t
 
 
 def num_units(kind: str, copies: Copies) -> int:
-    """Return how many independent units a share was counted over: captions, or pictures where no caption is known."""
+    """Return how many independent units a share was counted over: captions, or images where no caption is known."""
     return copies.count if kind == "given" or not copies.captions else copies.captions
 
 
@@ -80,14 +80,14 @@ def interval_words(estimate: Estimate, digits: int | None = None) -> str:
     return f"{low} to {high}"
 
 
-def drawings_of(kind: str, count: int | None = None) -> str:
-    """Return what a kind counts: ``drawings of repeated captions``, or ``given pictures``."""
-    words = KIND_WORDS[kind] if kind == "given" else f"drawings of {KIND_WORDS[kind]}"
+def generated_by(kind: str, count: int | None = None) -> str:
+    """Return what a kind counts: ``generated images of repeated captions``, or ``given images``."""
+    words = KIND_WORDS[kind] if kind == "given" else f"generated images of {KIND_WORDS[kind]}"
     return words if count is None else f"{count:,} {words}"
 
 
 def verdict(audit: Audit) -> Verdict:
-    """Return the verdict on the audited models, of each by its most exposed kind of drawings."""
+    """Return the verdict on the audited models, of each by its most exposed kind of generated."""
     clauses = [clause for model in audit.models if (clause := _clause(model))]
     if not clauses:
         return Verdict("Nothing was drawn, so nothing can be said about copies.", ())
@@ -119,7 +119,7 @@ def _one(clause: _Clause) -> str:
     low, high = percent(clause.low), percent(clause.high)
     if not clause.copies.copies:
         return (
-            f"No copy was found among the {drawings_of(clause.kind, clause.copies.count)} of {clause.name} "
+            f"No copy was found among the {generated_by(clause.kind, clause.copies.count)} of {clause.name} "
             f"(at {CONFIDENCE:.0%} confidence, at most {high} are copies)."
         )
     return f"{_first(clause, f'; {CONFIDENCE:.0%} interval {low} to {high}')}."
@@ -128,10 +128,8 @@ def _one(clause: _Clause) -> str:
 def _first(clause: _Clause, more: str = "") -> str:
     copies, count = clause.copies.copies, clause.copies.count
     if not copies:
-        return f"{clause.name} copies in none of its {drawings_of(clause.kind, count)}{_at_most(clause)}"
-    return (
-        f"{clause.name} copies in {percent(clause.share)} of its {drawings_of(clause.kind)} ({copies} of {count}{more})"
-    )
+        return f"{clause.name} copies in none of its {generated_by(clause.kind, count)}{_at_most(clause)}"
+    return f"{clause.name} copies in {percent(clause.share)} of its {generated_by(clause.kind)} ({copies} of {count}{more})"
 
 
 def _next(clause: _Clause, same_kind: bool) -> str:
@@ -150,7 +148,7 @@ def _at_most(clause: _Clause) -> str:
 def _range(clauses: Sequence[_Clause]) -> str:
     kinds = {clause.kind for clause in clauses}
     least, most = min(clauses, key=lambda clause: clause.share), max(clauses, key=lambda clause: clause.share)
-    what = drawings_of(kinds.pop()) if len(kinds) == 1 else "pictures"
+    what = generated_by(kinds.pop()) if len(kinds) == 1 else "images"
     if least.share == most.share:
         return f"All {len(clauses)} models copy in {percent(most.share)} of their {what}."
     return (
@@ -160,7 +158,7 @@ def _range(clauses: Sequence[_Clause]) -> str:
 
 
 def background_share(audit: Audit) -> float | None:
-    """Return the share of pictures nobody copied that would count as copies; of those not trained on, if known."""
+    """Return the share of images nobody copied that would count as copies; of those not trained on, if known."""
     found = audit.background.get("reference") or audit.background.get("train")
     return found.share_above if found else None
 
@@ -170,12 +168,12 @@ def _background(audit: Audit) -> str:
     parts = []
     if reference:
         parts.append(
-            f"of {reference.count:,} pictures that were not trained on, {percent(reference.share_above)} "
-            "are as similar to a training picture"
+            f"of {reference.count:,} images that were not trained on, {percent(reference.share_above)} "
+            "are as similar to a training image"
         )
     if train:
         parts.append(
-            f"of the {train.count:,} distinct training pictures, {percent(train.share_above)} "
+            f"of the {train.count:,} distinct training images, {percent(train.share_above)} "
             "are as similar to another one"
         )
     return f"For scale: {', and '.join(parts)}." if parts else "No background was measured to set this against."
@@ -202,7 +200,7 @@ def _doubts(audit: Audit, clauses: Sequence[_Clause]) -> list[str]:
         alike = [clause.name for clause in clauses if clause.copies.copies and clause.low <= background]
         if alike:
             lines.append(
-                f"The copies of {_listed(alike)} are not clearly more than look-alikes make in that background."
+                f"The copies of {_listed(alike)} are not clearly more than near-duplicates make in that background."
             )
     if 2 <= len(clauses) <= MOST_MODELS_IN_A_SENTENCE:
         first, *others = clauses
@@ -214,7 +212,7 @@ def _doubts(audit: Audit, clauses: Sequence[_Clause]) -> list[str]:
         if unclear:
             lines.append(
                 f"The intervals of {first.name} and {_listed(unclear)} overlap: "
-                "by these drawings alone they are not told apart."
+                "by these generated images alone they are not told apart."
             )
     return lines
 

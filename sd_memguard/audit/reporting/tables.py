@@ -10,7 +10,7 @@ from sd_memguard.audit.reporting.read import Audit, Copies, Estimate, Model
 from sd_memguard.audit.reporting.sentences import (
     KIND_WORDS,
     background_share,
-    drawings_of,
+    generated_by,
     interval_words,
     num_units,
     percent,
@@ -18,30 +18,30 @@ from sd_memguard.audit.reporting.sentences import (
 )
 
 GROUPS = {
-    "repeated": "Drawings of repeated captions",
-    "single": "Drawings of single captions",
-    "given": "Given pictures",
-    "all": "All drawings",
-    "detection": "Detection, without drawing",
-    "membership": "Membership, without drawing",
+    "repeated": "Generated images of repeated captions",
+    "single": "Generated images of single captions",
+    "given": "Given images",
+    "all": "All generated images",
+    "detection": "Detection, without generated image",
+    "membership": "Membership, without generated image",
     "quality": "Quality",
 }
 
 DEFINITIONS = {
-    "Similarity": "Cosine of the features of a drawing and of its nearest training picture; 1 is the same.",
-    "Copy": "A drawing whose similarity is at or above the threshold.",
-    "Background": "The same similarity among pictures that nobody copied: what is merely alike.",
-    "Captions extracted": "Share of training captions with at least one drawing that is a copy.",
-    "L2 ratio": "Distance to the nearest training picture over the mean one to the 50 nearest (Carlini et al. 2023).",
+    "Similarity": "Cosine of the features of a generated image and of its nearest training image; 1 is the same.",
+    "Copy": "A generated image whose similarity is at or above the threshold.",
+    "Background": "The same similarity among images that nobody copied: what is merely alike.",
+    "Captions extracted": "Share of training captions with at least one generated image that is a copy.",
+    "L2 ratio": "Distance to the nearest training image over the mean one to the 50 nearest (Carlini et al. 2023).",
     "MQ": "The same ratio with squared distances, as the authors of IET-AGC compute it.",
     "Detection": "Size of the text-conditional noise prediction (Wen et al. 2024): captions trained on against others.",
-    "Membership": "Denoising loss at fixed timesteps and noise: training pictures against others.",
+    "Membership": "Denoising loss at fixed timesteps and noise: training images against others.",
     "AUC": "Chance that the signal ranks a training sample above another one; 0.5 tells nothing.",
     "TPR at 1% FPR": "Share of training samples that are told where 1% of the others are taken for one.",
-    "KID": "Kernel distance between drawings and pictures, mean and spread over subsets; lower is closer.",
-    "FID": "Fréchet distance between drawings and pictures, where the sample is large enough; lower is closer.",
-    "CLIP score": "How well a drawing fits its caption, by a CLIP model; higher is better.",
-    "Skip ratio": "Share of the visits to a training picture on which the guard skipped or augmented it.",
+    "KID": "Kernel distance between generated images and images, mean and spread over subsets; lower is closer.",
+    "FID": "Fréchet distance between generated images and images, where the sample is large enough; lower is closer.",
+    "CLIP score": "How well a generated image fits its caption, by a CLIP model; higher is better.",
+    "Skip ratio": "Share of the visits to a training image on which the guard skipped or augmented it.",
     "Intervals": "95%, by bootstrap over captions; where none or all are copies, the exact binomial bound.",
 }
 """Each word of the page in one line; docs/audit.md has formulas and sources."""
@@ -51,19 +51,19 @@ MEASURE_LABELS = {
     "detection.tpr_at_1_fpr": ("TPR at 1% FPR, captions", None),
     "membership.auc": ("AUC, loss", 3),
     "membership.tpr_at_1_fpr": ("TPR at 1% FPR, loss", None),
-    "membership.train_loss": ("Loss on training pictures", 4),
-    "membership.reference_loss": ("Loss on pictures not trained on", 4),
-    "quality.kid_train": ("KID to training pictures", 4),
-    "quality.kid_reference": ("KID to pictures not trained on", 4),
-    "quality.fid_train": ("FID to training pictures", 1),
-    "quality.fid_reference": ("FID to pictures not trained on", 1),
+    "membership.train_loss": ("Loss on training images", 4),
+    "membership.reference_loss": ("Loss on images not trained on", 4),
+    "quality.kid_train": ("KID to training images", 4),
+    "quality.kid_reference": ("KID to images not trained on", 4),
+    "quality.fid_train": ("FID to training images", 1),
+    "quality.fid_reference": ("FID to images not trained on", 1),
     "quality.clip_score": ("CLIP score", 3),
 }
 """Label and decimals of each measure; None: a share, shown as a percentage."""
 
 
 class KindRow(NamedTuple):
-    """The share of copies of one kind of drawings, in words and as lengths of a bar in percent of its track."""
+    """The share of copies of one kind of generated images, in words and as lengths of a bar in percent of its track."""
 
     kind: str
     label: str
@@ -117,7 +117,7 @@ def cards(audit: Audit) -> list[Card]:
 
 def _run_words(model: Model) -> str:
     if model.source == "images":
-        return "pictures that were given"
+        return "images that were given"
     if not model.run:
         return "how it was trained is not known"
     run = model.run
@@ -139,7 +139,7 @@ def _kind_row(kind: str, copies: Copies, background: float | None) -> KindRow:
         kind,
         KIND_WORDS[kind],
         percent(share) if copies.count else "none",
-        f"{copies.copies:,} of {drawings_of(kind, copies.count)}",
+        f"{copies.copies:,} of {generated_by(kind, copies.count)}",
         f"{percent(low)} to {percent(high)}" if copies.count else "",
         rounded(share * 100),
         rounded(low * 100),
@@ -163,7 +163,7 @@ def _copy_rows(audit: Audit, kind: str) -> Iterator[MeasureRow]:
         return
 
     def row(label: str, cell: Callable[[Copies], Cell]) -> MeasureRow:
-        cells = (cell(part) if part and part.count else Cell("", unknown="no such drawings") for part in copies)
+        cells = (cell(part) if part and part.count else Cell("", unknown="no such generated images") for part in copies)
         return MeasureRow(kind, label, tuple(cells))
 
     def share_row(label: str, share: Callable[[Copies], Estimate | None]) -> MeasureRow:
@@ -217,12 +217,12 @@ def settings_tables(audit: Audit) -> dict[str, list[tuple[str, str]]]:
         ],
         "Features": list(_flat(audit.facts.get("extractor", {}))),
         "Features for KID and FID": list(_flat(audit.facts.get("quality_extractor", {}))),
-        "Training pictures": list(_flat(audit.facts.get("train", {}))),
-        "Pictures not trained on": list(_flat(audit.facts.get("reference", {}))),
+        "Training images": list(_flat(audit.facts.get("train", {}))),
+        "Images not trained on": list(_flat(audit.facts.get("reference", {}))),
     }
     for model in audit.models:
         rows = [("source", model.source), ("path", model.path), ("sha256", model.sha256 or "not known")]
-        rows += [("drawings", f"{model.num_drawings:,}"), *(_flat(model.run or {}))]
+        rows += [("generated", f"{model.num_generated:,}"), *(_flat(model.run or {}))]
         if model.timesteps:
             rows.append(("timesteps of the loss", ", ".join(f"{step:g}" for step in model.timesteps)))
         tables[f"Model {model.name}"] = rows

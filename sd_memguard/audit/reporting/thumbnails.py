@@ -1,4 +1,4 @@
-"""Which pairs the report shows, and their pictures as small files inside the page."""
+"""Which pairs the report shows, and their images as small files inside the page."""
 
 import base64
 import io
@@ -16,17 +16,17 @@ WORST_PER_MODEL = 3
 """Pairs on a model's card, on top of those in the list."""
 
 EDGE = 192
-"""Longest edge of a picture in the page, in pixels."""
+"""Longest edge of a image in the page, in pixels."""
 
 LOSSLESS_EDGE = 96
-"""Up to this edge pictures are kept as they are: compression costs more than it saves there."""
+"""Up to this edge images are kept as they are: compression costs more than it saves there."""
 
-PICTURE_BYTES = 5_500_000
-"""What all pictures of a page may weigh as text, so that the page with everything else stays below 8 MB."""
+IMAGE_BYTES = 5_500_000
+"""What all images of a page may weigh as text, so that the page with everything else stays below 8 MB."""
 
 
-class Picture(NamedTuple):
-    """A picture in the page: its address is empty, and ``problem`` says why, where it cannot be shown."""
+class Thumbnail(NamedTuple):
+    """A image in the page: its address is empty, and ``problem`` says why, where it cannot be shown."""
 
     file: str
     data_uri: str
@@ -34,16 +34,16 @@ class Picture(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A drawing beside its nearest training picture; ``row`` is its row of pairs.parquet by column."""
+    """A generated image beside its nearest training image; ``row`` is its row of pairs.parquet by column."""
 
     row: Mapping[str, Any]
     model_index: int
-    drawing: Picture
-    training: Picture
+    generated_image: Thumbnail
+    training: Thumbnail
 
     @property
     def is_own(self) -> bool | None:
-        """Whether the nearest picture is the drawn caption's own, or equals it; None where it has none."""
+        """Whether the nearest image is the drawn caption's own, or equals it; None where it has none."""
         own, nearest = self.row["own_similarity"], self.row["similarity"]
         if self.row["own_file"] is None:
             return None
@@ -58,53 +58,53 @@ class Shown(NamedTuple):
 
 
 class Thumbnails:
-    """Small pictures by path, each read once.
+    """Small images by path, each read once.
 
     Args:
-        output_dir: What the files of drawings are relative to.
-        train_data_dir: What the files of training pictures are relative to; None: they are not at hand.
+        output_dir: What the files of generated images are relative to.
+        train_data_dir: What the files of training images are relative to; None: they are not at hand.
     """
 
     def __init__(self, output_dir: Path, train_data_dir: Path | None) -> None:
         self.output_dir, self.train_data_dir = output_dir, train_data_dir
-        self._made: dict[Path, Picture] = {}
+        self._made: dict[Path, Thumbnail] = {}
 
-    def drawing(self, file: str | None) -> Picture:
-        """Return a drawing."""
-        return self._picture(file, self.output_dir)
+    def generated_image(self, file: str | None) -> Thumbnail:
+        """Return a generated image."""
+        return self._image(file, self.output_dir)
 
-    def training(self, file: str | None) -> Picture:
-        """Return a training picture."""
-        return self._picture(file, self.train_data_dir)
+    def training(self, file: str | None) -> Thumbnail:
+        """Return a training image."""
+        return self._image(file, self.train_data_dir)
 
-    def _picture(self, file: str | None, folder: Path | None) -> Picture:
+    def _image(self, file: str | None, folder: Path | None) -> Thumbnail:
         if not file:
-            return Picture("", "", "no file is named")
+            return Thumbnail("", "", "no file is named")
         if folder is None and not Path(file).is_absolute():
-            return Picture(file, "", "the folder of training pictures is not at hand")
+            return Thumbnail(file, "", "the folder of training images is not at hand")
         path = (folder or Path()) / file
         if path not in self._made:
             self._made[path] = _thumbnail(path, file)
         return self._made[path]
 
 
-def _thumbnail(path: Path, file: str) -> Picture:
+def _thumbnail(path: Path, file: str) -> Thumbnail:
     try:
         with Image.open(path) as image:
             small = _on_white(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        return Picture(file, "", "the file is missing")
+        return Thumbnail(file, "", "the file is missing")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return Picture(file, "", "the file cannot be read as a picture")
+        return Thumbnail(file, "", "the file cannot be read as a image")
     lossless = max(small.size) <= LOSSLESS_EDGE
     small.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", lossless=lossless, quality=100 if lossless else 80, method=4)
-    return Picture(file, f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}")
+    return Thumbnail(file, f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Return the picture in RGB; what is transparent turns white, as in print."""
+    """Return the image in RGB; what is transparent turns white, as in print."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")
@@ -115,18 +115,18 @@ def choose_pairs(audit: Audit, thumbnails: Thumbnails) -> Shown:
     """Return the nearest pairs of every model, worst first.
 
     Of each model at most ``PAIRS_PER_MODEL``, split evenly over its kinds, so that repeated captions do not crowd the
-    others out. Where the pictures would weigh more than ``PICTURE_BYTES``, the number is halved until they do not.
+    others out. Where the images would weigh more than ``IMAGE_BYTES``, the number is halved until they do not.
     """
     rows = audit.pairs.to_pylist()
     by_model = {model.name: [row for row in rows if row["model"] == model.name] for model in audit.models}
     limit = PAIRS_PER_MODEL
     while True:
         pairs = [
-            Pair(row, index, thumbnails.drawing(row["file"]), thumbnails.training(row["nearest_file"]))
+            Pair(row, index, thumbnails.generated_image(row["file"]), thumbnails.training(row["nearest_file"]))
             for index, model in enumerate(audit.models)
             for row in _nearest_of_each_kind(by_model[model.name], limit)
         ]
-        if limit == 1 or sum(map(_weight, pairs)) + sum(map(_weight, _on_cards(pairs, audit))) <= PICTURE_BYTES:
+        if limit == 1 or sum(map(_weight, pairs)) + sum(map(_weight, _on_cards(pairs, audit))) <= IMAGE_BYTES:
             break
         limit //= 2
     counts = tuple(
@@ -152,7 +152,7 @@ def _worst_first(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def worst_of(pairs: Sequence[Pair], model_index: int) -> list[Pair]:
-    """Return the worst pairs of a model, no training picture or caption twice where there are others."""
+    """Return the worst pairs of a model, no training image or caption twice where there are others."""
     own = sorted((pair for pair in pairs if pair.model_index == model_index), key=lambda pair: _worst_first(pair.row))
     seen: set[str] = set()
     fresh: list[Pair] = []
@@ -170,4 +170,4 @@ def _on_cards(pairs: Sequence[Pair], audit: Audit) -> Iterator[Pair]:
 
 
 def _weight(pair: Pair) -> int:
-    return len(pair.drawing.data_uri) + len(pair.training.data_uri)
+    return len(pair.generated_image.data_uri) + len(pair.training.data_uri)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from sd_memguard.audit.collection import Collection
 from sd_memguard.audit.metrics.background import Matched
-from sd_memguard.audit.metrics.measures import Compared, Subject
+from sd_memguard.audit.metrics.measures import Compared, GeneratedSet
 from sd_memguard.audit.metrics.statistics import Estimate, Summary
 
 REPORT, PAIRS, BACKGROUND = "report.json", "pairs.parquet", "background.parquet"
@@ -25,7 +25,7 @@ RUN_COLUMNS = {
     "moves": pa.int32(),
     "skip_ratio": pa.float32(),
 }
-"""What is known of the nearest training picture from the run that made the model."""
+"""What is known of the nearest training image from the run that made the model."""
 
 PAIR_SCHEMA = pa.schema(
     {
@@ -54,31 +54,31 @@ BACKGROUND_SCHEMA = pa.schema(
 
 def pair_table(
     name: str,
-    subject: Subject,
+    subject: GeneratedSet,
     compared: Compared,
     threshold: float,
     train: Collection,
     samples: Mapping[str, Sequence[Any]] | None,
 ) -> pa.Table:
-    """Return a row for each drawing of one model.
+    """Return a row for each generated image of one model.
 
     Args:
         name: Of the model.
-        subject: Its drawings.
-        compared: What they have in common with the training pictures.
+        subject: Its generated.
+        compared: What they have in common with the training images.
         threshold: Similarity of a copy.
-        train: The training pictures.
+        train: The training images.
         samples: Columns of the run's ``samples.parquet``, or None.
     """
-    pictures, count = subject.pictures, len(subject.pictures)
+    images, count = subject.images, len(subject.images)
     nearest = compared.nearest.row.tolist()
     unknown = [None] * count
     columns = {
         "model": [name] * count,
         "kind": subject.kinds,
-        "caption": pictures.captions,
+        "caption": images.captions,
         "seed": subject.seeds or unknown,
-        "file": [str(Path(pictures.place) / file) for file in pictures.files],
+        "file": [str(Path(images.place) / file) for file in images.files],
         "own_file": [train.files[row] for row in subject.own_rows] or unknown,
         "nearest_file": [train.files[row] for row in nearest],
         "nearest_caption": [train.captions[row] for row in nearest],
@@ -97,7 +97,7 @@ def pair_table(
 def _histories(
     nearest: Sequence[int], train: Collection, samples: Mapping[str, Sequence[Any]] | None
 ) -> dict[str, list[Any]]:
-    """Return what the run knows of these training pictures, None where it has another file under the sample id."""
+    """Return what the run knows of these training images, None where it has another file under the sample id."""
     position: dict[int, int] = {}
     if samples is not None:
         for index, (sample_id, file) in enumerate(zip(samples["sample_id"], samples["file"], strict=True)):
@@ -111,13 +111,13 @@ def _histories(
 
 
 def background_table(
-    kind: str, pictures: Collection, rows: Sequence[int], matched: Matched, train: Collection
+    kind: str, images: Collection, rows: Sequence[int], matched: Matched, train: Collection
 ) -> pa.Table:
-    """Return a row for each picture of a background: its nearest training picture."""
+    """Return a row for each image of a background: its nearest training image."""
     columns = {
         "kind": [kind] * len(rows),
         "similarity": matched.similarity.tolist(),
-        "file": [pictures.files[row] for row in rows],
+        "file": [images.files[row] for row in rows],
         "nearest_file": [train.files[row] for row in matched.row.tolist()],
     }
     return pa.table(columns, schema=BACKGROUND_SCHEMA)
@@ -152,15 +152,15 @@ def summary_text(report: Mapping[str, Any], output_dir: Path) -> str:
     threshold, background = report["threshold"], report["background"]
     lines = [f"Copy: similarity of {threshold['similarity']:.3f} or more ({threshold['rule']})."]
     for kind, words in (
-        ("train", "training pictures, nearest other"),
-        ("reference", "pictures not trained on, nearest"),
+        ("train", "training images, nearest other"),
+        ("reference", "images not trained on, nearest"),
     ):
         if (one := background[kind]) is not None:
             lines.append(
                 f"Background, {words}: mean {one.mean:.3f}, 95% below {one.p95:.3f}, "
                 f"{one.share_above:.1%} as like as a copy."
             )
-    header = ("", "captions", "drawings", "copies", "extracted", "sim. mean", "sim. 95%", "L2 copies")
+    header = ("", "captions", "generated", "copies", "extracted", "sim. mean", "sim. 95%", "L2 copies")
     rows = [
         (
             model["name"],
@@ -178,7 +178,9 @@ def summary_text(report: Mapping[str, Any], output_dir: Path) -> str:
     ]
     lines += ["", *_aligned([header, *rows]), ""]
     lines += [line for model in report["models"] for line in _further(model)]
-    return "\n".join([*lines, "", f"Figures: {output_dir / REPORT}", f"A row for each drawing: {output_dir / PAIRS}"])
+    return "\n".join(
+        [*lines, "", f"Figures: {output_dir / REPORT}", f"A row for each generated image: {output_dir / PAIRS}"]
+    )
 
 
 def _further(model: Mapping[str, Any]) -> list[str]:

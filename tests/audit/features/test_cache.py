@@ -19,7 +19,7 @@ def squares(asked):
     return compute
 
 
-KEYS = [f"picture {number}" for number in range(10)]
+KEYS = [f"image {number}" for number in range(10)]
 
 
 def test_rows_are_computed_once_in_blocks(store):

@@ -25,13 +25,13 @@ VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return read_folder(demo_data_path(), "--train_data_dir")
 
 
-def test_bundled_gives_unit_vectors_and_names_its_weights(pictures):
+def test_bundled_gives_unit_vectors_and_names_its_weights(images):
     extractor = make_extractor("bundled", None, CPU)
-    batch = torch.stack([extractor.prepare(pictures.image(row)) for row in pictures.distinct[:5]])
+    batch = torch.stack([extractor.prepare(images.image(row)) for row in images.distinct[:5]])
     rows = extractor.embed(batch)
     assert rows.shape == (5, extractor.dimensions)
     assert rows.norm(dim=1).tolist() == pytest.approx([1] * 5)
@@ -42,9 +42,9 @@ def test_bundled_gives_unit_vectors_and_names_its_weights(pictures):
 class Pooled(torch.nn.Module):
     """Stands for SSCD: the mean of each channel, and one number more."""
 
-    def forward(self, pictures):
-        means = pictures.mean((2, 3))
-        return torch.cat([means, torch.full_like(means[:, :1], float(pictures.shape[-1]))], 1)
+    def forward(self, images):
+        means = images.mean((2, 3))
+        return torch.cat([means, torch.full_like(means[:, :1], float(images.shape[-1]))], 1)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ class Pooled(torch.nn.Module):
         ("sscd-paper", 224, [0.5] * 3, [0.5] * 3),
     ],
 )
-def test_sscd_sees_pictures_normalized_as_its_name_says(tmp_path, name, edge, mean, deviation):
+def test_sscd_sees_images_normalized_as_its_name_says(tmp_path, name, edge, mean, deviation):
     file = tmp_path / "sscd.torchscript.pt"
     torch.jit.script(Pooled()).save(str(file))
     extractor = make_extractor(name, str(file), CPU)
@@ -88,7 +88,7 @@ def test_dinov2_and_clip_load_from_folders_with_their_own_preprocessing(tmp_path
         assert "32" in extractor.preprocessing
 
 
-def test_clip_score_is_the_cosine_of_both_embeddings(tmp_path, pictures):
+def test_clip_score_is_the_cosine_of_both_embeddings(tmp_path, images):
     torch.manual_seed(0)
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text |= {"vocab_size": 49408, "max_position_embeddings": 16, "bos_token_id": 49406, "eos_token_id": 49407}
@@ -100,20 +100,20 @@ def test_clip_score_is_the_cosine_of_both_embeddings(tmp_path, pictures):
     )
     model.save_pretrained(tmp_path / "clip")
     processor.save_pretrained(tmp_path / "clip")
-    rows = pictures.distinct[:3]
-    scores = ClipScorer(str(tmp_path / "clip"), Store(tmp_path / "cache"), CPU, 2).scores(pictures, rows)
+    rows = images.distinct[:3]
+    scores = ClipScorer(str(tmp_path / "clip"), Store(tmp_path / "cache"), CPU, 2).scores(images, rows)
     for row, score in zip(rows, scores.tolist(), strict=True):
-        inputs = processor(text=[pictures.captions[row]], images=[pictures.image(row)], return_tensors="pt")
+        inputs = processor(text=[images.captions[row]], images=[images.image(row)], return_tensors="pt")
         with torch.no_grad():
             output = model(**inputs)
         assert score == pytest.approx(torch.cosine_similarity(output.image_embeds, output.text_embeds).item(), abs=1e-5)
 
 
-def test_known_pictures_are_not_computed_again(tmp_path, pictures):
+def test_known_images_are_not_computed_again(tmp_path, images):
     extractor, store = make_extractor("bundled", None, CPU), Store(tmp_path)
-    rows = pictures.distinct[:7]
-    keys = [pictures.hashes[row] for row in rows]
-    first = extract(extractor, keys, lambda number: pictures.image(rows[number]), store, CPU, 3, "first")
+    rows = images.distinct[:7]
+    keys = [images.hashes[row] for row in rows]
+    first = extract(extractor, keys, lambda number: images.image(rows[number]), store, CPU, 3, "first")
     again = extract(extractor, keys, lambda number: pytest.fail("computed again"), store, CPU, 3, "again")
     assert torch.equal(torch.cat(first), torch.cat(again))
 

@@ -8,7 +8,7 @@ from PIL import Image
 from sd_memguard.assets import demo_data_path
 from sd_memguard.audit import AuditError
 from sd_memguard.audit.captions import choose_captions
-from sd_memguard.audit.images import as_image, as_rows, load_pictures
+from sd_memguard.audit.images import as_image, as_rows, load_images
 from sd_memguard.audit.metrics.similarity import (
     best_matches,
     cosine,
@@ -108,23 +108,23 @@ def test_fifty_nearest_are_fifty_and_the_nearest_is_one_of_them():
 
 def test_repeats_in_the_gallery_do_not_hide_a_copy():
     generator = torch.Generator().manual_seed(1)
-    pictures = torch.rand(60, 30, generator=generator)
-    gallery = torch.cat([pictures[:5], pictures[5:6].repeat(60, 1), pictures[6:]])
-    query = pictures[5:6] + 0.01
+    images = torch.rand(60, 30, generator=generator)
+    gallery = torch.cat([images[:5], images[5:6].repeat(60, 1), images[6:]])
+    query = images[5:6] + 0.01
     assert distance_ratio(nearest(query, gallery, k=50).distances).item() == pytest.approx(1)
-    copies, plain = find_copies(query, gallery), find_copies(query, pictures)
+    copies, plain = find_copies(query, gallery), find_copies(query, images)
     assert copies.is_copy.item()
     assert copies.nearest.item() == 5
     assert copies.ratio.item() == plain.ratio.item()
 
 
-def test_a_gallery_of_one_picture_is_refused():
-    with pytest.raises(AuditError, match="at least 2 distinct pictures, got 1"):
+def test_a_gallery_of_one_image_is_refused():
+    with pytest.raises(AuditError, match="at least 2 distinct images, got 1"):
         find_copies(torch.zeros(1, 4), torch.zeros(3, 4))
 
 
 def disguise(image):
-    """The picture after a crop of one pixel on each side, resizing and strong JPEG compression."""
+    """The image after a crop of one pixel on each side, resizing and strong JPEG compression."""
     edge = image.width
     small = image.crop((1, 1, edge - 1, edge - 1)).resize((edge, edge), Image.Resampling.BICUBIC)
     file = io.BytesIO()
@@ -132,12 +132,12 @@ def disguise(image):
     return torch.frombuffer(bytearray(Image.open(file).convert("RGB").tobytes()), dtype=torch.uint8)
 
 
-def test_planted_copies_are_found_and_unrelated_pictures_are_not():
-    pictures = load_pictures(demo_data_path(), 64)
-    gallery = as_rows(pictures.pixels)
-    rows = choose_captions(pictures, 40).single
+def test_planted_copies_are_found_and_unrelated_images_are_not():
+    images = load_images(demo_data_path(), 64)
+    gallery = as_rows(images.pixels)
+    rows = choose_captions(images, 40).single
     planted, hidden = rows[:10], rows[10:]
-    disguised = torch.stack([disguise(as_image(pictures.pixels[row])) for row in planted]).float() / 255
+    disguised = torch.stack([disguise(as_image(images.pixels[row])) for row in planted]).float() / 255
     copies = find_copies(disguised, gallery)
     assert copies.is_copy.all()
     assert copies.nearest.tolist() == planted

@@ -74,7 +74,7 @@ def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
     assert 177 <= covered <= 198
 
 
-def test_bootstrap_draws_captions_not_drawings():
+def test_bootstrap_draws_captions_not_generated():
     captions = normal(40, 1)
     once, often = (bootstrap(captions.expand(-1, n), mean, generator()) for n in (1, 25))
     assert (once.value, once.low, once.high) == pytest.approx((often.value, often.low, often.high))

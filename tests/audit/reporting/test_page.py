@@ -10,7 +10,7 @@ from PIL import Image
 
 from sd_memguard.assets import demo_data_path
 from sd_memguard.audit import AuditError
-from sd_memguard.audit.reporting import thumbnails as report_pictures
+from sd_memguard.audit.reporting import thumbnails as report_images
 from sd_memguard.audit.reporting.page import write_report
 from sd_memguard.audit.reporting.read import Audit, Background, Copies, Estimate, Model, read_audit
 from sd_memguard.audit.reporting.sentences import percent, share_interval, verdict
@@ -65,9 +65,9 @@ def test_everything_is_inside_the_page(planted):
 
 def test_captions_and_names_cannot_become_markup(own_copy):
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \u2028 <!-- & \" '"
-    picture = Image.new("RGB", (8, 8), "red")
-    drawings = [Planted(hostile, "repeated", hostile, "0000.png", 1, picture)]
-    write_planted_audit(own_copy, [drawings[0]._replace(model="plain")])
+    image = Image.new("RGB", (8, 8), "red")
+    generated = [Planted(hostile, "repeated", hostile, "0000.png", 1, image)]
+    write_planted_audit(own_copy, [generated[0]._replace(model="plain")])
     page = page_of(own_copy)
     assert "<script>alert" not in page
     assert "<img src=x" not in page
@@ -83,15 +83,15 @@ def test_captions_and_names_cannot_become_markup(own_copy):
     assert "<!--" not in page
 
 
-def test_missing_and_broken_pictures_are_named_frames(own_copy):
-    (own_copy / "drawings/plain/00000.png").unlink()
-    (own_copy / "drawings/plain/00001.png").write_bytes(b"no picture")
+def test_missing_and_broken_images_are_named_frames(own_copy):
+    (own_copy / "generated/plain/00000.png").unlink()
+    (own_copy / "generated/plain/00001.png").write_bytes(b"no image")
     page = page_of(own_copy)
     assert "the file is missing" in page
-    assert "the file cannot be read as a picture" in page
-    assert "drawings/plain/00000.png" in page
+    assert "the file cannot be read as a image" in page
+    assert "generated/plain/00000.png" in page
     away = write_report(own_copy, None).read_text()
-    assert "the folder of training pictures is not at hand" in away
+    assert "the folder of training images is not at hand" in away
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_rows_without_a_similarity_are_refused(own_copy):
 
 def test_pairs_are_worst_first_and_capped_evenly_over_kinds(planted, monkeypatch):
     folder, _ = planted
-    monkeypatch.setattr(report_pictures, "PAIRS_PER_MODEL", 6)
+    monkeypatch.setattr(report_images, "PAIRS_PER_MODEL", 6)
     audit = read_audit(folder)
     shown = choose_pairs(audit, Thumbnails(folder, demo_data_path()))
     assert shown.counts == ((6, 24), (6, 24))
@@ -197,18 +197,18 @@ def test_a_page_stays_below_eight_megabytes(tmp_path, monkeypatch):
     """Noise is what compresses worst."""
     random = np.random.default_rng(0)
     noise = [Image.fromarray(random.integers(0, 256, (200, 200, 3), dtype=np.uint8)) for _ in range(20)]
-    drawings = [Planted("plain", "given", "", None, None, picture) for picture in noise]
-    write_planted_audit(tmp_path / "audit", drawings)
-    monkeypatch.setattr(report_pictures, "PICTURE_BYTES", 300_000)
+    generated = [Planted("plain", "given", "", None, None, image) for image in noise]
+    write_planted_audit(tmp_path / "audit", generated)
+    monkeypatch.setattr(report_images, "IMAGE_BYTES", 300_000)
     page = page_of(tmp_path / "audit")
     assert 150_000 < len(page) < 350_000
     shown = int(re.search(r"plain (\d+) of 20", page)[1])
     assert page.count('<article class="pair') == shown < 20
 
 
-def test_transparent_pictures_are_shown_on_white(tmp_path):
-    picture = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert report_pictures._on_white(picture).getpixel((0, 0)) == (255, 255, 255)
+def test_transparent_images_are_shown_on_white(tmp_path):
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert report_images._on_white(image).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(
@@ -216,26 +216,26 @@ def test_transparent_pictures_are_shown_on_white(tmp_path):
     [
         (
             {"plain": {"repeated": (64, 49, 16, 0.6, 0.9)}, "guarded": {"repeated": (64, 0, 16)}},
-            "plain copies in 77% of its drawings of repeated captions (49 of 64); "
+            "plain copies in 77% of its generated images of repeated captions (49 of 64); "
             "guarded in none of 64 (at most 17% at 95% confidence).",
         ),
         (
             {"mine": {"single": (200, 0, 200)}},
-            "No copy was found among the 200 drawings of single captions of mine "
+            "No copy was found among the 200 generated images of single captions of mine "
             "(at 95% confidence, at most 1% are copies).",
         ),
         (
             {"mine": {"repeated": (64, 1, 64, 0.0, 0.05)}},
-            "mine copies in 2% of its drawings of repeated captions (1 of 64; 95% interval 0% to 5%).",
+            "mine copies in 2% of its generated images of repeated captions (1 of 64; 95% interval 0% to 5%).",
         ),
         (
             {"a": {"repeated": (10, 1, 10)}, "b": {"given": (20, 5, 20)}},
-            "a copies in 10% of its drawings of repeated captions (1 of 10); b copies in 25% of its given pictures "
+            "a copies in 10% of its generated images of repeated captions (1 of 10); b copies in 25% of its given images "
             "(5 of 20).",
         ),
         (
             {name: {"repeated": (10, copies, 10)} for name, copies in zip("abcd", (3, 0, 10, 5), strict=True)},
-            "4 models copy in between 0% (b) and 100% (c) of their drawings of repeated captions.",
+            "4 models copy in between 0% (b) and 100% (c) of their generated images of repeated captions.",
         ),
         ({"a": {}}, "Nothing was drawn, so nothing can be said about copies."),
     ],
@@ -251,8 +251,10 @@ def test_the_verdict_is_put_into_scale():
     plain = {"repeated": make_copies(64, 49, 16, 0.6, 0.9), "single": make_copies(64, 1, 16, 0.0, 0.05)}
     guarded = {"repeated": make_copies(64, 0, 16), "single": make_copies(64, 1, 16, 0.0, 0.05)}
     scale = verdict(make_audit({"plain": plain, "guarded": guarded})).scale
-    assert scale[0].startswith("For scale: of 257 pictures that were not trained on, 1% are as similar to a training")
-    assert scale[1] == "plain copies in 2% of its drawings of single captions (1 of 64); guarded in 2% (1 of 64)."
+    assert scale[0].startswith("For scale: of 257 images that were not trained on, 1% are as similar to a training")
+    assert (
+        scale[1] == "plain copies in 2% of its generated images of single captions (1 of 64); guarded in 2% (1 of 64)."
+    )
     assert scale[-1].startswith("No copy found does not mean that there is none")
     assert not any("overlap" in line for line in scale)
     none = verdict(make_audit({"plain": plain}, reference=None, train=None)).scale
@@ -262,7 +264,7 @@ def test_the_verdict_is_put_into_scale():
 def test_what_the_intervals_do_not_carry_is_said():
     few = {"repeated": make_copies(64, 3, 16, 0.0, 0.1)}
     scale = verdict(make_audit({"a": few, "b": {"repeated": make_copies(64, 0, 16)}})).scale
-    assert "The copies of a are not clearly more than look-alikes make in that background." in scale
+    assert "The copies of a are not clearly more than near-duplicates make in that background." in scale
     assert any(line.startswith("The intervals of a and b overlap") for line in scale)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from sd_memguard.assets import demo_data_path
 from sd_memguard.audit.reporting.page import write_report
-from tests.audit.planted_audit import planted_drawings, write_planted_audit
+from tests.audit.planted_audit import planted_generated, write_planted_audit
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -22,11 +22,11 @@ LONG = "nobreak" * 60
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    drawings = planted_drawings(num_captions=8)
-    drawings[0] = drawings[0]._replace(caption=HOSTILE)
-    drawings[1] = drawings[1]._replace(caption=LONG)
+    generated = planted_generated(num_captions=8)
+    generated[0] = generated[0]._replace(caption=HOSTILE)
+    generated[1] = generated[1]._replace(caption=LONG)
     folder = tmp_path_factory.mktemp("page") / "audit"
-    write_planted_audit(folder, drawings)
+    write_planted_audit(folder, generated)
     write_report(folder, demo_data_path())
     return folder
 
@@ -155,7 +155,7 @@ def test_a_hostile_caption_is_only_text(open_page):
     assert page.locator("img:not([src^='data:'])").count() == 0
 
 
-def test_pictures_are_decoded_under_the_content_policy(open_page):
+def test_images_are_decoded_under_the_content_policy(open_page):
     page = open_page()
     page.locator("#more").click()
     sizes = page.locator("img").evaluate_all("all => all.map(e => [e.complete, e.naturalWidth, e.alt.length > 0])")
@@ -199,9 +199,9 @@ def test_without_javascript_the_numbers_are_there(open_page, folder):
     pairs = pq.read_table(folder / "pairs.parquet", filters=[("model", "=", "plain"), ("kind", "=", "repeated")])
     copies = pc.sum(pairs["is_copy"]).as_py()
     assert 0 < copies < 16
-    assert f"{copies / 16:.0%} of its drawings of repeated captions ({copies} of 16)" in text
-    assert f"{copies} of 16 drawings of repeated captions" in text
-    assert "0 of 16 drawings of repeated captions" in text
+    assert f"{copies / 16:.0%} of its generated images of repeated captions ({copies} of 16)" in text
+    assert f"{copies} of 16 generated images of repeated captions" in text
+    assert "0 of 16 generated images of repeated captions" in text
     for control in ("#threshold-bar", "#filters", "#more"):
         assert page.locator(control).is_hidden()
     assert page.locator(".pair:visible").count() == 64
