@@ -28,8 +28,6 @@ __all__ = ["PRESETS", "ConfigError", "GuardConfig", "TrainConfig", "make_train_c
 
 GUARD = "Memorization guard"  # the heading of its flags
 MULTIPLE_OF_8 = Rule("a positive multiple of 8", lambda pixels: pixels > 0 and pixels % 8 == 0)
-AFFINE = 0.05
-"""Share of a image's side that random affine maps take by default."""
 AFFINE_RULE = Rule("between 0 and 0.2", lambda share: 0 <= share <= 0.2)
 RANK = Rule("-1 or more", lambda rank: rank >= -1)
 SEED = (
@@ -70,7 +68,7 @@ class GuardConfig:
     num_shards: int | Literal["auto"] = setting(
         "auto",
         GUARD,
-        "shards, one proxy each; auto: one per 30 passes over the images, at most 4, of 64 or more",
+        "shards, one proxy each; auto: one per 30 epochs over the images, at most 4, of 64 or more",
         POSITIVE_COUNT,
     )
     steps_per_round: int | Literal["auto"] = setting(
@@ -98,6 +96,9 @@ class GuardConfig:
     group_duplicates: Literal["off", "shard", "balance"] = setting(
         "balance", GUARD, "near-identical images share a shard, move together and count as one; shard: count each"
     )
+    sample_rule: str = setting(
+        "agc", GUARD, "what decides on each sample's gradient: agc, or `package.module:Class` of your own"
+    )
     seed: int | None = setting(None, *SEED)
 
     def __post_init__(self) -> None:
@@ -121,9 +122,19 @@ class GuardConfig:
         )
 
     @property
+    def augments(self) -> bool:
+        """Whether samples just above the skip threshold are trained from augmented copies."""
+        return 0 < self.skip_threshold < self.augment_threshold
+
+    @property
+    def is_neutral_rule(self) -> bool:
+        """Whether the sample rule trains every sample as it is: AGC that skips none, and so augments none."""
+        return self.sample_rule == "agc" and self.skip_threshold == 0
+
+    @property
     def is_neutral(self) -> bool:
         """Whether all four parts are off: without AGC there is no TAA, and with one shard no MSR."""
-        return self.num_shards == 1 and self.skip_threshold == 0
+        return self.num_shards == 1 and self.is_neutral_rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,10 +201,10 @@ class TrainConfig:
     preset: Literal["default", "paper"] = setting(
         "default", GUARD, "values for the guard's settings that are not given one by one"
     )
-    random_affine: float | Literal["auto"] = setting(
-        "auto",
+    random_affine: float = setting(
+        0.0,
         GUARD,
-        "show images translated, rotated and scaled by up to this share of a side; auto: 0.05 for guarded full weights",
+        "train on eight affine variants of each image, translated, rotated and scaled by up to this share of a side",
         AFFINE_RULE,
     )
     proxy: Literal["full", "lora"] = setting(
@@ -286,7 +297,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Fill in what depends on other settings, then check each one, then all together."""
         self._resolve_by_proxy()
-        self._resolve_random_affine()
         check_settings(self)
         _check_together(self)
         self._set("non_ema_revision", self.non_ema_revision or self.revision)
@@ -311,12 +321,6 @@ class TrainConfig:
             elif self.proxy not in declared.by_proxy:
                 owner = " or ".join(f"`--proxy {proxy}`" for proxy in declared.by_proxy)
                 raise ConfigError(f"`--{declared.name}` belongs to {owner}, got `--proxy {self.proxy}`; leave it out")
-
-    def _resolve_random_affine(self) -> None:
-        """Move images where the guard trains full weights: adapters learn less by heart; the paper has no maps."""
-        if self.random_affine == "auto":
-            guarded = self.memguard == "on" and self.preset == "default" and not self.guard.is_neutral
-            self._set("random_affine", AFFINE if guarded and self.proxy == "full" else 0.0)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

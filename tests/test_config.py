@@ -50,27 +50,10 @@ def test_guard_off_turns_every_part_off():
     assert (off.num_shards, off.skip_threshold, off.augment_threshold, off.redistribute_fraction) == (1, 0, 0, 0)
 
 
-@pytest.mark.parametrize(
-    ("settings", "share"),
-    [
-        ({}, 0.05),
-        ({"num_shards": 1, "augment_threshold": 1.2}, 0.05),
-        ({"num_shards": 1, "skip_threshold": 0.0}, 0.0),
-        ({"num_shards": 1, "skip_threshold": 0.0, "augment_threshold": 1.2}, 0.0),
-        ({"num_shards": 2, "skip_threshold": 0.0}, 0.05),
-        ({"memguard": "off"}, 0.0),
-        ({"memguard": "off", "random_affine": 0.1}, 0.1),
-        ({"preset": "paper"}, 0.0),
-        ({"preset": "paper", "random_affine": 0.1}, 0.1),
-        ({"proxy": "lora"}, 0.0),
-        ({"proxy": "lora", "random_affine": 0.1}, 0.1),
-        ({"random_affine": 0}, 0.0),
-    ],
-)
-def test_images_are_moved_where_the_guard_is_on(settings, share):
-    config = make_train_config(pretrained="model", train_data_dir="images", **settings)
-    assert config.random_affine == share
-    assert make_train_config(**config.to_dict()).random_affine == share
+def test_images_are_shown_as_they_are_unless_asked_for():
+    config = make_train_config(pretrained="model", train_data_dir="images")
+    assert config.random_affine == 0
+    assert make_train_config(**{**config.to_dict(), "random_affine": 0.1}).random_affine == 0.1
 
 
 @pytest.mark.parametrize(

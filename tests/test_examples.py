@@ -23,9 +23,9 @@ def test_own_loop_skips_samples_and_stays_short(capsys):
     guard = runpy.run_path(str(example))["train"](steps=25, num_images=32)
 
     assert int(guard.ledger.seen.sum()) == 25 * 16
-    assert 0 < int(guard.ledger.skipped.sum()) < 25 * 16
-    assert int(guard.ledger.augmented.sum()) == 0
-    assert [row["kind"] for row in guard.attachment.rounds.history] == ["redistribute", "average"]
+    assert 0 < int(guard.ledger.actions["skipped"].sum()) < 25 * 16
+    assert int(guard.ledger.actions["augmented"].sum()) == 0
+    assert [row["kind"] for row in guard.attachment.ensemble.rounds] == ["redistribute", "average"]
     assert "step   20: loss" in capsys.readouterr().out
     assert len(example.read_text(encoding="utf-8").splitlines()) < 80
 

@@ -11,6 +11,7 @@ order, and with no more once it was unlike 64 others: so the time is bounded als
 import math
 from collections.abc import Iterator
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ _MAX_BRIGHTER = 32.0  # grey levels by which one of two images of the same patte
 _MIN_COEFFICIENT = 2.0  # grey levels; a frequency as weak as this is noise, whatever its sign
 _MAX_SHIFT = 0.6  # pixels of the thumbnail, 5 % of its side: what a crop may shift, and stretch each half
 _MAX_DISTANCE_BEFORE_SHIFT = 0.4  # a crop of 4 % moves images hardly farther apart
+_BILINEAR = 2  # PIL.Image.Resampling.BILINEAR: this module asks for Pillow of nobody who brings no images
 _ROWS_PER_CHUNK = 4096
 _ORDERS = [[*front, *(byte for byte in range(8) if byte not in front)] for front in combinations(range(8), 2)]
 
@@ -55,6 +57,12 @@ def find_groups(thumbnails: Thumbnails) -> Ids:
         leaders.merge_neighbours(number)
     position = np.searchsorted(distinct, first_equal)
     return distinct[leaders.leader_of[position]]
+
+
+def make_thumbnail(image: Any) -> Thumbnails:
+    """Return a Pillow image squeezed to a small square, (side, side, 3) uint8, RGB."""
+    squeezed = image.convert("RGB").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), _BILINEAR, reducing_gap=3.0)
+    return np.asarray(squeezed)
 
 
 def hash_thumbnails(thumbnails: Thumbnails) -> npt.NDArray[np.uint8]:

@@ -1,60 +1,76 @@
-"""The ledger: how often each sample was seen, skipped, augmented and moved."""
+"""The ledger: how often each sample was seen, met each action of the rule, and moved."""
 
 import torch
 from torch import Tensor
 
-from sd_memguard.core.bands import Bands
-
-COLUMNS = ("seen", "skipped", "augmented", "moves", "skips")
+from sd_memguard.core.rules.base import Action
 
 
 class SampleLedger:
     """Counts per sample, each a (num_samples,) int32 tensor on the CPU.
 
-    ``skips`` counts the visits that were no clean update since the last redistribution: the ``skips[i]`` of MSR.
-
     Args:
         num_samples: number of samples.
+        actions: of the sample rule.
+
+    Attributes:
+        seen: how often a sample was in a batch.
+        actions: how often each action was taken, by the action's column, e.g. ``actions["skipped"]``.
+        moves: how often a sample changed shard.
+        skips: how often a sample was no clean update since the last redistribution: the ``skips[i]`` of MSR.
     """
 
-    def __init__(self, num_samples: int) -> None:
-        self.seen, self.skipped, self.augmented, self.moves, self.skips = (
-            torch.zeros(num_samples, dtype=torch.int32) for _ in COLUMNS
-        )
+    def __init__(self, num_samples: int, actions: tuple[Action, ...]) -> None:
+        self.seen, self.moves, self.skips = (torch.zeros(num_samples, dtype=torch.int32) for _ in range(3))
+        self.actions = {action.column: torch.zeros(num_samples, dtype=torch.int32) for action in actions}
 
-    def record(self, sample_ids: Tensor, bands: Bands) -> None:
+    def record(self, sample_ids: Tensor, actions: Tensor) -> None:
         """Count one batch.
 
         Args:
             sample_ids: (B,) int64 on the CPU; an id may occur twice.
-            bands: the verdict on each sample, on the CPU.
+            actions: (B,) int64 on the CPU, 0 for a clean update, ``i`` for the rule's ``i``-th action.
         """
-        skipped, augmented = bands.skip_mask.int(), bands.augment_mask.int()
-        self.seen.index_add_(0, sample_ids, torch.ones_like(skipped))
-        self.skipped.index_add_(0, sample_ids, skipped)
-        self.augmented.index_add_(0, sample_ids, augmented)
-        self.skips.index_add_(0, sample_ids, skipped + augmented)
+        self.seen.index_add_(0, sample_ids, torch.ones_like(sample_ids, dtype=torch.int32))
+        for index, counts in enumerate(self.actions.values(), start=1):
+            counts.index_add_(0, sample_ids, (actions == index).int())
+        self.skips.index_add_(0, sample_ids, (actions > 0).int())
 
     def record_moves(self, sample_ids: Tensor) -> None:
-        """Count samples that changed shard and start counting skips again, for all samples."""
+        """Count samples that changed shard and reset ``skips`` for all samples."""
         self.moves[sample_ids] += 1
         self.skips.zero_()
 
+    def not_clean(self) -> Tensor:
+        """Return how often each sample was no clean update, (num_samples,) int32."""
+        return sum(self.actions.values(), torch.zeros_like(self.seen))
+
     def skip_ratio(self) -> Tensor:
-        """Return (skipped + augmented) / seen, (num_samples,) float32; 0 where never seen."""
-        return (self.skipped + self.augmented) / self.seen.clamp(min=1)
+        """Return the share of the times seen that were no clean update, (num_samples,) float32; 0 where never seen."""
+        return self.not_clean() / self.seen.clamp(min=1)
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return what the record of the samples shows, in its order."""
+        return {"seen": self.seen, **self.actions, "moves": self.moves}
+
+    def counted(self) -> list[Tensor]:
+        """Return what a batch changes."""
+        return [self.seen, *self.actions.values(), self.skips]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the counts by name."""
-        return {name: getattr(self, name) for name in COLUMNS}
+        return {**self.columns(), "skips": self.skips}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over saved counts.
 
         Raises:
-            ValueError: they are of another number of samples; nothing is changed then.
+            ValueError: they are of another number of samples or other actions; nothing is changed then.
         """
+        own = self.state_dict()
+        if set(state) != set(own):
+            raise ValueError(f"this ledger counts {', '.join(own)}, the saved one {', '.join(state)}")
         if state["seen"].shape != self.seen.shape:
             raise ValueError(f"this ledger has {len(self.seen)} samples, the saved one {len(state['seen'])}")
-        for name in COLUMNS:
-            getattr(self, name).copy_(state[name])
+        for name, counts in own.items():
+            counts.copy_(state[name])

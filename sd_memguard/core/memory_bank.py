@@ -10,7 +10,7 @@ BankMode = Literal["paper", "corrected", "smoothed"]
 SMOOTHING_RADIUS = 20
 """Half width, in timesteps, of the window of the smoothed bank."""
 MIN_TIMES_SEEN = {"paper": 0, "corrected": 3, "smoothed": 5}
-"""Visits below which no decision is due: of the timestep itself, or effective (decayed) ones of the window."""
+"""Times seen below which no decision is due: of the timestep itself, or effective (decayed) ones of the window."""
 
 
 class LossMemoryBank:
@@ -18,11 +18,11 @@ class LossMemoryBank:
 
     1) A batch is first compared with the bank as it stands: ``loss_ratio``.
     2) Then every sample of it, skipped ones too, updates the bank in batch order: ``m[t] <- d m[t] + (1 - d) loss``,
-       kept as a decayed sum of losses (``m = (1 - d) sum``) beside the decayed count of visits.
+       kept as a decayed sum of losses (``m = (1 - d) sum``) beside the decayed count of samples.
 
-    Modes: ``paper`` starts at 0 as the authors' code does, so that the first visits of a timestep rarely skip;
-    ``corrected`` divides by ``1 - d^visits``; ``smoothed`` (ours) divides decayed sums of losses by decayed counts,
-    both summed over ``t +- 20``, since at batch size 8 one timestep out of 1000 is visited every 125 steps only.
+    Modes: ``paper`` starts at 0 as the authors' code does, so that a timestep rarely skips the first times it is seen;
+    ``corrected`` divides by ``1 - d^n`` after n samples; ``smoothed`` (ours) divides decayed sums of losses by decayed counts,
+    both summed over ``t +- 20``, since at batch size 8 a timestep out of 1000 is seen every 125 steps only.
 
     Args:
         num_timesteps: number of timesteps of the noise schedule.
@@ -50,19 +50,24 @@ class LossMemoryBank:
         self.num_timesteps, self.decay, self.mode = num_timesteps, decay, mode
         self.sums = torch.zeros(num_timesteps, device=device)
         self.counts = torch.zeros(num_timesteps, device=device)
-        self.visits = torch.zeros(num_timesteps, dtype=torch.int64, device=device)
+        self.times_seen = torch.zeros(num_timesteps, dtype=torch.int64, device=device)
 
     def to(self, device: torch.device | str) -> "LossMemoryBank":
         """Move the bank to a device and return it."""
-        self.sums, self.counts, self.visits = (x.to(device) for x in (self.sums, self.counts, self.visits))
+        self.sums, self.counts, self.times_seen = (x.to(device) for x in (self.sums, self.counts, self.times_seen))
         return self
 
     def mean(self, timesteps: Tensor) -> Tensor:
-        """Return the mean loss at timesteps, (B,) float32; NaN where never visited, except in paper mode: 0."""
+        """Return the mean loss at timesteps, (B,) float32; NaN where never seen, except in paper mode: 0."""
         if self.mode == "paper":
             return (1 - self.decay) * self.sums[timesteps]
         sums, counts = (self._window(x, timesteps) for x in (self.sums, self.counts))
         return sums / counts
+
+    def curve(self) -> Tensor:
+        """Return the mean loss at every timestep, (T,) float32, NaN where it was never seen (in paper mode, too)."""
+        mean = self.mean(torch.arange(self.num_timesteps, device=self.times_seen.device))
+        return torch.where(self.times_seen > 0, mean, torch.nan) if self.mode == "paper" else mean
 
     def loss_ratio(self, timesteps: Tensor, losses: Tensor) -> Tensor:
         """Return loss / bank value at its timestep, (B,) float32; inf where no decision is due yet.
@@ -92,11 +97,11 @@ class LossMemoryBank:
         same = (timesteps[:, None] == timesteps[None, :]) & finite
         followers = torch.triu(same, diagonal=1).sum(dim=1)
         share = self.decay ** followers.float() * finite
-        visits = torch.zeros_like(self.visits).index_add_(0, timesteps, finite.long())
-        fade = self.decay ** visits.float()
+        seen = torch.zeros_like(self.times_seen).index_add_(0, timesteps, finite.long())
+        fade = self.decay ** seen.float()
         self.sums.mul_(fade).index_add_(0, timesteps, share * losses)
         self.counts.mul_(fade).index_add_(0, timesteps, share)
-        self.visits.add_(visits)
+        self.times_seen.add_(seen)
 
     def _window(self, values: Tensor, timesteps: Tensor) -> Tensor:
         if self.mode != "smoothed":
@@ -109,7 +114,7 @@ class LossMemoryBank:
     def _effective_times_seen(self, timesteps: Tensor) -> Tensor:
         if self.mode == "smoothed":
             return self._window(self.counts, timesteps)
-        return self.visits[timesteps]
+        return self.times_seen[timesteps]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the bank: its kind (format, mode, decay) and its three tensors."""
@@ -117,7 +122,7 @@ class LossMemoryBank:
             "kind": f"LossMemoryBank-1/{self.mode}/{self.decay}",
             "sums": self.sums,
             "counts": self.counts,
-            "visits": self.visits,
+            "times_seen": self.times_seen,
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -134,5 +139,5 @@ class LossMemoryBank:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved bank, after ``check_state``."""
         self.check_state(state)
-        for name in ("sums", "counts", "visits"):
+        for name in ("sums", "counts", "times_seen"):
             getattr(self, name).copy_(state[name])

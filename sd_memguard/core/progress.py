@@ -1,42 +1,37 @@
 """What a run has done so far: plain numbers that a checkpoint keeps as JSON."""
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sd_memguard.core.decision import Verdict
 from sd_memguard.core.sampler import ShardSampler
-
-if TYPE_CHECKING:
-    from sd_memguard.core.decision import Verdict
 
 
 @dataclass
 class ShardMeter:
-    """Sums over one shard's steps in the present round."""
+    """Sums over one shard's steps in the present round; ``actions`` counts by the ledger's name of an action."""
 
     steps: int = 0
-    visits: int = 0
+    seen: int = 0
     finite: int = 0
     loss_sum: float = 0.0
-    skipped: int = 0
-    augmented: int = 0
+    actions: dict[str, int] = field(default_factory=dict)
 
-    def record(self, verdict: "Verdict") -> None:
+    def record(self, verdict: Verdict) -> None:
         """Add one batch."""
         losses = verdict.losses[verdict.losses.isfinite()]
-        self.visits += len(verdict.losses)
+        self.seen += len(verdict.losses)
         self.finite += len(losses)
         self.loss_sum += float(losses.double().sum())
-        self.skipped += verdict.num_skipped
-        self.augmented += verdict.num_augmented
+        for column, count in verdict.counts.items():
+            self.actions[column] = self.actions.get(column, 0) + count
 
-    def summary(self) -> dict[str, float | int | None]:
-        """Return steps, mean of the finite losses and the two fractions; None where there is nothing to divide by."""
-        return {
-            "steps": self.steps,
-            "loss": self.loss_sum / self.finite if self.finite else None,
-            "skipped_fraction": self.skipped / self.visits if self.visits else None,
-            "augmented_fraction": self.augmented / self.visits if self.visits else None,
+    def summary(self, columns: list[str]) -> dict[str, float | int | None]:
+        """Return steps, mean of the finite losses and the share of each action; None without anything to divide by."""
+        fractions = {
+            f"{column}_fraction": self.actions.get(column, 0) / self.seen if self.seen else None for column in columns
         }
+        return {"steps": self.steps, "loss": self.loss_sum / self.finite if self.finite else None, **fractions}
 
 
 @dataclass
@@ -45,7 +40,7 @@ class Progress:
 
     ``global_step`` counts optimizer steps of the schedule over all proxies, also those not taken because no sample was
     clean (``empty_steps``) or a number was not finite (``nonfinite_steps``); ``extra_steps`` are those of augmented
-    batches, outside the schedule. ``unreadable_samples`` were to images that could not be read any more.
+    batches, per shard. ``unreadable_samples`` are those whose image could not be read any more.
     """
 
     num_shards: int

@@ -16,7 +16,7 @@ def redistribute(
 
     Args:
         plan: the present shards.
-        skip_counts: (num_samples,) visits that were no clean update since the last redistribution.
+        skip_counts: (num_samples,) times a sample was no clean update since the last redistribution.
         fraction: share of a shard that may move, in [0, 1).
         groups: (num_samples,) int64, duplicates share a number: a group counts the mean of its members and moves
             whole; one that does not fit in what is left of the share stays.

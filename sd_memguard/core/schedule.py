@@ -1,7 +1,8 @@
 """The budget: how many steps each proxy takes in each round, and what happens at a round's end."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 RoundKind = Literal["average", "redistribute"]
 
@@ -52,3 +53,10 @@ class RoundSchedule:
         """Return what ends a round."""
         last = round_index == self.num_rounds - 1
         return "redistribute" if self.redistributes and round_index % 2 == 0 and not last else "average"
+
+
+def round_mean(row: Mapping[str, Any], name: str) -> float | None:
+    """Return the mean of a number over the shards of a round, each weighing as many steps as it took; None of none."""
+    known = [(shard["steps"], shard[name]) for shard in row["shards"] if shard[name] is not None]
+    steps = sum(weight for weight, _ in known)
+    return sum(weight * value for weight, value in known) / steps if steps else None

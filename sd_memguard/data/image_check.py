@@ -13,7 +13,7 @@ import numpy.typing as npt
 import PIL.Image
 from tqdm.auto import tqdm
 
-from sd_memguard.core.duplicates import THUMBNAIL_SIDE
+from sd_memguard.core.duplicates import make_thumbnail
 from sd_memguard.data.image_check_cache import CheckCache, GoodImage
 from sd_memguard.errors import UserError
 
@@ -152,12 +152,6 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
-def thumbnail(image: PIL.Image.Image) -> npt.NDArray[np.uint8]:
-    """Return a image squeezed to a small square, (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)."""
-    size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
-    return np.asarray(image.resize(size, PIL.Image.Resampling.BILINEAR, reducing_gap=3.0))
-
-
 def check_images(
     images: Images,
     rows: npt.NDArray[np.int64],
@@ -227,7 +221,7 @@ def _look_at(stored: Mapping[str, object], cache: CheckCache | None, *, with_thu
 
 def _decoded(stored: Mapping[str, object], with_thumbnail: bool) -> GoodImage:
     image = decode_image(stored)
-    return GoodImage(image.size, thumbnail(image) if with_thumbnail else None)
+    return GoodImage(image.size, make_thumbnail(image) if with_thumbnail else None)
 
 
 def first_names(names: Iterable[str]) -> str:

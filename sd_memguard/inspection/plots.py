@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from sd_memguard.core.schedule import round_mean
 from sd_memguard.inspection.summary import NO_GAP
-from sd_memguard.runs.folder import RunFolder, round_mean
+from sd_memguard.runs.folder import RunFolder
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's colours, which colour-blind people tell apart (https://jfly.uni-koeln.de/color/)."""

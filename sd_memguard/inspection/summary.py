@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from sd_memguard.core.schedule import round_mean
 from sd_memguard.inspection.text_table import display_width, one_line, table
 from sd_memguard.runs.checkpoint import list_checkpoints
-from sd_memguard.runs.folder import RunFolder, round_mean
+from sd_memguard.runs.folder import RunFolder
 from sd_memguard.runs.ranking import Counts, expected_by_chance, memory_prone_order, memory_prone_score
 
 MAX_ROUNDS_LISTED = 40

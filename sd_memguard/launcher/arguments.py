@@ -12,11 +12,9 @@ from sd_memguard.settings import nearest
 
 OWN = ("memguard", "preset", "proxy_store")
 """Settings of the drop-in script that the launcher has too, besides those of the guard."""
-MISSING = ("group_duplicates",)
-"""Settings of the guard that the launcher lacks: it does not look for duplicates in a script's data."""
 SETTINGS = {
     **{name: TRAIN_SETTINGS[name] for name in OWN},
-    **{name: setting for name, setting in GUARD_SETTINGS.items() if name not in MISSING},
+    **GUARD_SETTINGS,
 }
 
 
@@ -54,7 +52,7 @@ def parse_command(argv: Sequence[str], *, prog: str | None = None) -> Command:
         for name, value in vars(namespace).items()
     }
     own = {name: values.pop(name, TRAIN_SETTINGS[name].default) for name in OWN}
-    guard = GuardConfig.preset(own["preset"], **values, group_duplicates="off")
+    guard = GuardConfig.preset(own["preset"], **values)
     if own["memguard"] == "off":
         guard = GuardConfig.off()
     return Command(guard, own["proxy_store"], script, list(argv[position + 1 :]))

@@ -57,7 +57,7 @@ class LossMatcher:
             return loss
         attachment = self.guard.attachment
         assert attachment is not None
-        window, rows = attachment.rounds.window, len(input)
+        window, rows = attachment.driver.window, len(input)
         if first >= len(window.sample_ids):
             window.unguarded += rows
             return loss
@@ -69,13 +69,14 @@ class LossMatcher:
         losses = (input.float() - target.float()).square().mean(dim=list(range(1, input.dim())))
         sample_ids = torch.tensor(window.sample_ids[first : first + rows], device=input.device)
         verdict = self.guard.weigh(losses, self.output.timesteps[first : first + rows], sample_ids)
-        if verdict.num_clean == rows and verdict.divisor == rows:
+        divisor = attachment.driver.divisor
+        if verdict.num_clean == rows and divisor == rows:
             return loss
         if kwargs.get("reduction", "mean") == "mean":
             return verdict.loss
         # The script's own mean over the batch, perhaps weighted, becomes that over the clean samples.
-        clean = ~(verdict.skip_mask | verdict.augment_mask)
-        return loss * (clean * (rows / verdict.divisor)).view(-1, *(1 for _ in input.shape[1:]))
+        clean = verdict.weights
+        return loss * (clean * (rows / divisor)).view(-1, *(1 for _ in input.shape[1:]))
 
     def _first_row(self, tensor: Tensor) -> int | None:
         """Return which row of the UNet's output a tensor begins with, None where it does not lie there."""

@@ -1,69 +1,62 @@
-"""The files of ``memguard/`` in the folder that a guarded script writes."""
+"""What a script's dataset says of its samples: files, captions, near-duplicates."""
 
-import dataclasses
-import json
+import logging
 import os
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
+from PIL import Image
 
-from sd_memguard.guard import MemorizationGuard
+from sd_memguard.plugin.duplicates import find_duplicates
+from sd_memguard.runs.records import SampleTable
 
-FOLDER = "memguard"
+logger = logging.getLogger(__name__)
 
 
-class ScriptRecords:
-    """Writes ``config.json``, ``rounds.jsonl`` and ``samples.parquet``.
+def sample_table(dataset: Any, arguments: Any, groups: Any) -> SampleTable:
+    """Return what the records say of each sample of a script's dataset.
 
     Args:
-        output_dir: the script's folder.
-        guard: the guard, in its loop.
-        dataset: the script's dataset.
+        dataset: of the script.
         arguments: the script's arguments.
+        groups: (N,) int64 tensor of near-duplicates, None where they are not known.
     """
-
-    def __init__(self, output_dir: Path, guard: MemorizationGuard, dataset: Any, arguments: Any) -> None:
-        self.folder = output_dir / FOLDER
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.guard = guard
-        self.data_dir = _data_dir(arguments)
-        self.files, self.captions = _files(dataset, arguments), _captions(dataset, arguments)
-
-    def write_config(self, script: Path, total_steps: int, steps_per_round: int) -> None:
-        """Write the guard's settings with what ``auto`` came to, and which script it was."""
-        settings = dataclasses.asdict(self.guard.config)
-        resolved = {
-            "seed": self.guard.seed,
-            "num_shards": self.guard.num_shards,
-            "steps_per_round": steps_per_round,
-            "max_train_steps": total_steps,
-            "script": script.name,
-            "train_data_dir": self.data_dir,
-        }
-        text = json.dumps({**settings, **resolved}, indent=2, ensure_ascii=False)
-        (self.folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-    def write(self) -> None:
-        """Write the rounds so far, and a row per sample."""
-        assert self.guard.attachment is not None
-        rows = self.guard.attachment.rounds.history
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (self.folder / "rounds.jsonl").write_text(text, encoding="utf-8")
-        ledger, assignment = self.guard.ledger, self.guard.plan.assignment
-        columns: dict[str, Any] = {
-            "sample_id": range(len(assignment)),
-            "file": self.files,
-            "caption": self.captions,
-            "shard": assignment.numpy(),
-            **{name: getattr(ledger, name).numpy() for name in ("seen", "skipped", "augmented", "moves")},
-            "skip_ratio": ledger.skip_ratio().numpy(),
-        }
-        pq.write_table(pa.table(columns), self.folder / "samples.parquet")
+    ids = np.arange(len(dataset))
+    return SampleTable(
+        ids, _files(dataset, arguments), _captions(dataset, arguments), None if groups is None else groups.numpy()
+    )
 
 
-def _data_dir(arguments: Any) -> str | None:
+def find_script_duplicates(dataset: Any) -> Any:
+    """Return the groups of near-duplicates of a script's dataset, (N,) int64, None where its images are out of reach."""
+    images = _images(dataset)
+    if images is None:
+        return None
+    logger.info("looking for near-duplicates among %d images", len(dataset))
+    return find_duplicates(images)
+
+
+def _images(dataset: Any) -> Iterator[Image.Image] | None:
+    """Return the images of a dataset as they are before any transform."""
+    if hasattr(dataset, "instance_images_path"):  # the DreamBooth scripts' own dataset, which repeats its images
+        paths = list(dataset.instance_images_path)
+        return (Image.open(paths[index % len(paths)]) for index in range(len(dataset)))
+    column = _image_column(dataset)
+    if column is None:
+        return None
+    plain = dataset.with_format(None)
+    return (plain[index][column] for index in range(len(dataset)))
+
+
+def _image_column(dataset: Any) -> str | None:
+    import datasets
+
+    features = getattr(dataset, "features", None) or {}
+    return next((name for name, feature in features.items() if isinstance(feature, datasets.Image)), None)
+
+
+def data_dir(arguments: Any) -> str | None:
     """Return the script's folder of images, where it has one."""
     return getattr(arguments, "train_data_dir", None) or getattr(arguments, "instance_data_dir", None)
 
@@ -76,18 +69,20 @@ def _files(dataset: Any, arguments: Any) -> list[str | None]:
         paths = [known[index % len(known)] for index in range(len(dataset))]
     elif hasattr(dataset, "cast_column"):
         paths = _huggingface_paths(dataset)
-    root = _data_dir(arguments)
-    return [None if path is None else (os.path.relpath(path, root) if root else str(path)) for path in paths]
+    root = data_dir(arguments)
+    if not isinstance(root, str | os.PathLike):  # none, or a list of folders
+        return [None if path is None else str(path) for path in paths]
+    return [None if path is None else os.path.relpath(path, root) for path in paths]
 
 
 def _huggingface_paths(dataset: Any) -> list[Any]:
     import datasets
 
-    for name, feature in dataset.features.items():
-        if isinstance(feature, datasets.Image):
-            undecoded = dataset.with_format(None).cast_column(name, datasets.Image(decode=False))
-            return [image["path"] for image in undecoded[name]]
-    return [None] * len(dataset)
+    column = _image_column(dataset)
+    if column is None:
+        return [None] * len(dataset)
+    undecoded = dataset.with_format(None).cast_column(column, datasets.Image(decode=False))
+    return [image["path"] for image in undecoded[column]]
 
 
 def _captions(dataset: Any, arguments: Any) -> list[str | None]:
@@ -95,5 +90,5 @@ def _captions(dataset: Any, arguments: Any) -> list[str | None]:
     column = getattr(arguments, "caption_column", None)
     if column is not None and column in getattr(dataset, "column_names", []):
         captions = dataset.with_format(None)[column]
-        return [caption if isinstance(caption, str) else next(iter(caption), None) for caption in captions]
+        return [c if isinstance(c, str) or c is None else next(iter(c), None) for c in captions]
     return [getattr(arguments, "instance_prompt", None)] * len(dataset)

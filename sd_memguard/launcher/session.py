@@ -1,6 +1,7 @@
 """One guarded run of a script: a few named functions of the libraries are replaced while it lasts, and counted."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import runpy
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from sd_memguard.guard import MemorizationGuard
 from sd_memguard.launcher.arguments import Command
 from sd_memguard.launcher.losses import LossMatcher
-from sd_memguard.launcher.records import FOLDER, ScriptRecords
+from sd_memguard.launcher.records import data_dir, find_script_duplicates, sample_table
 from sd_memguard.launcher.scripts import (
     TESTED,
     ScriptError,
@@ -36,6 +37,8 @@ from sd_memguard.launcher.scripts import (
     total_steps,
 )
 from sd_memguard.proxies.lora import LoraProxies
+from sd_memguard.runs.folder import FOLDER
+from sd_memguard.runs.records import RunRecords, SampleTable
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +60,8 @@ class Session:
         self.arguments: Any = None
         self.guard: MemorizationGuard | None = None
         self.matcher: LossMatcher | None = None
-        self.records: ScriptRecords | None = None
+        self.records: RunRecords | None = None
+        self.table: SampleTable | None = None
         self.emas: list[Any] = []
         self.calls: Counter[str] = Counter()
         self._finished = False
@@ -187,8 +191,9 @@ class Session:
         if config.seed is None:
             config = replace(config, seed=getattr(self.arguments, "seed", None))
         dataset = loader.dataset
+        groups = None if config.group_duplicates == "off" or config.is_neutral else find_script_duplicates(dataset)
         try:
-            self.guard = guard = MemorizationGuard(config, len(dataset))  # type: ignore[arg-type]
+            self.guard = guard = MemorizationGuard(config, len(dataset), groups=groups)  # type: ignore[arg-type]
         except ValueError as error:  # more shards than samples
             raise ScriptError(str(error)) from error
         output_dir = Path(self.arguments.output_dir)
@@ -208,17 +213,42 @@ class Session:
         self.matcher = LossMatcher(guard, self._plain_mse_loss)
         self.matcher.watch(by_role[unet])
         assert guard.attachment is not None
-        rounds = guard.attachment.rounds
-        self.records = ScriptRecords(output_dir, guard, dataset, self.arguments)
-        self.records.write_config(self.command.script, steps, rounds.schedule.steps_per_round)
-        rounds.listeners.append(lambda row: self.records.write() if self.records else None)
+        self.table = sample_table(dataset, self.arguments, guard.groups)
+        self.records = RunRecords(output_dir)
+        self.records.begin(self._record(steps))
+        guard.attachment.ensemble.listeners.append(lambda row: self._write_records())
         logger.info("%s", self._plan_text(steps))
         return tuple(by_role[part] for part in objects)
+
+    def _record(self, steps: int) -> dict[str, Any]:
+        """Return what ``memguard/config.json`` says of the run: the guard's settings, resolved, and the script."""
+        assert self.guard is not None
+        assert self.guard.attachment is not None
+        return {
+            **dataclasses.asdict(self.guard.config),
+            "memguard": "off" if self.guard.is_neutral else "on",
+            "seed": self.guard.seed,
+            "num_shards": self.guard.num_shards,
+            "steps_per_round": self.guard.attachment.ensemble.schedule.steps_per_round,
+            "max_train_steps": steps,
+            "actions": [action._asdict() for action in self.guard.actions],
+            "notices": self.guard.attachment.notices,
+            "script": self.command.script.name,
+            "train_data_dir": data_dir(self.arguments),
+        }
+
+    def _write_records(self) -> None:
+        assert self.guard is not None
+        assert self.guard.attachment is not None
+        if self.records is not None and self.table is not None:
+            self.records.write_rounds(self.guard.attachment.ensemble.rounds)
+            self.records.write_samples(self.table, self.guard)
+            self.records.write_curves(self.guard.rules)
 
     def _plan_text(self, steps: int) -> str:
         assert self.guard is not None
         assert self.guard.attachment is not None
-        guard, schedule = self.guard, self.guard.attachment.rounds.schedule
+        guard, schedule = self.guard, self.guard.attachment.ensemble.schedule
         if guard.is_neutral:
             return f"the guard is off: {steps} steps as the script takes them"
         sizes = ", ".join(map(str, guard.plan.sizes()))
@@ -236,14 +266,14 @@ class Session:
         attachment = None if self.guard is None else self.guard.attachment
         if attachment is None or self._finished:
             return
-        attachment.rounds.settle()
-        if not attachment.rounds.finished:
+        attachment.driver.advance_turn()
+        if not attachment.ensemble.is_finished:
             return
         self._finished = True
-        if isinstance(attachment.proxies, LoraProxies):
+        if isinstance(attachment.ensemble.proxies, LoraProxies):
             self._kept.enter_context(attachment.averaged(None))
         if self.records is not None:
-            self.records.write()
+            self._write_records()
 
     def _check_end(self) -> None:
         """Refuse to call a run guarded that was not.
@@ -256,26 +286,26 @@ class Session:
                 "the script has ended without preparing a UNet, an optimizer and a dataloader together, so that "
                 "nothing was guarded"
             )
-        rounds = self.guard.attachment.rounds
-        resumed_at_end = rounds.batches_seen == 0 and rounds.finished
-        if rounds.losses_seen != self.matcher.num_matched or (rounds.losses_seen == 0 and not resumed_at_end):
+        driver, ensemble = self.guard.attachment.driver, self.guard.attachment.ensemble
+        resumed_at_end = driver.batches_seen == 0 and ensemble.is_finished
+        if driver.losses_seen != self.matcher.num_matched or (driver.losses_seen == 0 and not resumed_at_end):
             raise ScriptError(
-                f"of {rounds.batches_seen} batches the guard has seen {rounds.losses_seen} losses; nothing that was "
+                f"of {driver.batches_seen} batches the guard has seen {driver.losses_seen} losses; nothing that was "
                 "written can be relied on as guarded"
             )
         if not self._finished:
             raise ScriptError(
-                f"the script has ended after {rounds.progress.global_step} of {rounds.schedule.total_steps} steps, or "
+                f"the script has ended after {ensemble.progress.global_step} of {ensemble.schedule.total_steps} steps, or "
                 "has exported without `wait_for_everyone`; what it wrote is one proxy and not the mean of them"
             )
         logger.info(
             "%d steps, %d batches, %d losses weighed, %d of %d forwards matched, %d empty steps",
-            rounds.progress.global_step,
-            rounds.batches_seen,
-            rounds.losses_seen,
+            ensemble.progress.global_step,
+            driver.batches_seen,
+            driver.losses_seen,
             self.matcher.num_matched,
             self.matcher.num_forwards,
-            rounds.progress.empty_steps,
+            ensemble.progress.empty_steps,
         )
 
 

@@ -3,13 +3,11 @@
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sd_memguard.errors import LoopError
+from sd_memguard.plugin.loop_driver import LoopDriver
 from sd_memguard.proxies.state_file import load_state, save_state
-
-if TYPE_CHECKING:
-    from sd_memguard.plugin.loop_driver import Rounds
 
 logger = logging.getLogger(__name__)
 
@@ -17,20 +15,20 @@ FOLDER, PROXIES, STATE = "memguard", "proxies", "state"
 KIND = "GuardedLoop-1"
 
 
-def save(rounds: "Rounds", checkpoint: Path) -> None:
+def save(driver: LoopDriver, checkpoint: Path) -> None:
     """Write the guard's part of a checkpoint; it appears whole or not at all."""
     temporary = checkpoint / f"writing-{FOLDER}"
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / PROXIES).mkdir(parents=True)
-    state: dict[str, Any] = {"kind": KIND, **rounds.state_dict(), "proxies": None}
-    if rounds.schedule.num_shards > 1:  # a single proxy is the model and the optimizer that the loop saves itself
-        state["proxies"] = rounds.proxies.save(temporary / PROXIES)
+    state: dict[str, Any] = {"kind": KIND, **driver.state_dict(), "proxies": None}
+    if driver.schedule.num_shards > 1:  # a single proxy is the model and the optimizer that the loop saves itself
+        state["proxies"] = driver.ensemble.save_proxies(temporary / PROXIES)
     save_state(state, temporary, STATE)
     shutil.rmtree(checkpoint / FOLDER, ignore_errors=True)
     temporary.rename(checkpoint / FOLDER)
 
 
-def announce(rounds: "Rounds", checkpoint: Path) -> None:
+def announce(driver: LoopDriver, checkpoint: Path) -> None:
     """Read the guard's part of a checkpoint and check it; it is taken up when the loop asks for its next batch.
 
     So the loop may restore its own parts in whatever order, and the proxies have the last word.
@@ -45,19 +43,19 @@ def announce(rounds: "Rounds", checkpoint: Path) -> None:
             "banks are missing; begin again, or go on without the guard"
         )
     state = load_state(folder, STATE)
-    present = {"kind": KIND, "shards": rounds.schedule.num_shards, "samples": len(rounds.guard.plan.assignment)}
+    present = {"kind": KIND, "shards": driver.schedule.num_shards, "samples": len(driver.guard.plan.assignment)}
     saved = {
         "kind": state["kind"],
-        "shards": state["guard"]["num_shards"],
-        "samples": len(state["guard"]["assignment"]),
+        "shards": state["ensemble"]["guard"]["num_shards"],
+        "samples": len(state["ensemble"]["guard"]["assignment"]),
     }
     if saved != present:
         raise LoopError(f"{checkpoint} was written by another guard: {saved} there, {present} here; use the same")
 
     def restore() -> None:
-        rounds.load_state_dict(state)
+        driver.load_state_dict(state)
         if state["proxies"] is not None:
-            rounds.proxies.load(folder / PROXIES, state["proxies"])
-        logger.info("the guard goes on from step %d of %s", rounds.progress.global_step, checkpoint)
+            driver.ensemble.load_proxies(folder / PROXIES, state["proxies"])
+        logger.info("the guard goes on from step %d of %s", driver.ensemble.progress.global_step, checkpoint)
 
-    rounds.restore = restore
+    driver.restore = restore

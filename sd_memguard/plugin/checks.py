@@ -1,6 +1,6 @@
 """What a loop must be like for the guard to work in it, checked before a step is taken."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,12 +8,10 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from sd_memguard.errors import LoopError
 from sd_memguard.plugin.trainable import Adapter
-
-if TYPE_CHECKING:
-    from sd_memguard.guard import MemorizationGuard
+from sd_memguard.sample_guard import SampleGuard
 
 
-def check_loader(guard: "MemorizationGuard", dataloader: Any, *, keeps_order: bool) -> None:
+def check_loader(guard: SampleGuard, dataloader: Any, *, keeps_order: bool) -> None:
     """Refuse a dataloader whose samples the guard cannot number or cannot sort by shard.
 
     Args:
@@ -61,7 +59,7 @@ def _check_order(dataloader: DataLoader) -> None:
         )
 
 
-def check_steps(guard: "MemorizationGuard", total_steps: int | None) -> None:
+def check_steps(guard: SampleGuard, total_steps: int | None) -> None:
     """Refuse an ensemble whose rounds cannot be laid out.
 
     Raises:

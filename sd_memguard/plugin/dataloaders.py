@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sd_memguard.core.sampler import SampleRef
 from sd_memguard.core.seeding import generator_for
+from sd_memguard.ensemble import Ensemble
 from sd_memguard.errors import LoopError
 from sd_memguard.plugin.augment import Augmenter
 from sd_memguard.plugin.backends import LoopBackend
-from sd_memguard.plugin.loop_driver import Rounds
+from sd_memguard.plugin.loop_driver import LoopDriver
 
 SAMPLE_ID = "sample_id"
 
@@ -101,16 +101,16 @@ def labelled_loader(loader: DataLoader) -> DataLoader:
 
 
 class WatchedLoader(DataLoader):
-    """What both kinds share: they pass through a loader's attributes and tell the rounds of every batch.
+    """What both kinds share: they pass through a loader's attributes and tell the driver of every batch.
 
     Args:
         loader: the loop's loader, prepared by accelerate or not.
-        rounds: the rounds to tell.
+        driver: is told of each batch.
     """
 
-    def __init__(self, loader: Any, rounds: Rounds) -> None:
+    def __init__(self, loader: Any, driver: LoopDriver) -> None:
         # No call of the base class: it would make a second sampler; what a DataLoader knows is asked of the inner one.
-        self.__dict__["inner"], self.__dict__["rounds"] = loader, rounds
+        self.__dict__["inner"], self.__dict__["driver"] = loader, driver
 
     def __getattr__(self, name: str) -> Any:
         """Return the inner loader's attribute."""
@@ -132,12 +132,12 @@ class LabelledLoader(WatchedLoader):
         """Iterate over one epoch."""
         try:
             for batch in self.inner:
-                self.rounds.settle()
-                self.rounds.open_batch(batch[SAMPLE_ID].tolist())
+                self.driver.advance_turn()
+                self.driver.open_batch(batch[SAMPLE_ID].tolist())
                 yield batch
-            self.rounds.on_epoch_end()
+            self.driver.on_epoch_end()
         finally:
-            self.rounds.on_loop_end()
+            self.driver.on_loop_end()
 
 
 class GuardedLoader(WatchedLoader):
@@ -148,80 +148,81 @@ class GuardedLoader(WatchedLoader):
 
     Args:
         loader: the loop's loader.
-        rounds: the rounds to drive.
-        host: the loop.
+        driver: of the loop.
+        backend: of the loop.
         augmenter: makes batches of augmented copies, where that is possible.
     """
 
-    def __init__(self, loader: DataLoader, rounds: Rounds, host: LoopBackend, augmenter: Augmenter | None) -> None:
-        super().__init__(loader, rounds)
-        self.host, self.augmenter = host, augmenter
+    def __init__(
+        self, loader: DataLoader, driver: LoopDriver, backend: LoopBackend, augmenter: Augmenter | None
+    ) -> None:
+        super().__init__(loader, driver)
+        self.backend, self.augmenter = backend, augmenter
         self.end_of_dataloader, self.remainder = False, -1
         self._batches: Iterator[Any] = iter(())
         self._turn: tuple[int, int, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Iterate over one epoch, or over the rest of an interrupted one."""
-        self.rounds.settle()
-        self.rounds.epoch_position %= len(self)
+        self.driver.advance_turn()
+        self.driver.epoch_position %= len(self)
         self.end_of_dataloader = False
-        self.host.begin_epoch(self)
+        self.backend.begin_epoch(self)
         try:
-            while self.rounds.epoch_position < len(self):
+            while self.driver.epoch_position < len(self):
                 batch = self._next()
-                self.end_of_dataloader = self.rounds.epoch_position == len(self)
+                self.end_of_dataloader = self.driver.epoch_position == len(self)
                 yield batch
-            self.rounds.on_epoch_end()
+            self.driver.on_epoch_end()
         finally:
-            self.host.end_epoch(self)
-            self.rounds.on_loop_end()
+            self.backend.end_epoch(self)
+            self.driver.on_loop_end()
 
     def _next(self) -> Any:
-        rounds = self.rounds
-        rounds.settle()
-        rounds.epoch_position += 1
+        driver = self.driver
+        driver.advance_turn()
+        driver.epoch_position += 1
         augmented = self._augmented()
         if augmented is not None:
-            return self.host.place(augmented)
-        if self._turn != rounds.turn:
-            self._turn, self._batches = rounds.turn, iter(self._loader_of_turn())
+            return self.backend.place(augmented)
+        if self._turn != driver.turn:
+            self._turn, self._batches = driver.turn, iter(self._loader_of_turn())
         batch = next(self._batches)
-        rounds.take(next(self._ahead))
-        return self.host.place(batch)
+        driver.take(next(self._ahead))
+        return self.backend.place(batch)
 
     def _loader_of_turn(self) -> DataLoader:
         """Return a loader over the active shard; what its workers fetch ahead is dropped when the turn ends."""
-        progress, guard = self.rounds.progress, self.rounds.guard
+        progress, guard = self.driver.ensemble.progress, self.driver.guard
         shard_index, size = guard.shard_index, self.inner.batch_size
-        self._ahead = self.rounds.ahead(size)
+        self._ahead = self.driver.ensemble.upcoming(size)
         address = (shard_index, progress.round_index, progress.global_step)
         return DataLoader(
             **parts_of(self.inner),
-            batch_sampler=_Batches(self.rounds, size),
+            batch_sampler=_Batches(self.driver.ensemble, size),
             generator=generator_for(guard.seed, "workers", *address),
         )
 
     def _augmented(self) -> Any:
         """Return a batch of augmented copies where enough samples of the active shard wait for one, else None."""
-        rounds = self.rounds
-        if self.augmenter is None or rounds.finished:
+        driver = self.driver
+        if self.augmenter is None or driver.ensemble.is_finished:
             return None
-        waiting = rounds.guard.take_augment_batch(self.inner.batch_size)
+        waiting = driver.guard.take_augment_batch(self.inner.batch_size)
         if waiting is None:
             return None
-        shard_index = rounds.guard.shard_index
-        address = (shard_index, rounds.progress.extra_steps[shard_index])
+        shard_index = driver.guard.shard_index
+        address = (shard_index, driver.ensemble.progress.extra_steps[shard_index])
         batch = self.augmenter(waiting.sample_ids, waiting.magnitude, address)
-        rounds.open_batch(waiting.sample_ids, augmented=True)
+        driver.open_batch(waiting.sample_ids, augmented=True)
         return label(batch, waiting.sample_ids)
 
 
 class _Batches:
     """The sample ids of a turn's batches, without end: the loop decides when the turn is over."""
 
-    def __init__(self, rounds: Rounds, size: int) -> None:
-        self.rounds, self.size = rounds, size
+    def __init__(self, ensemble: Ensemble, size: int) -> None:
+        self.ensemble, self.size = ensemble, size
 
     def __iter__(self) -> Iterator[list[int]]:
-        ahead: Iterator[list[SampleRef]] = self.rounds.ahead(self.size)
-        return ([visit.sample_id for visit in visits] for visits in ahead)
+        return ([ref.sample_id for ref in refs] for refs in self.ensemble.upcoming(self.size))

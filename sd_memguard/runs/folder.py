@@ -121,13 +121,6 @@ def read_run(path: Path) -> RunFolder:
     )
 
 
-def round_mean(row: dict[str, Any], name: str) -> float | None:
-    """Return the mean of a number over the shards of a round, each weighing as many steps as it took; None of none."""
-    known = [(shard["steps"], shard[name]) for shard in row["shards"] if shard[name] is not None]
-    steps = sum(weight for weight, _ in known)
-    return sum(weight * value for weight, value in known) / steps if steps else None
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / FOLDER / CONFIG
     if (path / FOLDER / "state.json").exists():

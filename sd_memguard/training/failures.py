@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sd_memguard.config import TrainConfig
+from sd_memguard.core.decision import Verdict
 from sd_memguard.data.samples import Samples
 from sd_memguard.errors import UserError
-from sd_memguard.guard import Verdict
 from sd_memguard.training.memory_estimate import gigabytes
 
 MAX_NAMED = 8

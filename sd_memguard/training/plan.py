@@ -12,21 +12,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from sd_memguard import assets
 from sd_memguard.config import ConfigError, GuardConfig, TrainConfig
+from sd_memguard.core.rules import rule_class
 from sd_memguard.core.schedule import RoundSchedule
-from sd_memguard.core.shards import auto_num_shards
 from sd_memguard.data.duplicate_report import describe_duplicates
 from sd_memguard.data.encoding_cache import refuse_inexact_cache
 from sd_memguard.data.image_check_cache import CheckCache
 from sd_memguard.data.samples import BadSample, Checked, SampleError, Samples, load_samples
 from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS
+from sd_memguard.defaults import resolve_settings
 from sd_memguard.files import replace_text
 from sd_memguard.models.pipeline import find_pipeline
 from sd_memguard.runs.checkpoint import refuse_changes
 from sd_memguard.runs.folder import CONFIG, FOLDER, SUMMARY, RunFolderError
+from sd_memguard.runs.records import SampleTable
 from sd_memguard.training.memory_estimate import Footprint, check_space, footprint
 from sd_memguard.training.ranks import batch_slices, divides
 
@@ -45,6 +48,7 @@ class Plan:
     """What a run will do, known before any model is loaded."""
 
     config: TrainConfig
+    guard: GuardConfig
     seed: int
     pipeline: Path
     samples: Samples
@@ -65,7 +69,7 @@ class Plan:
         return num_different(self.samples) if balanced else len(self.samples.sample_ids)
 
     @property
-    def resolved(self) -> dict[str, int]:
+    def resolved(self) -> dict[str, Any]:
         """What ``auto`` and a number of epochs came to."""
         schedule = self.schedule
         return {
@@ -73,6 +77,20 @@ class Plan:
             "steps_per_round": schedule.steps_per_round,
             "max_train_steps": schedule.total_steps,
         }
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``memguard/config.json`` says of the run: every setting, resolved, and the actions of the sample rule."""
+        actions = [action._asdict() for action in rule_class(self.guard.sample_rule).actions]
+        return {**self.config.to_dict(), **self.resolved, "actions": actions}
+
+    @property
+    def sample_table(self) -> SampleTable:
+        """What the records say of each usable sample."""
+        samples, ids = self.samples, self.samples.sample_ids
+        captions = pc.list_element(samples.caption_lists(), 0)
+        groups = None if samples.groups is None else samples.groups[ids]
+        return SampleTable(ids, samples.files(), captions, groups)
 
     @property
     def effective_batch_size(self) -> int:
@@ -147,11 +165,11 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     if heldout_folder:
         heldout = _load_images(config, heldout_folder, None, None, checked=None if known is None else known.heldout)
     pipeline = find_pipeline(config)
-    schedule = plan_rounds(config, samples, num_processes, recorded)
+    resolved, schedule = plan_rounds(config, samples, num_processes, recorded)
     sizes = footprint(pipeline, config, schedule)
     if known is None:
         check_space(sizes, config)
-    return Plan(config, seed, pipeline, samples, heldout, schedule, sizes, num_processes)
+    return Plan(config, resolved, seed, pipeline, samples, heldout, schedule, sizes, num_processes)
 
 
 def _recorded(config: TrainConfig) -> dict[str, Any]:
@@ -173,8 +191,8 @@ def num_different(samples: Samples) -> int:
 
 def plan_rounds(
     config: TrainConfig, samples: Samples, num_processes: int = 1, recorded: Mapping[str, Any] | None = None
-) -> RoundSchedule:
-    """Return the schedule, with ``auto`` and a number of epochs resolved.
+) -> tuple[GuardConfig, RoundSchedule]:
+    """Return the guard's settings and the schedule, with ``auto`` and a number of epochs resolved.
 
     Args:
         config: of the run.
@@ -183,38 +201,41 @@ def plan_rounds(
         recorded: the settings of the run that is resumed, maybe for longer: what ``auto`` was stays.
 
     Raises:
-        ConfigError: more shards than different images, or than steps.
+        ConfigError: more shards than distinct images, or than steps.
     """
-    recorded = {} if recorded is None else recorded
     guard = config.guard
+    kept = {name: recorded[name] for name in ("num_shards", "steps_per_round") if recorded and name in recorded}
+    guard = replace(guard, **{name: value for name, value in kept.items() if getattr(guard, name) == "auto"})
     num_images = num_different(samples)
-    num_shards = guard.num_shards
-    if num_shards == "auto":
-        passes = _num_epochs(config, num_images, num_processes)
-        num_shards = int(recorded.get("num_shards", auto_num_shards(num_images, passes)))
+    epoch_length = num_images if guard.group_duplicates == "balance" else len(samples.sample_ids)
+
+    def total_steps(num_shards: int) -> int:
+        _check_num_shards(num_shards, num_images, samples.groups is not None)
+        batches = -(-epoch_length // (config.train_batch_size * batch_slices(num_processes, num_shards)))
+        steps_per_epoch = -(-batches // config.gradient_accumulation_steps)
+        steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
+        if steps < num_shards:
+            raise ConfigError(
+                f"`--max_train_steps` must be at least the number of shards ({num_shards}), got {steps}; "
+                "each proxy needs a step"
+            )
+        return steps
+
+    num_epochs = _num_epochs(config, num_images, num_processes)
+    return resolve_settings(guard, num_images=num_images, num_epochs=num_epochs, total_steps=total_steps)
+
+
+def _check_num_shards(num_shards: int, num_images: int, grouped: bool) -> None:
     if num_shards > num_images:
-        what = "samples" if samples.groups is None else "samples, near-identical ones counted as one"
+        what = "samples, near-duplicates counted once" if grouped else "samples"
         raise ConfigError(
             f"`--num_shards` must be between 1 and the number of {what} ({num_images}), got {num_shards}; "
             "lower it or add samples"
         )
-    epoch_length = num_images if guard.group_duplicates == "balance" else len(samples.sample_ids)
-    batches = -(-epoch_length // (config.train_batch_size * batch_slices(num_processes, num_shards)))
-    steps_per_epoch = -(-batches // config.gradient_accumulation_steps)
-    total_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
-    if total_steps < num_shards:
-        raise ConfigError(
-            f"`--max_train_steps` must be at least the number of shards ({num_shards}), got {total_steps}; "
-            "each proxy needs a step"
-        )
-    steps_per_round = guard.steps_per_round
-    if steps_per_round == "auto":
-        steps_per_round = recorded.get("steps_per_round", "auto")
-    return RoundSchedule.plan(total_steps, num_shards, steps_per_round, guard.redistribute_fraction > 0)
 
 
 def _num_epochs(config: TrainConfig, num_images: int, num_processes: int) -> float:
-    """Return how often one model would pass over the different images."""
+    """Return how often one model would see each distinct image."""
     if config.max_train_steps is None:
         return config.num_train_epochs
     batch = config.train_batch_size * batch_slices(num_processes, 1) * config.gradient_accumulation_steps

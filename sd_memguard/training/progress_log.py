@@ -13,10 +13,10 @@ from PIL.Image import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from sd_memguard.core.decision import Verdict
 from sd_memguard.core.progress import Progress
 from sd_memguard.data.image_check import shortened
-from sd_memguard.guard import Verdict
-from sd_memguard.runs.folder import round_mean
+from sd_memguard.ensemble import round_text
 from sd_memguard.training.plan import Plan
 from sd_memguard.training.run_state import RunState
 
@@ -70,7 +70,7 @@ class RunLog:
 
     def _tracker_options(self) -> dict[str, dict[str, Any]]:
         """Return what makes each tracker go on with the same run; what it was sent after the checkpoint comes again."""
-        run_id, steps = self.state.run_id, self.state.progress.global_step
+        run_id, steps = self.state.run_id, self.state.ensemble.progress.global_step
         return {
             "tensorboard": {"purge_step": steps + 1} if steps else {},
             "wandb": {"id": run_id, "resume": "allow"},
@@ -111,20 +111,10 @@ class RunLog:
         values = {"train_loss": loss, "lr": learning_rate, "skipped_fraction": skipped, "augmented_fraction": augmented}
         self.accelerator.log(values, step=progress.global_step)
 
-    def round(self, row: dict[str, Any], global_step: int) -> None:
+    def round(self, row: dict[str, Any]) -> None:
         """Write the line of a round and send its curves to the trackers."""
-        parts = []
-        for name, kind in (("loss", ".4f"), ("skipped_fraction", ".0%"), ("augmented_fraction", ".0%")):
-            if (value := round_mean(row, name)) is not None:
-                parts.append(f"{name.removesuffix('_fraction')} {value:{kind}}")
-        if "heldout_loss" in row:
-            parts.append(f"probe loss: trained on {row['train_loss']:.4f}, held out {row['heldout_loss']:.4f}")
-        if row["kind"] == "redistribute":
-            parts.append(f"{sum(move['count'] for move in row['moves'])} samples moved")
-        elif len(row["shards"]) > 1:
-            parts.append("proxies averaged")
-        logger.info("round %d/%d: %s", row["round"], self.plan.schedule.num_rounds, ", ".join(parts))
-        self.accelerator.log(_curves(row), step=global_step)
+        logger.info("%s", round_text(row, self.plan.schedule.num_rounds))
+        self.accelerator.log(_curves(row), step=row["global_step"])
 
     def generated(self, images: list[Image], global_step: int) -> None:
         """Send generated images of the validation prompts to the trackers that take images."""

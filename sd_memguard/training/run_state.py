@@ -9,11 +9,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
-from sd_memguard.core.progress import Progress
-from sd_memguard.guard import MemorizationGuard
+from sd_memguard.ensemble import Ensemble
 from sd_memguard.models.lora import merge
 from sd_memguard.models.pipeline import load_unet
-from sd_memguard.proxies.full import FullProxies
 from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.proxies.state_file import load_state, save_state
 from sd_memguard.runs.checkpoint import (
@@ -24,7 +22,6 @@ from sd_memguard.runs.checkpoint import (
     temporary_folder,
 )
 from sd_memguard.runs.folder import FOLDER, PROXIES_FOLDER
-from sd_memguard.runs.records import RunRecords
 from sd_memguard.runs.trained_run import UNET
 from sd_memguard.training.failures import check_finite
 from sd_memguard.training.plan import Plan
@@ -39,10 +36,8 @@ class RunState:
     Args:
         plan: what the run does.
         accelerator: holds the GradScaler, where there is one.
-        unet: the resident UNet.
-        proxies: of the run.
-        guard: of the run.
-        records: the rounds so far.
+        unet: the active UNet.
+        ensemble: of the run.
         ranks: who trains what. All processes call each method that writes or averages.
     """
 
@@ -51,14 +46,11 @@ class RunState:
         plan: Plan,
         accelerator: Accelerator,
         unet: UNet2DConditionModel,
-        proxies: FullProxies,
-        guard: MemorizationGuard,
-        records: RunRecords,
+        ensemble: Ensemble,
         ranks: Ranks,
     ) -> None:
         self.plan, self.config, self.accelerator, self.unet = plan, plan.config, accelerator, unet
-        self.proxies, self.guard, self.records, self.ranks = proxies, guard, records, ranks
-        self.progress = Progress(plan.schedule.num_shards)
+        self.ensemble, self.proxies, self.guard, self.ranks = ensemble, ensemble.proxies, ensemble.guard, ranks
         self.run_id = uuid.uuid4().hex  # under which trackers know the run
 
     @contextmanager
@@ -69,12 +61,12 @@ class RunState:
             merged = {} if self.ranks.by_batch and not is_main else self.proxies.merged(weights)
             yield merge(load_unet(self.plan.pipeline, self.config), merged) if is_main else None
         else:
-            with self.proxies.averaged(weights):
+            with self.ensemble.averaged():
                 yield self.unet if is_main else None
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint, then remove those beyond the limit."""
-        output_dir, step = self.plan.output_dir, self.progress.global_step
+        output_dir, step = self.plan.output_dir, self.ensemble.progress.global_step
         if self.ranks.is_main:
             save_checkpoint(output_dir, step, self._write)
             prune_checkpoints(output_dir, self.config.checkpoints_total_limit)
@@ -94,16 +86,14 @@ class RunState:
             if unet is not None:
                 check_finite(unet)
                 unet.save_pretrained(folder / UNET, max_shard_size="100GB")
-        proxies = self.proxies.save(private / PROXIES_FOLDER)
+        proxies = self.ensemble.save_proxies(private / PROXIES_FOLDER)
         if self.ranks.is_main:
             scaler = self.accelerator.scaler
             state = {
                 "config": self.plan.shaping,
                 "run_id": self.run_id,
-                "progress": self.progress.to_dict(),
-                "guard": self.guard.state_dict(),
+                "ensemble": self.ensemble.state_dict(),
                 "proxies": proxies,
-                "rounds": self.records.rounds,
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
             save_state(state, private, "state")
@@ -129,14 +119,11 @@ class RunState:
         state = load_state(folder / FOLDER, "state")
         with self.ranks.exchange.agreed():
             refuse_changes(state["config"], self.plan.shaping, folder)
-        self.guard.load_state_dict(state["guard"])
-        self.proxies.load(folder / FOLDER / PROXIES_FOLDER, state["proxies"])
-        self.progress = Progress.from_dict(state["progress"])
-        self.progress.shard_index = 0  # shards that have taken the steps of this round are passed over
+        self.ensemble.load_state_dict(state["ensemble"])
+        self.ensemble.load_proxies(folder / FOLDER / PROXIES_FOLDER, state["proxies"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.records.restore_rounds(state["rounds"])
-        self.run_id = state.get("run_id", self.run_id)  # older checkpoints have none
+        self.run_id = state["run_id"]
         logger.info("going on from %s", folder)
         before, now = state["config"]["max_train_steps"], self.config.max_train_steps
         if before != now and not self.config.lr_scheduler.startswith("constant"):

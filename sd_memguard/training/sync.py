@@ -13,7 +13,7 @@ from torch import Tensor
 from sd_memguard.core.augmentation import AugmentQueue
 from sd_memguard.core.progress import Progress, ShardMeter
 from sd_memguard.core.sampler import ShardSampler
-from sd_memguard.guard import MemorizationGuard
+from sd_memguard.sample_guard import SampleGuard
 from sd_memguard.training.ranks import Ranks
 
 COUNTERS = ("empty_steps", "nonfinite_steps", "unreadable_samples", "image_forwards", "round_extra_steps")
@@ -47,7 +47,7 @@ class RankSync:
         checkpointing_steps: optimizer steps over all proxies between checkpoints.
     """
 
-    def __init__(self, ranks: Ranks, guard: MemorizationGuard, progress: Progress, checkpointing_steps: int) -> None:
+    def __init__(self, ranks: Ranks, guard: SampleGuard, progress: Progress, checkpointing_steps: int) -> None:
         self.ranks, self.guard, self.progress = ranks, guard, progress
         self.checkpointing_steps = checkpointing_steps
         self.checkpoints_made = progress.global_step // checkpointing_steps
@@ -112,18 +112,18 @@ class RankSync:
 
     def _merge_guard(self) -> None:
         exchange, guard = self.ranks.exchange, self.guard
+        guard.count()
         # What a process knows of the shards of others is what it was told last, so it gives the rows of its own alone.
         own = torch.isin(guard.plan.assignment, torch.tensor(self.ranks.shards).to(guard.plan.assignment.dtype))
-        for name in COUNTED:
-            column = getattr(guard.ledger, name)
-            column.copy_(exchange.sum(column * own, "ledger"))
+        for counts in guard.ledger.counted():
+            counts.copy_(exchange.sum(counts * own, "ledger"))
         mine = torch.zeros(guard.num_shards, dtype=torch.bool)
         mine[list(self.ranks.shards)] = True
-        for name in ("sums", "counts", "visits"):
-            rows = torch.stack([getattr(bank, name) for bank in guard.banks])
-            merged = exchange.sum(_only(rows, mine), "banks")
-            for bank, row in zip(guard.banks, merged, strict=True):
-                getattr(bank, name).copy_(row)
+        for name in guard.rules[0].tensors():
+            rows = torch.stack([rule.tensors()[name] for rule in guard.rules])
+            merged = exchange.sum(_only(rows, mine), "rules")
+            for rule, row in zip(guard.rules, merged, strict=True):
+                rule.tensors()[name].copy_(row)
         queues = [(k, guard.queues[k].sample_ids, guard.queues[k].strengths) for k in self.ranks.shards]
         for shards in exchange.gather(queues, "queues"):
             for shard_index, sample_ids, strengths in shards:
@@ -132,4 +132,4 @@ class RankSync:
 
 def _only(rows: Tensor, mine: Tensor) -> Tensor:
     """Return the rows of this process, with zeros in place of the others."""
-    return torch.where(mine.to(rows.device)[:, None], rows, torch.zeros_like(rows))
+    return torch.where(mine.to(rows.device).view(-1, *(1 for _ in rows.shape[1:])), rows, torch.zeros_like(rows))

@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from signal import Signals
 from typing import Any, NamedTuple, NoReturn
@@ -16,20 +16,22 @@ from torch import Tensor
 
 from sd_memguard.config import TrainConfig
 from sd_memguard.core.async_copy import AsyncCPUCopy
+from sd_memguard.core.decision import Verdict
 from sd_memguard.core.progress import Progress
 from sd_memguard.core.sampler import SampleRef
 from sd_memguard.core.seeding import Address
 from sd_memguard.data.batches import Batch, BatchSource, Encoders, sample_address
 from sd_memguard.distributed import Exchange
+from sd_memguard.ensemble import Ensemble
 from sd_memguard.export.exporter import export_at_end
 from sd_memguard.export.hub import push_to_hub
 from sd_memguard.export.pipeline_folder import write_pipeline
-from sd_memguard.guard import AugmentBatch, MemorizationGuard, Verdict
 from sd_memguard.runs.checkpoint import remove_leftovers
 from sd_memguard.runs.folder import PROXIES_FOLDER
 from sd_memguard.runs.lock import run_lock
-from sd_memguard.runs.records import RunRecords, round_row, run_summary
+from sd_memguard.runs.records import RunRecords, run_summary
 from sd_memguard.runs.trained_run import TrainedRun
+from sd_memguard.sample_guard import AugmentBatch, SampleGuard
 from sd_memguard.training.build import base_learning_rate, make_accelerator, make_ema, make_proxies, prepare_models
 from sd_memguard.training.distributed_start import check_shared, main_alone, plan_together, quiet, told_when_lost
 from sd_memguard.training.dry_run import describe_plan, vae_factor
@@ -137,8 +139,8 @@ class Trainer:
         # The guard and the step.
         unusable = torch.ones(plan.samples.num_rows, dtype=torch.bool)
         unusable[plan.samples.sample_ids] = False
-        self.guard = MemorizationGuard(
-            replace(config.guard, num_shards=self.schedule.num_shards),
+        self.guard = SampleGuard(
+            plan.guard,
             plan.samples.num_rows,
             num_timesteps=num_timesteps,
             groups=None if plan.samples.groups is None else torch.from_numpy(plan.samples.groups),
@@ -156,38 +158,34 @@ class Trainer:
             self.schedule.num_shards,
         )
         encoders.release(
-            vae=self.source.caches_latents and not self._augments, text_encoder=self.source.caches_embeddings
+            vae=self.source.caches_latents and not plan.guard.augments, text_encoder=self.source.caches_embeddings
         )
 
         self.optimizer_step = ClippedStep(accelerator, self.optimizer, self.parameters, config.max_grad_norm)
         self.taken: list[tuple[int, list[Seen], AsyncCPUCopy | None]] = []
         self.nonfinite_in_a_row = 0
+        self.ensemble = Ensemble(self.guard, self.proxies, self.schedule)
         self.records = RunRecords(plan.output_dir, writes=self.ranks.is_main)
-        self.state = RunState(plan, accelerator, self.unet, self.proxies, self.guard, self.records, self.ranks)
+        self.state = RunState(plan, accelerator, self.unet, self.ensemble, self.ranks)
         self.log = RunLog(accelerator, plan, self.state)
 
     @property
     def progress(self) -> Progress:
         """Where the run stands."""
-        return self.state.progress
-
-    @property
-    def _augments(self) -> bool:
-        guard = self.config.guard
-        return 0 < guard.skip_threshold < guard.augment_threshold
+        return self.ensemble.progress
 
     # The run.
 
     def fit(self, stop: StopRequest) -> None:
         """Train to the end: every round, in it every shard, in it every step."""
         progress = self.progress
-        self.records.begin(self.config, self.plan.resolved)
+        self.records.begin(self.plan.record)
+        self.records.write_rounds(self.ensemble.rounds)
         quiet(self.ranks.exchange, logging.WARNING)
         self.ranks.stop = stop
         self.rank_sync = RankSync(self.ranks, self.guard, progress, self.config.checkpointing_steps)
         while progress.round_index < self.schedule.num_rounds:
             for shard_index in self.ranks.shards:
-                progress.shard_index = shard_index
                 self.train_shard(shard_index, stop)
             while self.ranks.by_shard and self._synchronize(Reason.ROUND_END, stop) is not Reason.ROUND_END:
                 pass  # a checkpoint for one that is not there yet
@@ -195,33 +193,19 @@ class Trainer:
 
     def train_shard(self, shard_index: int, stop: StopRequest) -> None:
         """Train one proxy on its shard for what is left of its steps in this round."""
-        progress, sampler = self.progress, self.progress.samplers[shard_index]
-        # Computed, not remembered: a run that goes on for longer may find its last round unfinished.
-        progress.step_in_round = (
-            progress.shard_steps[shard_index] - progress.round_index * self.schedule.steps_per_round
-        )
-        num_steps = self.schedule.steps_in_round(progress.round_index, shard_index) - progress.step_in_round
+        num_steps = self.ensemble.begin_turn(shard_index)
         if num_steps == 0:
             return
-        self.proxies.activate(shard_index)
-        self.guard.shard_index = shard_index
-        members = self.guard.plan.members(shard_index)
-        groups = None if self.guard.balanced_groups is None else self.guard.balanced_groups[members]
-        epoch_length = self.guard.num_images()[shard_index]
         size, accumulation = self.plan.batch_size, self.config.gradient_accumulation_steps
-        visits = sampler.peek(members, num_steps * self.plan.effective_batch_size, self.plan.seed, groups)
-        chunks = [visits[start : start + size] for start in range(0, len(visits), size)]
+        chunks = islice(self.ensemble.upcoming(size), num_steps * accumulation)
         batches = self.source.batches([self.ranks.slice_of(chunk) for chunk in chunks])
         for _ in range(num_steps):
             verdicts = self.step(batches, accumulation)
             while (waiting := self.guard.take_augment_batch(size)) is not None:
                 self.augmented_step(waiting)
-            sampler.advance(self.plan.effective_batch_size, epoch_length)
-            progress.shard_steps[shard_index] += 1
-            progress.step_in_round += 1
-            progress.global_step += 1
-            progress.meters[shard_index].steps += 1
-            self.log.step(progress, verdicts, self.optimizer.param_groups[0]["lr"])
+            self.ensemble.advance(self.plan.effective_batch_size)
+            self.ensemble.count_step()
+            self.log.step(self.progress, verdicts, self.optimizer.param_groups[0]["lr"])
             self._checkpoint_if_due(stop)
         self.check_pending_norms()
 
@@ -246,12 +230,13 @@ class Trainer:
                 self.progress.unreadable_samples += self.plan.batch_size - len(sample_ids)
                 verdict = self.guard.weigh(losses, timesteps, sample_ids, self.loss.weights(timesteps), wait=False)
                 # Where processes share a batch, the mean of their gradients is taken: each counts as many times.
-                self.accelerator.backward(verdict.clean_sum / (self.plan.effective_batch_size / self.ranks.slices))
+                self.accelerator.backward(verdict.loss_sum / (self.plan.effective_batch_size / self.ranks.slices))
             seen.append(Seen(sample_ids, timesteps, verdict))
         # The only wait for the device in a step: for the forwards, while it works on the backwards.
         verdicts = [one.verdict for one in seen]
+        self.guard.count()
         for verdict in verdicts:
-            self.progress.meters[self.guard.shard_index].record(verdict)
+            self.ensemble.record(verdict)
         self.check_pending_norms()
         if not all(bool(torch.isfinite(verdict.losses).all()) for verdict in verdicts):
             self.optimizer.zero_grad()
@@ -282,8 +267,7 @@ class Trainer:
         # The mean over the copies of all processes, of whose gradients the mean is taken.
         self.accelerator.backward(self.ranks.mean(weighted, num_copies))
         self._update(scale=1.0, seen=[])
-        self.progress.extra_steps[shard_index] += 1
-        self.progress.round_extra_steps += 1
+        self.ensemble.count_augmented()
 
     def _losses(
         self, batch: Batch, addresses: list[Address], purpose: str = "", *, dream: bool = True
@@ -353,25 +337,13 @@ class Trainer:
     # The end of a round.
 
     def end_round(self) -> None:
-        """Average the proxies or move samples between shards, look at the aggregate, and write the round down."""
-        progress, weights = self.progress, self.guard.aggregation_weights()
-        kind = self.schedule.kind(progress.round_index)
-        moves, sizes = None, self.guard.plan.sizes()
-        if kind == "average":
-            distances = self.proxies.average(weights)
-        else:
-            distances = self.proxies.distances(weights)
-            moves = self.guard.redistribute()
-            for sampler in progress.samplers:
-                sampler.begin_epoch_of_shard()
-        measured = self.validator.at_round_end(self.state, self.ranks, self.records, self.loss, self.log)
-        row = round_row(kind, progress, self.records.rounds, self.guard.banks, sizes, distances, moves, measured)
-        self.records.add_round(row)
-        self.records.write_samples(self.plan.samples, self.guard)
-        self.records.write_banks(self.guard.banks)
+        """Average the proxies or move samples between shards, validate the aggregate, and record the round."""
+        row = self.ensemble.end_round(lambda: self.validator.at_round_end(self.state, self.ranks, self.loss, self.log))
+        self.records.write_rounds(self.ensemble.rounds)
+        self.records.write_samples(self.plan.sample_table, self.guard)
+        self.records.write_curves(self.guard.rules)
         if self.ranks.is_main:
-            self.log.round(row, progress.global_step)
-        progress.begin_round()
+            self.log.round(row)
         self.rank_sync.begin_round()
 
     # Checkpoints.
@@ -428,7 +400,7 @@ class Trainer:
                 )
         if not self.ranks.is_main:
             return TrainResult(output_dir, progress.global_step, self._summary())
-        self.records.write_samples(self.plan.samples, self.guard)
+        self.records.write_samples(self.plan.sample_table, self.guard)
         exports = export_at_end(TrainedRun(output_dir, config, self.schedule.num_shards))
         summary = {**self._summary(), **exports.summary()}
         self.records.write_summary(summary)
@@ -441,4 +413,4 @@ class Trainer:
 
     def _summary(self) -> dict[str, Any]:
         speed = self.log.images_per_second(self.progress)
-        return run_summary(self.progress, self.schedule, self.guard, self.plan.samples, self.records.rounds, speed)
+        return run_summary(self.ensemble, self.plan.sample_table, speed)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sd_memguard.core.seeding import Address, derive_seed, draw_normal, draw_uniform, permutation
 from sd_memguard.data.batches import BatchSource, Encoders
-from sd_memguard.runs.records import RunRecords
 from sd_memguard.training.loss import DenoisingLoss
 from sd_memguard.training.plan import Plan
 from sd_memguard.training.progress_log import RunLog
@@ -130,32 +129,29 @@ class RoundValidator:
         repeated = [config.validation_prompt] * (config.num_validation_images or 0) if config.validation_prompt else []
         return [*(config.validation_prompts or ()), *repeated]
 
-    def at_round_end(
-        self, state: RunState, ranks: Ranks, records: RunRecords, loss: DenoisingLoss, log: RunLog
-    ) -> dict[str, MeanLoss]:
+    def at_round_end(self, state: RunState, ranks: Ranks, loss: DenoisingLoss, log: RunLog) -> dict[str, MeanLoss]:
         """Return the probes' losses of the aggregate, and draw with it when that is due.
 
         All processes call it: they share the proxies, or the store where these rest.
         """
-        draws = self._generated_image_is_due(state, records)
+        draws = self._generation_is_due(state)
         if self.plan.heldout is None and not draws:
             return {}
         # Not compiled: these few forwards are not worth another compilation.
-        averaged = state.proxies.averaged(state.guard.aggregation_weights())
-        with averaged, torch.compiler.set_stance("force_eager"):
+        with state.ensemble.averaged(), torch.compiler.set_stance("force_eager"):
             if not ranks.is_main:
                 return {}
             if draws:
                 self._draw(state, log)
             return {name: probe.measure(state.unet, loss) for name, probe in self.probes.items()}
 
-    def _generated_image_is_due(self, state: RunState, records: RunRecords) -> bool:
+    def _generation_is_due(self, state: RunState) -> bool:
         """Say whether a multiple of ``--validation_epochs`` passes was completed, or the first or last round ends."""
         if not self.prompts:
             return False
-        progress, per_epoch = state.progress, self.plan.epoch_length
+        progress, rounds, per_epoch = state.ensemble.progress, state.ensemble.rounds, self.plan.epoch_length
         done = progress.global_step * self.plan.effective_batch_size // per_epoch
-        steps_before = records.rounds[-1]["global_step"] if records.rounds else 0
+        steps_before = rounds[-1]["global_step"] if rounds else 0
         before, every = steps_before * self.plan.effective_batch_size // per_epoch, self.config.validation_epochs
         last = self.plan.schedule.num_rounds - 1
         return done // every > before // every or progress.round_index in {0, last}
@@ -163,4 +159,4 @@ class RoundValidator:
     def _draw(self, state: RunState, log: RunLog) -> None:
         folder, variant, seed = self.plan.pipeline, self.config.variant, self.plan.seed
         images = draw_prompts(folder, state.unet, self.prompts, state.accelerator, seed, variant)
-        log.generated(images, state.progress.global_step)
+        log.generated(images, state.ensemble.progress.global_step)

@@ -113,7 +113,7 @@ def test_losses_that_are_not_finite_leave_the_bank_alone(mode):
     bank, other = LossMemoryBank(9, mode=mode), LossMemoryBank(9, mode=mode)
     bank.update(torch.tensor([1, 1, 2, 1]), torch.tensor([1.0, math.nan, math.inf, 2.0]))
     other.update(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))
-    for name in ("sums", "counts", "visits"):
+    for name in ("sums", "counts", "times_seen"):
         assert torch.equal(bank.state_dict()[name], other.state_dict()[name])
 
 
@@ -144,7 +144,7 @@ def test_state_of_another_bank_is_refused(other):
     bank.update(torch.tensor([3]), torch.tensor([1.0]))
     with pytest.raises(ValueError, match=r"this memory bank is .*paper/0\.8 \(10,\), the saved one is"):
         bank.load_state_dict(other.state_dict())
-    assert bank.visits.sum() == 1
+    assert bank.times_seen.sum() == 1
 
 
 def test_settings_out_of_range_are_refused():

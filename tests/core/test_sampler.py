@@ -36,7 +36,7 @@ def test_changed_membership_begins_a_pass_whose_number_is_new():
     sampler = ShardSampler(0)
     seen = {visit.epoch_index for visit in sampler.peek(MEMBERS, 7, seed=0)}
     sampler.advance(7, len(MEMBERS))
-    sampler.begin_epoch_of_shard()
+    sampler.begin_epoch()
     members = torch.tensor([3, 5, 8, 21])
     visits = sampler.peek(members, 4, seed=0)
     assert sorted(visit.sample_id for visit in visits) == members.tolist()

@@ -75,18 +75,18 @@ def test_a_neutral_guard_leaves_the_script_its_bytes(plain, guarded, tmp_path, f
 
     assert weights(tmp_path / "run") == weights(tmp_path / "plain")
     assert torch.equal(torch.get_rng_state(), state)
-    assert session.matcher.num_matched == session.matcher.num_forwards == session.guard.attachment.rounds.batches_seen
+    assert session.matcher.num_matched == session.matcher.num_forwards == session.guard.attachment.driver.batches_seen
 
 
 @pytest.mark.parametrize("flags", PATTERNS.values(), ids=PATTERNS)
 def test_every_pattern_is_guarded_and_resumes_from_the_scripts_own_checkpoint(guarded, tmp_path, flags):
     session = guarded(GUARD, *flags, "--checkpointing_steps", "5", output="whole")
 
-    rounds = session.guard.attachment.rounds
-    assert session.matcher.num_matched == session.matcher.num_forwards == rounds.batches_seen
-    assert rounds.progress.global_step == STEPS
-    assert [row["kind"] for row in rounds.history] == ["redistribute", "average", "average"]
-    assert int(session.guard.ledger.skipped.sum()) > 0
+    rounds = session.guard.attachment.driver
+    assert session.matcher.num_matched == session.matcher.num_forwards == driver.batches_seen
+    assert driver.ensemble.progress.global_step == STEPS
+    assert [row["kind"] for row in driver.ensemble.rounds] == ["redistribute", "average", "average"]
+    assert int(session.guard.ledger.actions["skipped"].sum()) > 0
     if flags[:1] == ["--use_ema"]:
         return  # the small script keeps no EMA in its checkpoints
     guarded(GUARD, *flags, "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-5"))
@@ -121,7 +121,7 @@ def test_a_weighted_loss_of_single_elements_comes_out_as_that_of_the_clean_sampl
     guard = make_guard(num_shards=1, skip_threshold=1.0)
     network = make_network()
     loader = guard.attach(network, torch.optim.SGD(network.parameters(), lr=0.1), make_loader())
-    guard.banks[0].update(torch.arange(8), torch.ones(8) * 5)
+    guard.rules[0].bank.update(torch.arange(8), torch.ones(8) * 5)
     batch = next(iter(loader))
     timesteps = torch.tensor([1, 2, 3, 4])
     output, target = torch.randn(4, 2, 3, 3, requires_grad=True), torch.zeros(4, 2, 3, 3)
@@ -136,7 +136,7 @@ def test_a_weighted_loss_of_single_elements_comes_out_as_that_of_the_clean_sampl
 
     losses = prediction.square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(loss, (2.0 * losses[1] + 3.0 * losses[2]) / 2)
-    assert batch["sample_id"].tolist() == guard.attachment.rounds.window.sample_ids
+    assert batch["sample_id"].tolist() == guard.attachment.driver.window.sample_ids
 
 
 def test_the_folder_of_the_guard_is_written(guarded, tmp_path):

@@ -1,5 +1,7 @@
 """The guard in a plain torch loop: turns, averages, learning rates, empty steps, accumulation, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
@@ -58,8 +60,8 @@ def test_the_ensemble_is_three_models_trained_side_by_side():
     loop = Loop().attach(make_guard(**IET), TOTAL).run(TOTAL)
 
     torch.testing.assert_close(loop.weights(), slow_ensemble(), rtol=0, atol=1e-6)
-    assert [row["kind"] for row in loop.loader.rounds.history] == ["average"] * 5
-    assert [shard["steps"] for shard in loop.loader.rounds.history[-1]["shards"]] == [1, 1, 0]
+    assert [row["kind"] for row in loop.loader.driver.ensemble.rounds] == ["average"] * 5
+    assert [shard["steps"] for shard in loop.loader.driver.ensemble.rounds[-1]["shards"]] == [1, 1, 0]
 
 
 def test_proxies_may_rest_in_files(tmp_path):
@@ -93,7 +95,7 @@ def test_duplicates_that_count_as_one_image_are_visited_as_one():
 
     shard = [groups[batch].tolist() for batch in loop.seen if int(guard.plan.assignment[batch[0]]) == 0]
     visited = [group for batch in shard for group in batch]
-    num_images = guard.num_images()[0]
+    num_images = guard.epoch_lengths()[0]
     passes = [visited[i : i + num_images] for i in range(0, len(visited) - num_images + 1, num_images)]
     assert len(passes) > 3
     assert all(len(set(one)) == num_images for one in passes)
@@ -103,14 +105,16 @@ def test_samples_move_and_weights_stay_after_the_first_round():
     guard = make_guard()
     before = guard.plan.assignment.clone()
     loop = Loop().attach(guard, TOTAL).run(12)
-    assert [row["kind"] for row in loop.loader.rounds.history] == ["redistribute"]
+    assert [row["kind"] for row in loop.loader.driver.ensemble.rounds] == ["redistribute"]
 
     loop.run(TOTAL)
 
     kinds = ["redistribute", "average", "redistribute", "average", "average"]
-    assert [row["kind"] for row in loop.loader.rounds.history] == kinds
+    assert [row["kind"] for row in loop.loader.driver.ensemble.rounds] == kinds
     assert not torch.equal(guard.plan.assignment, before)
-    assert int(guard.ledger.moves.sum()) == sum(m["count"] for row in loop.loader.rounds.history for m in row["moves"])
+    assert int(guard.ledger.moves.sum()) == sum(
+        m["count"] for row in loop.loader.driver.ensemble.rounds for m in row["moves"]
+    )
 
 
 def test_the_loops_own_schedule_is_left_alone():
@@ -171,7 +175,7 @@ def test_a_step_without_a_clean_sample_moves_nothing():
     loop = Loop().attach(guard, None)
     loop.ema = EMAModel(loop.network.parameters())
     loop.run(1)  # an empty bank skips nothing
-    for bank in guard.banks:
+    for bank in [rule.bank for rule in guard.rules]:
         bank.update(torch.arange(NUM_TIMESTEPS), torch.ones(NUM_TIMESTEPS))
     weights, moments = loop.weights(), [s["exp_avg"].clone() for s in loop.optimizer.state.values()]
 
@@ -181,7 +185,7 @@ def test_a_step_without_a_clean_sample_moves_nothing():
     assert torch.equal(loop.weights(), weights)
     assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, loop.optimizer.state.values(), strict=True))
     assert {int(s["step"]) for s in loop.optimizer.state.values()} == {1}
-    assert loop.loader.rounds.progress.empty_steps == 3
+    assert loop.loader.driver.ensemble.progress.empty_steps == 3
 
 
 def test_the_ema_is_kept_per_proxy_and_not_stepped_on_empty_steps():
@@ -195,7 +199,7 @@ def test_the_ema_is_kept_per_proxy_and_not_stepped_on_empty_steps():
     loop = Loop()
     loop.ema = EMAModel(loop.network.parameters())
     loop.attach(empty, None, ema=loop.ema).run(1)
-    empty.banks[0].update(torch.arange(NUM_TIMESTEPS), torch.ones(NUM_TIMESTEPS))
+    empty.rules[0].bank.update(torch.arange(NUM_TIMESTEPS), torch.ones(NUM_TIMESTEPS))
     loop.run(5)
     assert loop.ema.optimization_step == 1
 
@@ -219,7 +223,7 @@ def test_the_gradient_of_a_window_is_the_mean_over_its_clean_samples():
         fresh = make_network()
         fresh.load_state_dict(loop.network.state_dict())
         start = len(loop.verdicts)
-        ahead = loop.loader.rounds
+        ahead = loop.loader.driver
         first = len(loop.seen)
         visits = []
         take = ahead.take
@@ -241,18 +245,18 @@ def test_the_gradient_of_a_window_is_the_mean_over_its_clean_samples():
 
 def test_a_step_that_a_gradient_scaler_leaves_out_counts(monkeypatch):
     loop = Loop().attach(make_guard(**IET), TOTAL)
-    rounds = loop.loader.rounds
+    driver = loop.loader.driver
     batch = next(iter(loop.loader))
     losses, timesteps = losses_of(loop.network, batch["values"], None)
     loop.guard.weigh(losses, timesteps, batch["sample_id"])
 
     with monkeypatch.context() as patch:
-        patch.setattr(rounds.host, "overflowed", lambda: True)
-        rounds.settle()
+        patch.setattr(driver.backend, "overflowed", lambda: True)
+        driver.advance_turn()
 
-    assert rounds.progress.global_step == rounds.progress.nonfinite_steps == 1
+    assert driver.ensemble.progress.global_step == driver.ensemble.progress.nonfinite_steps == 1
     loop.run(4)
-    assert rounds.progress.global_step == 5
+    assert driver.ensemble.progress.global_step == 5
 
 
 def test_a_schedule_that_is_not_stepped_with_the_optimizer_is_an_error():
@@ -280,7 +284,7 @@ def test_a_neutral_guard_changes_nothing_to_the_byte():
 def test_the_average_is_there_for_a_while():
     loop = Loop().attach(make_guard(**IET), TOTAL).run(7)
     own = loop.weights()
-    states = [loop.loader.rounds.proxies._state(k, "weights") for k in range(3)]
+    states = [loop.loader.driver.ensemble.proxies._state(k, "weights") for k in range(3)]
     sizes = loop.guard.plan.sizes()
     mean = sum(
         size * torch.cat([t.double().flatten() for t in state.values()])
@@ -410,7 +414,7 @@ def test_several_models_of_one_optimizer_are_exchanged_together():
     optimizer = torch.optim.AdamW([*network.parameters(), *other.parameters()])
     guard.attach(network, optimizer, make_loader(), total_steps=TOTAL, models=[other])
 
-    names = list(guard.attachment.proxies.parameters)
+    names = list(guard.attachment.ensemble.proxies.parameters)
     assert names[-2:] == ["model1.weight", "model1.bias"]
     assert len(names) == 6
 
@@ -436,10 +440,47 @@ def test_a_sequential_loader_is_fine():
     assert type(loop.loader.sampler) is SequentialSampler
 
 
+def test_near_duplicates_that_are_not_known_are_named_with_the_way_out(caplog):
+    settings = {"num_shards": 1, "group_duplicates": "balance"}
+    Loop().attach(make_guard(**settings), None)
+    assert "groups=sd_memguard.find_duplicates(images)" in caplog.text
+    caplog.clear()
+    for known in (make_guard(**settings, groups=torch.arange(NUM_SAMPLES)), make_guard(num_shards=1), neutral_guard()):
+        Loop().attach(known, None)
+    assert not caplog.records
+
+
+def test_the_length_of_the_run_decides_on_the_number_of_shards():
+    samples = 256
+    for epochs, num_shards in ((20, 1), (40, 2), (200, 4)):
+        guard = MemorizationGuard(GuardConfig(group_duplicates="off", seed=0), samples)
+        loader = DataLoader(Vectors(samples), batch_size=BATCH_SIZE, shuffle=True)
+        Loop().attach(guard, epochs * samples // (2 * BATCH_SIZE), loader, gradient_accumulation_steps=2)
+        assert guard.num_shards == num_shards
+        assert guard.attachment.ensemble.schedule.num_shards == num_shards
+
+
+def test_reading_a_verdict_changes_nothing():
+    loop = Loop(accumulation=2).attach(make_guard(num_shards=1), None)
+    batches = iter(loop.loader)
+    verdicts = []
+    for _ in range(2):
+        batch = next(batches)
+        losses, timesteps = losses_of(loop.network, batch["values"], None)
+        verdicts.append(loop.guard.weigh(losses, timesteps, batch["sample_id"]))
+        verdicts[-1].loss.backward()
+    gradients = [parameter.grad.clone() for parameter in loop.network.parameters()]
+    state = copy.deepcopy(loop.guard.state_dict())
+    for verdict in verdicts:
+        _ = verdict.loss, verdict.loss_sum, verdict.num_clean, verdict.counts, verdict.losses, verdict.skip_mask
+    assert all(torch.equal(p.grad, before) for p, before in zip(loop.network.parameters(), gradients, strict=True))
+    assert torch.equal(loop.guard.state_dict()["ledger"]["seen"], state["ledger"]["seen"])
+
+
 def test_a_guard_of_one_shard_needs_no_length():
     guard = MemorizationGuard(
         GuardConfig(num_shards=1, augment_threshold=0.0, seed=0), NUM_SAMPLES, num_timesteps=NUM_TIMESTEPS
     )
     loop = Loop().attach(guard, None).run(20)
     assert int(guard.ledger.seen.sum()) == 20 * BATCH_SIZE
-    assert loop.loader.rounds.history == []
+    assert loop.loader.driver.ensemble.rounds == []

@@ -113,19 +113,19 @@ def test_a_batch_of_copies_takes_the_place_of_the_next_one():
     guard = make_guard(**TAA)
     loop = Loop()
     loop.attach(guard, TOTAL, augment=augment)
-    for bank in guard.banks:
+    for bank in [rule.bank for rule in guard.rules]:
         bank.update(torch.arange(NUM_TIMESTEPS), torch.ones(NUM_TIMESTEPS))
 
     loop.run(TOTAL)
 
-    rounds = loop.loader.rounds
-    assert len(copies) == sum(rounds.progress.extra_steps) > 2
-    assert loop.step == TOTAL == rounds.progress.global_step
+    driver = loop.loader.driver
+    assert len(copies) == sum(driver.ensemble.progress.extra_steps) > 2
+    assert loop.step == TOTAL == driver.ensemble.progress.global_step
     assert int(guard.ledger.seen.sum()) == (TOTAL - len(copies)) * BATCH_SIZE
     augmented = [index for index, is_copy in enumerate(loop.augmented) if is_copy]
     assert [loop.seen[index] for index in augmented] == [ids for ids, _ in copies]
     assert all(loop.verdicts[index].num_clean == BATCH_SIZE for index in augmented)
-    assert sum(row["augmented_batches"] for row in rounds.history) == len(copies)
+    assert sum(row["extra_steps"] for row in driver.ensemble.rounds) == len(copies)
     assert all(0 <= magnitude <= 5 for _, magnitude in copies)
 
 
@@ -138,7 +138,7 @@ def test_copies_leave_the_bank_alone():
     loop.run(1)
 
     assert loop.seen == [[1, 2, 3, 4]]
-    assert int(guard.banks[0].visits.sum()) == int(guard.ledger.seen.sum()) == 0
+    assert int(guard.rules[0].bank.times_seen.sum()) == int(guard.ledger.seen.sum()) == 0
     assert loop.verdicts[0].num_clean == 4
 
 

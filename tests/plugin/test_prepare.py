@@ -140,8 +140,8 @@ def test_a_resumed_loop_equals_one_that_was_not_stopped(tmp_path, step, options)
     resumed.run(TOTAL)
 
     assert torch.equal(resumed.weights(), whole.weights())
-    rounds = [each.loader.rounds for each in (whole, resumed)]
-    assert rounds[0].history == rounds[1].history
+    rounds = [each.loader.driver.ensemble.rounds for each in (whole, resumed)]
+    assert rounds[0] == rounds[1]
     steps_per_epoch = -(-len(whole.loader) // options.get("accumulation", 1))
     assert resumed.epochs == whole.epochs - step // steps_per_epoch
     assert torch.equal(whole.guard.ledger.skips, resumed.guard.ledger.skips)
@@ -182,7 +182,7 @@ def test_lora_is_saved_as_one_adapter_on_the_base_as_it_was():
     before = {name: p.detach().clone() for name, p in loop.network.named_parameters() if "base_layer" in name}
     loop.run(13)  # in the middle of a turn, after two averagings
     values = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    proxies = loop.guard.attachment.proxies
+    proxies = loop.guard.attachment.ensemble.proxies
     merged = proxies.merged(loop.guard.aggregation_weights())
     own = loop.network(values)
 
@@ -265,7 +265,7 @@ def test_the_drop_in_script_and_a_loop_of_ones_own_give_the_same(run, configure,
     while step < config.max_train_steps:
         for batch in loader:
             with accelerator.accumulate(unet):
-                visits = loader.rounds.visits
+                visits = loader.driver.refs
                 assert [visit.sample_id for visit in visits] == batch["sample_id"].tolist() == batch["row"].tolist()
                 _, (latents, embeddings) = next(iter(source.batches([visits])))
                 addresses = [sample_address(visit) for visit in visits]
@@ -286,7 +286,7 @@ def test_the_drop_in_script_and_a_loop_of_ones_own_give_the_same(run, configure,
     with guard.averaged(unet, rank=64):
         for name, weight in merged_weights(unet).items():
             torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-5)
-    rows = [(row["kind"], row["moves"]) for row in loader.rounds.history]
+    rows = [(row["kind"], row["moves"]) for row in loader.driver.ensemble.rounds]
     assert rows == [(row["kind"], row["moves"]) for row in recorded_rounds(script.output_dir)]
     assert "redistribute" in dict(rows)
 

@@ -108,9 +108,9 @@ class Loop:
                 addresses = None
                 if self.guard is not None:
                     self.seen.append(batch["sample_id"].tolist())
-                    self.augmented.append(self.loader.rounds.augmented)
+                    self.augmented.append(self.loader.driver.window.augmented)
                     if not self.guard.is_neutral:
-                        visits = self.loader.rounds.visits or [(9, batches, slot) for slot in range(BATCH_SIZE)]
+                        visits = self.loader.driver.refs or [(9, batches, slot) for slot in range(BATCH_SIZE)]
                         addresses = [tuple(map(int, visit)) for visit in visits]
                 losses, timesteps = losses_of(self.network, batch["values"], addresses)
                 loss = losses.mean()

@@ -316,7 +316,7 @@ def test_the_resident_weights_wait_in_the_store_while_the_mean_is_in_their_place
             assert all(torch.equal(store.get(kept[0])[name], tensor) for name, tensor in own.items())
             raise RuntimeError("generated image failed")
 
-    with pytest.raises(RuntimeError, match="generated_image"):
+    with pytest.raises(RuntimeError, match="generated image"):
         fail_while_averaged()
     assert all(torch.equal(parameter, own[name]) for name, parameter in model.parameters.items())
     (key,) = kept

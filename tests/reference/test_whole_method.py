@@ -84,7 +84,7 @@ class Engine:
         else:
             self.guard.redistribute()
             for sampler in self.samplers:
-                sampler.begin_epoch_of_shard()
+                sampler.begin_epoch()
 
 
 def assert_same(engine, slow):
@@ -95,7 +95,7 @@ def assert_same(engine, slow):
     assert engine.extra_steps == [proxy.extra_steps for proxy in slow.proxies]
     assert engine.empty_steps == slow.empty_steps
     for shard, proxy in enumerate(slow.proxies):
-        mean = guard.banks[shard].mean(torch.arange(toy.NUM_TIMESTEPS))
+        mean = guard.rules[shard].bank.mean(torch.arange(toy.NUM_TIMESTEPS))
         torch.testing.assert_close(mean, torch.tensor(proxy.bank.running), rtol=1e-5, atol=1e-7)
         queue = guard.queues[shard]
         assert queue.sample_ids == [sample for sample, _ in proxy.queue.waiting]

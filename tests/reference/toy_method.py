@@ -98,15 +98,15 @@ class SlowProxy:
 
     def update(self, loss: Tensor) -> None:
         """Take a step of AdamW, written out (arXiv 1711.05101, algorithm 2)."""
-        self.optimizer_step += 1
+        self.updates += 1
         gradients = torch.autograd.grad(loss, list(self.weights.values()))
         for (name, weight), gradient in zip(self.weights.items(), gradients, strict=True):
             first, second = self.moments.get(name, (torch.zeros_like(weight), torch.zeros_like(weight)))
             first = BETAS[0] * first + (1 - BETAS[0]) * gradient
             second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
             self.moments[name] = first, second
-            mean = first / (1 - BETAS[0] ** self.optimizer_step)
-            scale = (second / (1 - BETAS[1] ** self.optimizer_step)).sqrt() + EPSILON
+            mean = first / (1 - BETAS[0] ** self.updates)
+            scale = (second / (1 - BETAS[1] ** self.updates)).sqrt() + EPSILON
             moved = weight.detach() * (1 - LEARNING_RATE * WEIGHT_DECAY) - LEARNING_RATE * mean / scale
             self.weights[name] = moved.requires_grad_()
 

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sd_memguard.core.schedule import round_mean
 from sd_memguard.files import replace_file, replace_text
-from sd_memguard.runs.folder import RunFolderError, read_run, round_mean
+from sd_memguard.runs.folder import RunFolderError, read_run
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {"num_shards": 2, "steps_per_round": 5, "max_train_steps": 25, "memguard": "on"}
