@@ -111,7 +111,7 @@ def main() -> None:
     with guard.averaged(unet):  # + what is saved is the mean of the proxies
         trained = accelerator.unwrap_model(unet)
         StableDiffusionPipeline.from_pretrained(folder, unet=trained).save_pretrained(args.output_dir)
-    print(f"{int(guard.ledger.actions["skipped"].sum())} of {int(guard.ledger.seen.sum())} visits were skipped")
+    print(f"{int(guard.ledger.actions['skipped'].sum())} of {int(guard.ledger.seen.sum())} samples were skipped")
 
 
 if __name__ == "__main__":

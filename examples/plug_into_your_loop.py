@@ -76,4 +76,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: 60)")
     ledger = train(parser.parse_args().steps).ledger
-    print(f"{int(ledger.actions["skipped"].sum())} of {int(ledger.seen.sum())} visits were skipped")
+    print(f"{int(ledger.actions['skipped'].sum())} of {int(ledger.seen.sum())} samples were skipped")

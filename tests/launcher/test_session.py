@@ -82,7 +82,7 @@ def test_a_neutral_guard_leaves_the_script_its_bytes(plain, guarded, tmp_path, f
 def test_every_pattern_is_guarded_and_resumes_from_the_scripts_own_checkpoint(guarded, tmp_path, flags):
     session = guarded(GUARD, *flags, "--checkpointing_steps", "5", output="whole")
 
-    rounds = session.guard.attachment.driver
+    driver = session.guard.attachment.driver
     assert session.matcher.num_matched == session.matcher.num_forwards == driver.batches_seen
     assert driver.ensemble.progress.global_step == STEPS
     assert [row["kind"] for row in driver.ensemble.rounds] == ["redistribute", "average", "average"]
@@ -96,7 +96,7 @@ def test_every_pattern_is_guarded_and_resumes_from_the_scripts_own_checkpoint(gu
 def test_what_is_exported_is_the_mean_of_the_proxies(guarded, tmp_path):
     session = guarded(GUARD)
 
-    proxies, plan = session.guard.attachment.proxies, session.guard.plan
+    proxies, plan = session.guard.attachment.ensemble.proxies, session.guard.plan
     exported = load_file(tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors")
     for name, mean in proxies.aggregate(plan.sizes()).items():
         torch.testing.assert_close(exported[name], mean, rtol=0, atol=0)
@@ -106,7 +106,7 @@ def test_a_lora_is_exported_as_the_whole_change(guarded, tmp_path):
     session = guarded(GUARD, "--lora")
 
     exported = load_file(tmp_path / "run" / "lora.safetensors")
-    proxies, adapter = session.guard.attachment.proxies, session.guard.attachment.adapter
+    proxies, adapter = session.guard.attachment.ensemble.proxies, session.guard.attachment.adapter
     missed, total = [], []
     for layer, merged in proxies.merged(session.guard.plan.sizes()).items():
         down, up = exported[f"{layer}.lora_A.weight"], exported[f"{layer}.lora_B.weight"]

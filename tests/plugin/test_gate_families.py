@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.plugin.families import FAMILIES, SIZE
 from torch.nn import functional as F
 
 from sd_memguard.plugin.gate import RowGate
+from tests.plugin.families import FAMILIES, SIZE
 
 KEEP = [1.0, 0.0, 1.0, 1.0]
 

@@ -151,7 +151,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(make_trainer, fused):
 @pytest.mark.parametrize(("scale", "max_norm"), [(1.0, 1.0), (4 / 3, 1.0), (4 / 3, 100.0), (0.5, float("inf"))])
 def test_a_step_is_that_of_torch_on_scaled_and_clipped_gradients(make_trainer, fused, scale, max_norm):
     parts = Parts(make_trainer(), fused)
-    parts.updates.max_grad_norm = max_norm
+    parts.optimizer_step.max_grad_norm = max_norm
     plain = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parts.parameters]
     optimizer = torch.optim.AdamW(plain, lr=0.1)
     for _ in range(3):

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sd_memguard.config import ConfigError
 from sd_memguard.export.hub import ALLOWED, model_card
 from sd_memguard.models.pipeline import ModelError
-from sd_memguard.runs.checkpoint import CheckpointError, list_checkpoints, refuse_changes
+from sd_memguard.runs.checkpoint import CheckpointError, list_checkpoints
 from sd_memguard.runs.folder import RunFolderError
 from sd_memguard.training.build import make_accelerator
 from sd_memguard.training.failures import NonFiniteError
@@ -355,14 +355,6 @@ def test_parts_that_could_not_be_copied_are_refused_before_training(configure, b
 
 
 # Checkpoints.
-
-
-def test_a_checkpoint_from_before_affine_maps_had_none(configure):
-    saved = configure().to_dict()
-    del saved["random_affine"]
-    refuse_changes(saved, configure(random_affine=0.0).to_dict(), Path("checkpoint-1"))
-    with pytest.raises(CheckpointError, match=r"`--random_affine` 0.0 there, 0.05 here"):
-        refuse_changes(saved, configure(random_affine="auto").to_dict(), Path("checkpoint-1"))
 
 
 def test_a_changed_setting_is_refused_by_name_and_changes_nothing(run):
