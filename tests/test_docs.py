@@ -26,6 +26,7 @@ FOREIGN = {"plot", "work_dir", "num_processes", "images_per_caption", "steps", "
 FOREIGN |= {"quick", "arms", "seeds", "cells", "points", "all_points"}  # of benchmarks/memorization
 # Flags of diffusers' scripts that the launcher runs.
 FOREIGN |= {"do_edm_style_training", "use_dora", "output_kohya_format"}
+FOREIGN |= {"loss_type", "weighting_scheme", "cache_latents", "train_text_encoder_ti", "use_lpl"}
 FOREIGN |= {"base_channels", "profile", "size", "upstream_script", "turns", "device", "shards", "clock"}
 # Flags of the programs that start several processes.
 FOREIGN |= {"nproc_per_node", "nnodes", "standalone", "multi_gpu", "rdzv_id"}

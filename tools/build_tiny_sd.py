@@ -119,6 +119,7 @@ def parse_args() -> argparse.Namespace:
         stage.add_argument("--max_minutes", type=float, default=math.inf, help="The learning rate is 0 by then, too.")
         stage.add_argument("--batch_size", type=int, default=batch_size, help="Images per step.")
         stage.add_argument("--learning_rate", type=float, default=learning_rate, help="Peak of the cosine.")
+        stage.add_argument("--random_flip", action=argparse.BooleanOptionalAction, default=True, help="Flip half.")
         stage.add_argument("--save_steps", type=int, default=500, help="Steps between two saves.")
 
     stage = add_stage("text-encoder", build_text_encoder)
@@ -213,6 +214,7 @@ def train_vae(args: argparse.Namespace) -> None:
     images, _ = read_images(args.data_dirs)
     exists = (args.model_dir / "vae").exists()
     vae = AutoencoderKL.from_pretrained(args.model_dir, subfolder="vae") if exists else AutoencoderKL(**VAE)
+    vae.to(memory_format=torch.channels_last)
     trained = [vae.decoder, vae.post_quant_conv] if args.freeze_encoder else [vae]
     parameters = [parameter for module in trained for parameter in module.parameters()]
     optimizer = torch.optim.Adam([{"params": parameters, "initial_lr": args.learning_rate}])
@@ -224,7 +226,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
     for step in train_steps(args, optimizer):
         batch = images[torch.randint(len(images), (args.batch_size,))]
-        batch = torch.where(torch.rand(len(batch), 1, 1, 1) < 0.5, batch.flip(-1), batch)
+        batch = torch.where(torch.rand(len(batch), 1, 1, 1) < args.random_flip / 2, batch.flip(-1), batch)
         with torch.set_grad_enabled(not args.freeze_encoder):
             posterior = vae.encode(batch).latent_dist
         decoded = vae.decode(posterior.sample()).sample
@@ -257,14 +259,14 @@ def train_unet(args: argparse.Namespace) -> None:
     vae = AutoencoderKL.from_pretrained(args.model_dir, subfolder="vae")
     flips = [encode(vae, flipped) for flipped in (images, images.flip(-1))]
     means, stds = (torch.stack(each) * vae.config.scaling_factor for each in zip(*flips, strict=True))
-    may_flip = torch.tensor([ONE_SIDED.search(caption) is None for caption in captions])
+    may_flip = torch.tensor([args.random_flip and ONE_SIDED.search(caption) is None for caption in captions])
     ids = tokenize(args.model_dir, [*captions, ""])
     schedule = DDPMScheduler.from_config(SCHEDULER)
 
     text_encoder = CLIPTextModel.from_pretrained(args.model_dir, subfolder="text_encoder").train()
     exists = (args.model_dir / "unet").exists()
     unet = UNet2DConditionModel.from_pretrained(args.model_dir, subfolder="unet") if exists else None
-    unet = (unet or UNet2DConditionModel(**UNET)).train()
+    unet = (unet or UNet2DConditionModel(**UNET)).train().to(memory_format=torch.channels_last)  # 1.5 times as fast
     groups = [(unet, args.learning_rate), (text_encoder, args.text_learning_rate)]
     optimizer = torch.optim.Adam([{"params": list(part.parameters()), "initial_lr": rate} for part, rate in groups])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -285,7 +287,7 @@ def train_unet(args: argparse.Namespace) -> None:
         latents = means_of_rows + stds_of_rows * torch.randn_like(means_of_rows)
         caption_rows = torch.where(torch.rand(len(rows)) < args.caption_dropout, len(captions), rows)
         noise, timesteps = torch.randn_like(latents), torch.randint(1000, (len(rows),))
-        noisy = schedule.add_noise(latents, noise, timesteps)
+        noisy = schedule.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         loss = mse_loss(unet(noisy, timesteps, text_encoder(ids[caption_rows])[0]).sample, noise)
         take_step(loss, optimizer, parameters)
         ema.step(parameters)

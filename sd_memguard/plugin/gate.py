@@ -22,8 +22,8 @@ so the loss ratio is that of :math:`l_i`; for an unweighted loss of the output i
 accumulated batches, the weight of prior preservation) goes into :math:`c`, but for the scale of a ``GradScaler``,
 which changes during a run and is divided out.
 
-Where :math:`c` is steep in :math:`t` (min-SNR weights at the first timesteps, ``sigma_sqrt``), a bank that averages over
-neighbouring timesteps compares with others' :math:`c` too; ``loss_weight`` gives :math:`w a`, to be divided out.
+Where :math:`c` is steep in :math:`t` (min-SNR weights at the first timesteps, ``sigma_sqrt``), a bank that averages
+over neighbouring timesteps compares with others' :math:`c` too; ``loss_weight`` gives :math:`w a`, to be divided out.
 
 It does not hold for L1 and Huber losses (a row's norm says how many elements are wrong, not by how much), for masks and
 weights that differ between samples of one timestep, and for further terms of the loss on the same output (the row is
@@ -278,8 +278,8 @@ class RowGate:
             if rows.requires_grad:
                 if rows.dim() < MIN_DIMS:
                     raise LoopError(
-                        f"{type(self._inner).__name__} returned a tensor of shape {tuple(rows.shape)}; the guard judges "
-                        "samples by the rows of a denoiser's output, of shape (batch, ...)"
+                        f"{type(self._inner).__name__} returned a tensor of shape {tuple(rows.shape)}; the guard "
+                        "judges samples by the rows of a denoiser's output, of shape (batch, ...)"
                     )
                 call = self._open_call(args, kwargs, len(rows))
                 rows.register_hook(lambda gradient: self._pass_on(call, gradient))
@@ -287,7 +287,7 @@ class RowGate:
         if not any(row.requires_grad for row in rows):
             return None
         call = self._open_call(args, kwargs, len(rows))
-        return replace(list(_ListGate.apply(self, call, *rows)))  # type: ignore[no-untyped-call]
+        return replace(list(_ListGate.apply(self, call, *rows)))
 
     def _open_call(self, args: Any, kwargs: Mapping[str, Any], num_rows: int) -> _Call:
         arguments = self._bind(args, kwargs)
@@ -348,8 +348,15 @@ class RowGate:
             candidates = range(2, MOST_REPEATS + 1) if samples is None else [rows // samples]
             fitting = [k for k in candidates if k > 1 and rows % k == 0 and (samples is None or rows == k * samples)]
             inputs = _first_input(arguments, rows)
-            found = (k for k in fitting if inputs is not None and _repeats(inputs, k) and _repeats(timesteps, k))
-            self._repeats[rows, samples] = next(found, 1)
+            same_times = [k for k in fitting if _repeats(timesteps, k)]
+            found = next((k for k in same_times if inputs is not None and _repeats(inputs, k)), 1)
+            if samples is not None and found == 1 and same_times and len(timesteps.unique()) > 1:
+                raise LoopError(
+                    f"the denoiser was called with {rows // samples} different inputs for each sample at the sample's "
+                    "timestep, as in training on preferences (DPO) or by contrast: such a loss does not say how well "
+                    "an image is known, and the guard cannot judge it"
+                )
+            self._repeats[rows, samples] = found
         return self._repeats[rows, samples]
 
     # The backward pass.

@@ -2,14 +2,14 @@
 
 Four conventions are in use, and the numbers tell them apart:
 
-==========================  ===================  =================================  =====================================
-convention                  numbers              bin (``num_timesteps`` = 1000)     who
-==========================  ===================  =================================  =====================================
-integer timesteps           0 .. 999             the timestep                       SD 1.x, 2.x, SDXL, Kandinsky, PixArt
-float timesteps             up to 1000           floor(t)                           SD3, Sana, HiDream, AuraFlow
-sigmas                      0 .. 1               floor(1000 sigma)                  Flux, Flux.2, Qwen-Image, Z-Image, Lumina2
-EDM's c_noise               ln(sigma) / 4        equal widths over -1.6 .. 1.7      ``EDMEulerScheduler``
-==========================  ===================  =================================  =====================================
+==================  ============  =================================  =========================================
+convention          numbers       bin (``num_timesteps`` = 1000)     who
+==================  ============  =================================  =========================================
+integer timesteps   0 .. 999      the timestep                       SD 1.x, 2.x, SDXL, Kandinsky, PixArt
+float timesteps     up to 1000    floor(t)                           SD3, Sana, HiDream, AuraFlow
+sigmas              0 .. 1        floor(1000 sigma)                  Flux, Flux.2, Qwen-Image, Z-Image, Lumina2
+EDM's c_noise       ln(sigma)/4   equal widths over -1.6 .. 1.7      ``EDMEulerScheduler``
+==================  ============  =================================  =========================================
 
 Some models count the other way (Z-Image and Lumina2 are given 1 - sigma): a bin is then another noise level, and since
 it is the same one throughout a run, nothing else changes.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import mse_loss
 
 from sd_memguard.plugin.gate import RowGate
 from tests.plugin.families import FAMILIES, SIZE
@@ -20,7 +20,9 @@ def weighted_mean(predicted, target, weighting):
 
 
 PATTERNS = {
-    "A": lambda predicted, target, sigmas: F.mse_loss(predicted.float(), target.float(), reduction="none").mean([1, 2, 3]),
+    "A": lambda predicted, target, sigmas: mse_loss(predicted.float(), target.float(), reduction="none").mean(
+        [1, 2, 3]
+    ),
     "B": lambda predicted, target, sigmas: weighted_mean(predicted, target, sigma_weights(sigmas)),
     "C": lambda predicted, target, sigmas: weighted_mean(
         predicted * -sigmas.view(-1, 1, 1, 1) + target * 0.3, target, sigmas.view(-1, 1, 1, 1) ** -2.0
