@@ -1,76 +1,101 @@
-"""What a UNet copies and how well it denoises: the same captions, noises and timesteps for every arm."""
+"""What a UNet replicates and how good it is: the same prompts, noises and timesteps for every variant.
+
+Prompts are of three kinds: ``duplicated`` and ``unique``, the captions of training images, and ``heldout``, captions of
+images that nobody trains on. What is found for held-out prompts is what replication is compared with.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.denoising import BATCH_SIZE, Encoded, denoising_losses, encode
-from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
-from sd_memguard.audit.captions import choose_captions
+from benchmarks.memorization.datasets import NUM_DUPLICATED, CaptionedImage, Dataset, as_pixels
+from sd_memguard.assets import tiny_sd_path
 from sd_memguard.audit.features.extractors import Extractor, make_extractor
 from sd_memguard.audit.generate import draw, load_pipeline
-from sd_memguard.audit.images import Images, as_rows, load_images
-from sd_memguard.audit.metrics.quality import quality_features
+from sd_memguard.audit.images import as_rows
+from sd_memguard.audit.metrics.attributes import AttributeClassifier, attribute_figures, train_classifier
 from sd_memguard.audit.metrics.similarity import find_copies
 from sd_memguard.audit.metrics.statistics import kernel_distance
 from sd_memguard.core.seeding import derive_seed, generator_for
 
-SIZE = 64
 NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 20, 2.5
-NUM_CAPTIONS = {"repeated": 32, "single": 96}
-RECOGNIZED = 0.7
-"""Cosine of descriptors; 2% of the untouched model's generated images are as like the image of their caption."""
-GENERATED = {"repeated": 4, "single": 1}
-"""Generated images of each caption, by kind."""
+NUM_PROMPTS = {"duplicated": NUM_DUPLICATED, "unique": 128, "heldout": 128}
+NUM_IMAGES = {"duplicated": 4, "unique": 1, "heldout": 1}
+"""Generated images for each prompt."""
+NEAREST = 3
+"""Neighbour whose distance is the radius of precision and recall (https://arxiv.org/abs/1904.06991, section 3)."""
 
 
 class Exam(NamedTuple):
-    """What every model is asked: training images, chosen rows by kind, and the images whose loss is measured.
+    """What every model is asked.
 
-    Quality is the distance (KID) of the generated images of single captions to the held-out images, of which ``unseen``
-    holds the features by measure: ``kid`` of the bundled copy descriptor, which looks at what is drawn, and
-    ``kid_latents`` of the VAE's latents, which look at where the colors are.
+    Attributes:
+        pipeline: the base model.
+        train: pixels of the distinct training images, (N, H, W, 3) uint8.
+        heldout: those of the held-out images.
+        images: the images of the prompts by kind, and their pixels' rows among ``train`` or ``heldout``.
+        encoded: the images whose loss is measured.
+        extractor: of the features of quality.
+        real: features of the held-out images, (M, D).
+        classifier: of attributes, where they are known.
+        known: everything that each held-out image shows.
     """
 
     pipeline: StableDiffusionPipeline
-    images: Images
-    rows: dict[str, list[int]]
+    train: Tensor
+    heldout: Tensor
+    images: dict[str, tuple[list[CaptionedImage], Tensor]]
     encoded: dict[str, Encoded]
     extractor: Extractor
-    unseen: dict[str, Tensor]
+    real: Tensor
+    classifier: AttributeClassifier | None
+    known: list[dict[str, str]]
 
 
-def prepare_exam() -> Exam:
-    """Choose the captions and encode the images: repeated, single, and held out."""
-    images, heldout = load_images(demo_data_path(), SIZE), load_images(demo_heldout_path(), SIZE)
-    chosen = choose_captions(images, max(NUM_CAPTIONS.values()))._asdict()
-    rows = {kind: chosen[kind][:count] for kind, count in NUM_CAPTIONS.items()}
+def prepare_exam(dataset: Dataset) -> Exam:
+    """Choose the prompts, encode the images and train the attribute classifier (on real images only)."""
+    train, heldout = (_stack(images) for images in dataset)
+    starts = {"duplicated": 0, "unique": NUM_DUPLICATED, "heldout": 0}
+    images = {}
+    for kind, start in starts.items():
+        rows = range(start, start + NUM_PROMPTS[kind])
+        source = dataset.heldout if kind == "heldout" else dataset.train
+        images[kind] = ([source[row] for row in rows], torch.tensor(rows))
     pipeline = load_pipeline(tiny_sd_path())
     extractor = make_extractor("bundled", None, torch.device("cpu"))
-
-    def encoded(source: Images, ids: Sequence[int]) -> Encoded:
-        return encode(source.pixels[list(ids)], [source.captions[row] for row in ids], pipeline)
-
+    known = [image.named | image.open for image in (*dataset.train, *dataset.heldout)]
+    classifier = None
+    if any(known):
+        classifier = train_classifier(torch.cat([train, heldout]).permute(0, 3, 1, 2), known)
     return Exam(
         pipeline,
+        train,
+        heldout,
         images,
-        rows,
         {
-            "heldout": encoded(heldout, range(len(heldout.files))),
-            **{kind: encoded(images, ids) for kind, ids in rows.items()},
+            "heldout": encode(heldout, [image.text for image in dataset.heldout], pipeline),
+            "unique": encode(train[images["unique"][1]], [image.text for image in images["unique"][0]], pipeline),
         },
         extractor,
-        _features(heldout.pixels, extractor, pipeline),
+        _features(heldout, extractor),
+        classifier,
+        known[len(train) :],
     )
 
 
+def _stack(images: Sequence[CaptionedImage]) -> Tensor:
+    return torch.from_numpy(np.stack([as_pixels(image) for image in images]))
+
+
 def judge(exam: Exam, unet_folder: Path, generated: Path, description: str) -> dict[str, Any]:
-    """Return copies by kind and measure, mean losses by set, and the KID of the generated images, of the UNet in a folder.
+    """Return replication by kind of prompts, losses, and the quality of what held-out prompts give.
 
     Args:
         exam: what it is asked.
@@ -80,80 +105,90 @@ def judge(exam: Exam, unet_folder: Path, generated: Path, description: str) -> d
     """
     unet = UNet2DConditionModel.from_pretrained(unet_folder, torch_dtype=torch.float32, use_safetensors=True)
     exam.pipeline.unet = unet.eval()
-    drawn = _generated(exam, generated, description)
-    features = _features(drawn["single"], exam.extractor, exam.pipeline)
-    distances = {name: kernel_distance(features[name], exam.unseen[name], generator_for(0, "kid")) for name in features}
+    if generated.exists():
+        pixels = load_file(generated)
+    else:
+        pixels = {kind: _generate(exam, kind, f"{description}, {kind}") for kind in exam.images}
+        save_file(pixels, generated)
     return {
-        "copies": {kind: _copies(exam, kind, pixels) for kind, pixels in drawn.items()},
-        "recognized": {kind: _recognized(exam, kind, pixels) for kind, pixels in drawn.items()},
+        "replication": {kind: _replication(exam, kind, pixels[kind]) for kind in exam.images},
         "losses": {name: _mean(denoising_losses(unet, encoded)) for name, encoded in exam.encoded.items()},
-        **{
-            name: {"mean": round(kid.value, 5), "low": round(kid.low, 5), "high": round(kid.high, 5)}
-            for name, kid in distances.items()
-        },
+        "quality": _quality(exam, pixels["heldout"]),
     }
 
 
-@torch.no_grad()
-def _features(pixels: Tensor, extractor: Extractor, pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
-    """Return the features of images by measure, (N, D) each."""
-    images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-    latents = [pipeline.vae.encode(part).latent_dist.mean.flatten(1) for part in images.split(BATCH_SIZE)]
-    return {
-        "kid": quality_features([extractor.embed(part) for part in pixels.split(BATCH_SIZE)], extractor),
-        "kid_latents": torch.cat(latents) * pipeline.vae.config.scaling_factor,
-    }
-
-
-def _generated(exam: Exam, file: Path, description: str) -> dict[str, Tensor]:
-    """Return the generated images by kind: those of an earlier judging where they are kept, so that a new measure is cheap."""
-    if file.exists():
-        return load_file(file)
-    drawn = {kind: _draw(exam, kind, f"{description}, {kind}") for kind in exam.rows}
-    save_file(drawn, file)
-    return drawn
-
-
-def _draw(exam: Exam, kind: str, description: str) -> Tensor:
-    """Return the generated images of the captions of a kind, (captions * generated images, H, W, 3) uint8."""
-    rows, generated = exam.rows[kind], GENERATED[kind]
+def _generate(exam: Exam, kind: str, description: str) -> Tensor:
+    """Return the generated images of the prompts of a kind, (prompts * images, H, W, 3) uint8."""
+    count, prompts = NUM_IMAGES[kind], [image.text for image in exam.images[kind][0]]
     return draw(
         exam.pipeline,
-        [exam.images.captions[row] for row in rows for _ in range(generated)],
-        [derive_seed(0, "memorization benchmark", row, number) for row in rows for number in range(generated)],
+        [prompt for prompt in prompts for _ in range(count)],
+        [derive_seed(0, f"benchmark {kind}", row, number) for row in range(len(prompts)) for number in range(count)],
         num_inference_steps=NUM_INFERENCE_STEPS,
         guidance_scale=GUIDANCE_SCALE,
         description=description,
     )
 
 
-def _copies(exam: Exam, kind: str, pixels: Tensor) -> dict[str, Any]:
-    found = find_copies(as_rows(pixels), as_rows(exam.images.pixels))
-    return _counted(exam, kind, found.is_copy) | {"mean_ratio": round(float(found.ratio.mean()), 4)}
+def _replication(exam: Exam, kind: str, pixels: Tensor) -> dict[str, Any]:
+    """Return for each generated image whether it is a copy and whether its own image is the nearest, and attributes.
 
-
-def _recognized(exam: Exam, kind: str, pixels: Tensor) -> dict[str, Any]:
-    """Return generated images that the descriptor takes for the image of their caption, be it moved, turned or recolored."""
-    own = exam.images.pixels[[row for row in exam.rows[kind] for _ in range(GENERATED[kind])]]
-    likeness = (_descriptors(pixels, exam.extractor) * _descriptors(own, exam.extractor)).sum(1)
-    return _counted(exam, kind, likeness >= RECOGNIZED) | {"mean_likeness": round(float(likeness.mean()), 4)}
-
-
-def _counted(exam: Exam, kind: str, is_copy: Tensor) -> dict[str, Any]:
-    by_caption = is_copy.view(len(exam.rows[kind]), GENERATED[kind])
-    return {
-        "captions": len(by_caption),
-        "generated": by_caption.numel(),
-        "copies": int(by_caption.sum()),
-        "captions_copied": int(by_caption.any(1).sum()),
-        "copies_by_caption": "".join(map(str, by_caption.sum(1).tolist())),  # a digit for each
+    ``copies`` compares with the training images, whatever the prompt; ``own`` asks whether among the training images (for
+    held-out prompts: among the held-out ones) that of the prompt is the nearest by pixels.
+    """
+    images, rows = exam.images[kind]
+    own_rows = rows.repeat_interleave(NUM_IMAGES[kind])
+    copies = find_copies(as_rows(pixels), as_rows(exam.train))
+    nearest = copies.nearest
+    if kind == "heldout":
+        nearest = find_copies(as_rows(pixels), as_rows(exam.heldout)).nearest
+    found: dict[str, Any] = {
+        "prompts": len(images),
+        "copies": _digits(copies.is_copy),
+        "own": _digits(nearest == own_rows),
     }
+    if exam.classifier is not None:
+        repeated = [image for image in images for _ in range(NUM_IMAGES[kind])]
+        named, opened = [image.named for image in repeated], [image.open for image in repeated]
+        figures = attribute_figures(exam.classifier, pixels.permute(0, 3, 1, 2), named, opened, exam.known)
+        found |= {name: _means(values) for name, values in figures._asdict().items()}
+    return found
+
+
+def _digits(flags: Tensor) -> str:
+    return "".join(str(int(flag)) for flag in flags)
+
+
+def _means(values: Tensor) -> list[float | None]:
+    """Return values rounded, None where they are not known."""
+    return [None if value != value else round(value, 4) for value in values.tolist()]
+
+
+def _quality(exam: Exam, pixels: Tensor) -> dict[str, float]:
+    """Return KID, precision and recall of the images that held-out prompts give, against the held-out images."""
+    features = _features(pixels, exam.extractor)
+    kid = kernel_distance(features, exam.real, generator_for(0, "kid"))
+    return {"kid": round(kid.value, 5), **precision_and_recall(features, exam.real)}
 
 
 @torch.no_grad()
-def _descriptors(pixels: Tensor, extractor: Extractor) -> Tensor:
-    """Return the copy descriptors of images, (N, D) of length 1."""
+def _features(pixels: Tensor, extractor: Extractor) -> Tensor:
     return torch.cat([extractor.embed(part) for part in pixels.split(BATCH_SIZE)])
+
+
+def precision_and_recall(generated: Tensor, real: Tensor) -> dict[str, float]:
+    """Return the share of generated images within the real ones' neighbourhoods, and the other way round.
+
+    Args:
+        generated: (N, D) features.
+        real: (M, D) features.
+    """
+    radius_of_real = torch.cdist(real, real).sort(1).values[:, NEAREST]
+    radius_of_generated = torch.cdist(generated, generated).sort(1).values[:, NEAREST]
+    distance = torch.cdist(generated, real)
+    precision = (distance <= radius_of_real).any(1).float().mean()
+    recall = (distance <= radius_of_generated[:, None]).any(0).float().mean()
+    return {"precision": round(float(precision), 4), "recall": round(float(recall), 4)}
 
 
 def _mean(losses: Tensor) -> dict[str, float]:

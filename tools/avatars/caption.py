@@ -33,10 +33,13 @@ SKIN_TONES = ((115, "dark"), (165, "tan"), (256, "light"))
 """Mean of red, green and blue below which a skin is called so."""
 NAMED_SHARE = 0.6
 """Of an image's attributes, how many its caption names."""
+NEVER_NAMED = ("mouth", "body")
+"""Attributes that stand out in an image and that no caption names."""
 NO_HAIR = ("bald", "beanie", "cap")
 """Names of hair that stand without the word."""
 EYEWEAR = ("glasses", "accessories")
 BEARDS = ("facialHair", "beard", "mustache")
+CLOTHES = ("clothingColor", "clothesColor", "shirtColor", "bodyColor")
 
 
 def rgb(code: str) -> list[int]:
@@ -53,7 +56,8 @@ def words(name: str) -> str:
     """Return a variant's name in words, empty for one that is only numbered: ``bobCut`` -> ``bob cut``."""
     if re.fullmatch(r"(variant|surprised|happy)?[A-Z]?\d+", name):
         return re.sub(r"(variant)?[A-Z]?\d+", "", name)
-    return re.sub(r"\s+", " ", re.sub(r"([A-Z]|\d+)", lambda m: "" if m[0].isdigit() else " " + m[0].lower(), name)).strip()
+    spaced = re.sub(r"([A-Z]|\d+)", lambda match: "" if match[0].isdigit() else f" {match[0].lower()}", name)
+    return " ".join(spaced.split())
 
 
 def describe(attributes: dict[str, Any]) -> dict[str, str]:
@@ -73,8 +77,7 @@ def describe(attributes: dict[str, Any]) -> dict[str, str]:
             says["eyewear"] = "glasses" if key == "glasses" else words(attributes[key])
     if any(attributes.get(key) for key in BEARDS):
         says["beard"] = "beard"
-    clothes = next((attributes[k] for k in ("clothingColor", "clothesColor", "shirtColor", "bodyColor") if attributes.get(k)), "")
-    if clothes:
+    if clothes := next((attributes[key] for key in CLOTHES if attributes.get(key)), None):
         says["shirt"] = color_name(clothes)
     return {key: value for key, value in says.items() if value}
 
@@ -103,6 +106,7 @@ def main() -> None:
         chosen = draw.sample(sorted(says), round(NAMED_SHARE * len(says)))
         row["named"] = {key: value for key, value in says.items() if key in chosen}
         row["open"] = {key: value for key, value in says.items() if key not in chosen}
+        row["open"] |= {key: row["attributes"][key] for key in NEVER_NAMED if row["attributes"].get(key)}
         metadata.append({"file_name": row["file_name"], "text": caption(row["style"], row["named"])})
     for name, lines in (("attributes.jsonl", rows), ("metadata.jsonl", metadata)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
