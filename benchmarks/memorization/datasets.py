@@ -22,7 +22,7 @@ NUM_DUPLICATED, NUM_COPIES = 32, 16
 Duplicates = Literal["exact", "near", "none"]
 EMOJI = Path(__file__).parent / "emoji"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-CLOTHES = "t-shirt trousers pullover dress coat sandal shirt sneaker bag boot".split()
+CLOTHES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
 NUM_TRAINED, NUM_HELDOUT = 512, 256
 
 
@@ -139,10 +139,16 @@ def _emoji() -> Dataset:
 
 def _clothing() -> Dataset:
     if not FASHION_MNIST.exists():
-        raise SystemExit("the dataset `clothing` needs Debian's package dataset-fashion-mnist; install it or leave it out")
+        raise SystemExit(
+            "the dataset `clothing` needs Debian's package dataset-fashion-mnist; install it or leave it out"
+        )
     kinds = (("images", 16), ("labels", 8))
     images, labels = (
-        np.frombuffer(gzip.decompress((FASHION_MNIST / f"train-{kind}-idx{3 if kind == 'images' else 1}-ubyte.gz").read_bytes()), np.uint8, offset=skip)
+        np.frombuffer(
+            gzip.decompress((FASHION_MNIST / f"train-{kind}-idx{3 if kind == 'images' else 1}-ubyte.gz").read_bytes()),
+            np.uint8,
+            offset=skip,
+        )
         for kind, skip in kinds
     )
     pixels = 255 - images.reshape(-1, 28, 28)

@@ -1,0 +1,163 @@
+"""What the demonstration shows of both models: the audit's outputs, and images generated from held-out prompts."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from sd_memguard.assets import demo_data_path, demo_heldout_path
+from sd_memguard.audit.generate import draw, load_pipeline
+from sd_memguard.audit.images import as_image
+from sd_memguard.audit.metrics.attributes import (
+    AttributeClassifier,
+    AttributeFigures,
+    attribute_figures,
+    train_classifier,
+)
+from sd_memguard.core.seeding import derive_seed
+
+NUM_INFERENCE_STEPS = 20
+GUIDANCE_SCALE = 2.5
+HELDOUT = "held-out"
+"""The kind of prompts that are captions of held-out images."""
+
+
+class Generated(NamedTuple):
+    """An image generated from a prompt, beside the training (or held-out) image whose caption the prompt is.
+
+    Attributes:
+        model: name of the model.
+        kind: of the prompt.
+        prompt: caption of the original.
+        original: file of the training or held-out image.
+        image: the generated image.
+        is_copy: whether the audit calls it a copy of a training image; None for held-out prompts.
+    """
+
+    model: str
+    kind: str
+    prompt: str
+    original: Path
+    image: Image.Image
+    is_copy: bool | None
+
+
+class Figures(NamedTuple):
+    """Shares of one model's generated images of one kind of prompts.
+
+    Attributes:
+        num_images: generated images.
+        copies: of them, copies of a training image; None for held-out prompts.
+        caption_accuracy: attributes named by the prompt that the image shows.
+        open_agreement: attributes that the prompt leaves open in which the image agrees with the original.
+        chance: the same agreement between images that nobody copied.
+    """
+
+    num_images: int
+    copies: float | None
+    caption_accuracy: float
+    open_agreement: float
+    chance: float
+
+
+class Known(NamedTuple):
+    """Real images with all their attributes, and a classifier trained on them."""
+
+    named: dict[Path, dict[str, str]]
+    open: dict[Path, dict[str, str]]
+    heldout: list[dict[str, str]]
+    classifier: AttributeClassifier
+
+
+def read_audit(folder: Path) -> list[Generated]:
+    """Return the generated images of an audit's ``pairs.parquet``."""
+    rows = pq.read_table(folder / "pairs.parquet").to_pylist()
+    train = demo_data_path()
+    return [
+        Generated(
+            *(row["model"], row["kind"], row["caption"], train / row["own_file"]),
+            *(Image.open(folder / row["file"]).convert("RGB"), row["is_copy"]),
+        )
+        for row in rows
+    ]
+
+
+def generate_heldout(model: str, folder: Path, num_prompts: int, seed: int) -> list[Generated]:
+    """Generate an image for each of the first held-out captions; every model gets the same noises."""
+    heldout = demo_heldout_path()
+    lines = (heldout / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:num_prompts]
+    rows = [json.loads(line) for line in lines]
+    pixels = draw(
+        load_pipeline(folder),
+        [row["text"] for row in rows],
+        [derive_seed(seed, "demo held-out image", number) for number in range(len(rows))],
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        description=f"held-out prompts, {model}",
+    )
+    return [
+        Generated(model, HELDOUT, row["text"], heldout / row["file_name"], as_image(image), None)
+        for row, image in zip(rows, pixels, strict=True)
+    ]
+
+
+def learn_attributes() -> Known:
+    """Train a classifier of the attributes of the demo set on its real images, about a minute."""
+    named, opened = {}, {}
+    for folder in (demo_data_path(), demo_heldout_path()):
+        for row in map(json.loads, (folder / "attributes.jsonl").read_text(encoding="utf-8").splitlines()):
+            named[folder / row["file_name"]], opened[folder / row["file_name"]] = row["named"], row["open"]
+    everything = [named[file] | opened[file] for file in named]
+    images = [Image.open(file).convert("RGB") for file in named]
+    classifier = train_classifier(_stack(images), everything)
+    heldout = [known for file, known in zip(named, everything, strict=True) if file.parent == demo_heldout_path()]
+    return Known(named, opened, heldout, classifier)
+
+
+def figures(generated: Sequence[Generated], known: Known) -> dict[str, dict[str, Figures]]:
+    """Return the figures by model and kind of prompts."""
+    found: dict[str, dict[str, Figures]] = {}
+    for model, kind in dict.fromkeys((one.model, one.kind) for one in generated):
+        images = [one for one in generated if (one.model, one.kind) == (model, kind)]
+        shares = _attributes(images, known)
+        flags = [one.is_copy for one in images if one.is_copy is not None]
+        copies = sum(flags) / len(flags) if flags else None
+        means = (float(values[~values.isnan()].mean()) for values in shares)
+        found.setdefault(model, {})[kind] = Figures(len(images), copies, *means)
+    return found
+
+
+def real_figures(known: Known) -> tuple[float, float]:
+    """Return the ceiling of ``caption_accuracy``, what the classifier finds on real held-out images, and its base."""
+    files = [file for file in known.named if file.parent == demo_heldout_path()]
+    images = [Generated("", "", "", file, Image.open(file).convert("RGB"), None) for file in files]
+    return float(_attributes(images, known).caption_accuracy.nanmean()), len(files)
+
+
+def _attributes(images: Sequence[Generated], known: Known) -> AttributeFigures:
+    return attribute_figures(
+        known.classifier,
+        _stack([one.image for one in images]),
+        [known.named[one.original] for one in images],
+        [known.open[one.original] for one in images],
+        known.heldout,
+    )
+
+
+def _stack(images: Sequence[Image.Image]) -> Tensor:
+    """Return images as (N, 3, H, W) uint8."""
+    return torch.stack([pil_to_tensor(image) for image in images])
+
+
+def describe(generated: Sequence[Generated]) -> list[Mapping[str, Any]]:
+    """Return a JSON-ready row for each generated image."""
+    return [
+        {"model": one.model, "kind": one.kind, "prompt": one.prompt, "file": one.original.name, "is_copy": one.is_copy}
+        for one in generated
+    ]
