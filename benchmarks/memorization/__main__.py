@@ -2,8 +2,8 @@
 
     python -m benchmarks.memorization --work_dir runs/memorization --datasets avatars emoji --variants plain default
 
-A result that is there already (``results/DATASET-DUPLICATES-VARIANT-STEPS-SEED.json``) is not made again, and an interrupted
-fine-tune goes on from its newest checkpoint, so the command can be stopped and started at will.
+A result that is there already (``results/DATASET-DUPLICATES-VARIANT-STEPS-SEED.json``) is not made again, and an
+interrupted fine-tune goes on from its newest checkpoint, so the command can be stopped and started at will.
 `python -m benchmarks.memorization.table` makes the tables and the plot of the results.
 """
 

@@ -1,7 +1,7 @@
 """The datasets of the benchmark: distinct captioned images, held-out ones, and training folders with duplicates.
 
-``avatars`` is the demo set (attributes known), ``emoji`` a set of Twemoji beside this file, ``clothing`` the first images of
-Fashion-MNIST, as Debian's package ``dataset-fashion-mnist`` installs them.
+``avatars`` is the demo set, whose attributes are known, ``emoji`` the Twemoji beside this file, ``clothing`` the first
+images of Fashion-MNIST, as Debian's package ``dataset-fashion-mnist`` installs them.
 """
 
 import gzip
@@ -52,8 +52,8 @@ def training_folder(dataset: Dataset, duplicates: Duplicates, folder: Path) -> P
 
     Args:
         dataset: whose images.
-        duplicates: of the first 32 images: ``exact`` copies under their own caption; ``near`` ones, each cropped by 2 to
-            10%, some flipped, the hue turned and recompressed, under reworded captions; or ``none``.
+        duplicates: of the first 32 images: ``exact`` copies under their own caption; ``near`` ones, each cropped by 2
+            to 10%, some flipped, the hue turned and recompressed, under reworded captions; or ``none``.
         folder: where to.
     """
     if (folder / "metadata.jsonl").exists():

@@ -133,8 +133,8 @@ def _generate(exam: Exam, kind: str, description: str) -> Tensor:
 def _replication(exam: Exam, kind: str, pixels: Tensor) -> dict[str, Any]:
     """Return for each generated image whether it is a copy and whether its own image is the nearest, and attributes.
 
-    ``copies`` compares with the training images, whatever the prompt; ``own`` asks whether among the training images (for
-    held-out prompts: among the held-out ones) that of the prompt is the nearest by pixels.
+    ``copies`` compares with the training images, whatever the prompt; ``own`` asks whether among the training images
+    (for held-out prompts: among the held-out ones) that of the prompt is the nearest by pixels.
     """
     images, rows = exam.images[kind]
     own_rows = rows.repeat_interleave(NUM_IMAGES[kind])

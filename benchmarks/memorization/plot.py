@@ -10,7 +10,7 @@ KINDS = {"duplicated": "o", "unique": "s"}
 
 
 def plot(groups: Groups, file: Path) -> None:
-    """Plot how often the own training image is the nearest, of duplicated and of unique prompts, against held-out loss."""
+    """Plot how often the own training image is the nearest, by kind of prompts, against the held-out loss."""
     import matplotlib
 
     matplotlib.use("Agg")

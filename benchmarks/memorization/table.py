@@ -2,8 +2,8 @@
 
     python -m benchmarks.memorization.table --plot docs/images/memorization.png
 
-Shares are over all generated images of all seeds; the intervals are 95 % bootstrap intervals over prompts. Losses are means at
-fixed timesteps and noise, the same for every variant.
+Shares are over all generated images of all seeds; the intervals are 95 % bootstrap intervals over prompts. Losses are
+means at fixed timesteps and noise, the same for every variant.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def read_results(folder: Path) -> Groups:
-    """Return the results by dataset and duplicates, then by variant and step: one per seed, in the order of the variants."""
+    """Return the results by dataset and duplicates, then by variant (in their order) and step: one per seed."""
     groups: Groups = defaultdict(lambda: defaultdict(list))
     order = list(VARIANTS)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
@@ -85,7 +85,8 @@ def table(points: dict[tuple[str, int], list[Result]]) -> Iterable[str]:
     every = [one for results in points.values() for one in results if one["case"]["variant"] != "base"]
     yield ""
     yield (
-        f"For scale, held-out prompts (all variants): copies of a training image {share_text(every, 'heldout', 'copies')}, "
+        "For scale, held-out prompts (all variants): copies of a training image "
+        f"{share_text(every, 'heldout', 'copies')}, "
         f"own held-out image nearest {share_text(every, 'heldout', 'own')}."
     )
 

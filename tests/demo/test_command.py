@@ -12,6 +12,8 @@ from sd_memguard.demo import command as demo
 from sd_memguard.demo import measure
 from sd_memguard.errors import UserError
 
+TRAITS = ("skin", "shirt")
+
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -63,7 +65,8 @@ def test_training_images_themselves_are_copies_in_every_trait(monkeypatch):
     opened = {demo_data_path() / row["file_name"]: row["open"] for row in rows}
 
     class Oracle:
-        values = {name: sorted({str(one[name]) for one in named.values() if name in one}) for name in ("skin", "shirt")}
+        def __init__(self):
+            self.values = {name: sorted({one[name] for one in named.values() if name in one}) for name in TRAITS}
 
         def predict(self, images):
             return [truth[image.numpy().tobytes()] for image in images]
