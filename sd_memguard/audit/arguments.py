@@ -94,7 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     measuring.add_argument("--quality_weights", help="file, folder or hub name of its weights")
     measuring.add_argument("--clip_model", help="folder or hub name of a CLIP model, for the CLIP score")
-    measuring.add_argument("--copy_threshold", type=_cosine, help="similarity of a copy; default: from the background")
+    measuring.add_argument(
+        "--copy_threshold", type=_cosine, help="similarity from which on an image is a copy; default: by registration"
+    )
     add("--batch_size", type=_count, default=16, help="images at a time")
     add("--output_dir", type=Path, required=True, help="where report and cache go")
     return parser

@@ -44,6 +44,7 @@ from sd_memguard.audit.metrics.measures import (
 from sd_memguard.audit.metrics.quality import MAX_QUALITY_IMAGES, Quality, quality_features, quality_figures
 from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD
 from sd_memguard.audit.metrics.statistics import summarize
+from sd_memguard.audit.metrics.verified import CopyDistance, choose_distance
 from sd_memguard.audit.models import ModelFiles, default_device, model_sha256, read_run
 from sd_memguard.audit.reporting import write as records
 from sd_memguard.audit.reporting.page import write_report
@@ -53,6 +54,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "sd-memguard-audit-1"
 
+MAX_VERIFIED = 500
+"""Most training images that are registered with others, for the background."""
+
 
 class Background(NamedTuple):
     """What is alike without being copied, and what follows from it.
@@ -61,7 +65,10 @@ class Background(NamedTuple):
         positions: Which distinct training images ``train`` is about.
         train: Their nearest others.
         reference: The nearest training images of the reference images, or None.
-        threshold: Similarity of a copy.
+        threshold: From which similarity on images are alike; that of a copy where nothing is verified.
+        copy_distance: Of a verified copy, None where nothing is verified.
+        train_share: Share of ``train`` that would be copies.
+        reference_share: Of ``reference``.
         chosen: Training rows whose captions are drawn.
     """
 
@@ -69,6 +76,9 @@ class Background(NamedTuple):
     train: Matched
     reference: Matched | None
     threshold: Threshold
+    copy_distance: CopyDistance | None
+    train_share: float
+    reference_share: float
     chosen: ChosenCaptions
 
 
@@ -131,8 +141,20 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
     others = gallery.match_own(positions)
     reference = gallery.match(inputs.reference) if inputs.reference is not None else None
     threshold = choose_threshold(others.similarity, None if reference is None else reference.similarity)
+    copy_distance = None
     if settings.copy_threshold is not None:
         threshold = Threshold(settings.copy_threshold, "given as --copy_threshold", "flag")
+        shares = [_share_of(matched, threshold.similarity) for matched in (others, reference)]
+    else:
+        trained = gallery.verify_own(positions[:MAX_VERIFIED]).distance
+        unseen = gallery.verify(inputs.reference).distance if inputs.reference is not None else None
+        copy_distance = (
+            choose_distance(trained, "training images, beside the others,")
+            if unseen is None
+            else choose_distance(unseen, "images not trained on")
+        )
+        limit = copy_distance.distance
+        shares = [float("nan") if one is None else (one <= limit).float().mean().item() for one in (trained, unseen)]
     chosen = ChosenCaptions([], [])
     if settings.models:
         # Twice as many as are drawn, so that near-duplicates can be left out without comparing all images of a large set.
@@ -147,7 +169,11 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
                 f"{train.place} has no caption to draw: each belongs to several images, or its image has a "
                 "look-alike; raise `--copy_threshold`, or draw yourself and give the images as `--images`"
             )
-    return Background(positions, others, reference, threshold, chosen)
+    return Background(positions, others, reference, threshold, copy_distance, shares[0], shares[1], chosen)
+
+
+def _share_of(matched: Matched | None, threshold: float) -> float:
+    return float("nan") if matched is None else (matched.similarity >= threshold).float().mean().item()
 
 
 def choose_probes(settings: AuditSettings, inputs: Inputs) -> Probes | str:
@@ -218,15 +244,16 @@ def _measure(
     source: dict[str, Any], subject: GeneratedSet, setup: Setup, samples: dict[str, list[Any]] | None
 ) -> tuple[dict[str, Any], pa.Table]:
     """Return what generated images alone tell, and their rows."""
-    threshold, seed = setup.background.threshold.similarity, setup.settings.seed
-    compared = compare(subject, setup.gallery)
+    background, seed = setup.background, setup.settings.seed
+    distance = None if background.copy_distance is None else background.copy_distance.distance
+    compared = compare(subject, setup.gallery, background.threshold.similarity, distance)
     figures = {
         **source,
         "num_generated": len(subject.images),
-        "copies": copy_figures(subject, compared, threshold, seed),
+        "copies": copy_figures(subject, compared, seed),
         "quality": quality_figures(subject, setup.quality, seed),
     }
-    pairs = records.pair_table(source["name"], subject, compared, threshold, setup.inputs.train, samples)
+    pairs = records.pair_table(source["name"], subject, compared, setup.inputs.train, samples)
     return figures, pairs
 
 
@@ -254,7 +281,7 @@ def describe(setup: Setup, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the report."""
     settings, inputs, background = setup.settings, setup.inputs, setup.background
     extractor, threshold = inputs.extractor, background.threshold.similarity
-    reference = background.reference
+    reference, distance = background.reference, background.copy_distance
     return {
         "format": FORMAT,
         "version": __version__,
@@ -267,14 +294,17 @@ def describe(setup: Setup, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "threshold": {
             "similarity": threshold,
             "l2_ratio": COPY_THRESHOLD,
-            "rule": background.threshold.rule,
+            "distance": None if distance is None else distance.distance,
+            "rule": background.threshold.rule if distance is None else distance.rule,
             "source": background.threshold.source,
         },
         "train": _describe_images(inputs.train),
         "reference": None if inputs.reference is None else _describe_images(inputs.reference),
         "background": {
-            "train": summarize(background.train.similarity, threshold),
-            "reference": None if reference is None else summarize(reference.similarity, threshold),
+            "train": replace(summarize(background.train.similarity, threshold), share_above=background.train_share),
+            "reference": None
+            if reference is None
+            else replace(summarize(reference.similarity, threshold), share_above=background.reference_share),
         },
         "models": list(models),
     }

@@ -124,7 +124,7 @@ def test_a_model_that_was_not_trained_on_them_sits_at_the_background(base):
 
 def test_rows_say_what_the_report_says(base):
     _, report, pairs = base
-    threshold = report["threshold"]["similarity"]
+    threshold = report["threshold"]["distance"]
     for kind in ("repeated", "single"):
         rows = [row for row in pairs if row["kind"] == kind]
         figures = report["models"][0]["copies"][kind]
@@ -137,7 +137,7 @@ def test_rows_say_what_the_report_says(base):
         assert figures["l2_copies"]["value"] == np.mean([row["l2_ratio"] < 0.5 for row in rows])
         assert figures["mq_below"]["0.5"] == sum(row["mq_ratio"] < 0.5 for row in rows)
     for row in pairs:
-        assert row["is_copy"] == (row["similarity"] >= threshold)
+        assert row["is_copy"] == (row["distance"] <= threshold)
         assert row["own_similarity"] <= row["similarity"] + 1e-6
         assert row["mq_ratio"] <= row["l2_ratio"]
         assert row["skip_ratio"] is None

@@ -4,7 +4,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import PIL.Image
 import torch
+from PIL import ImageOps
 from torch import Tensor
 
 from sd_memguard.audit import AuditError
@@ -21,7 +23,9 @@ from sd_memguard.audit.metrics.similarity import (
     squared_distance_ratio,
 )
 from sd_memguard.audit.metrics.statistics import percentile
+from sd_memguard.audit.metrics.verified import Verified, as_images, find_verified
 from sd_memguard.core.seeding import permutation
+from sd_memguard.core.verification import verify_pairs
 
 BACKGROUND_SIZE = 10_000
 """Most images of a set whose nearest others make up its background; drawn by the seed where it has more."""
@@ -89,11 +93,17 @@ class Gallery:
         """Return blocks of features of these rows."""
         return self.extract(self.extractor, images, rows)
 
-    def extract(self, extractor: Extractor, images: Collection, rows: Sequence[int]) -> list[Tensor]:
-        """Return blocks of another extractor's rows."""
-        keys = [images.hashes[row] for row in rows]
+    def extract(
+        self, extractor: Extractor, images: Collection, rows: Sequence[int], *, flipped: bool = False
+    ) -> list[Tensor]:
+        """Return blocks of another extractor's rows, of the images or of their mirror images."""
+        keys = [f"{images.hashes[row]}{' flipped' if flipped else ''}" for row in rows]
         what = f"{extractor.name}: {images.place}"
-        load = lambda number: images.image(rows[number])  # noqa: E731 (a name would say no more)
+
+        def load(number: int) -> PIL.Image.Image:
+            image = images.image(rows[number])
+            return ImageOps.mirror(image) if flipped else image
+
         return extract(extractor, keys, load, self.store, self.device, self.batch_size, what)
 
     def match(self, images: Collection) -> Matched:
@@ -116,6 +126,55 @@ class Gallery:
         found = self.store.rows(f"{kind} in {self.key}", keys, compute)
         return Matched(found[:, 0].float(), self.rows[found[:, 1].long()])
 
+    def verify(self, images: Collection) -> Verified:
+        """Return the training image that every image of another collection is nearest to after registration."""
+        return self._verify(images, range(len(images)), torch.full((len(images),), -1))
+
+    def verify_own(self, positions: Tensor) -> Verified:
+        """Return the nearest *other* distinct training image of the distinct images at these positions."""
+        return self._verify(self.train, self.rows[positions].tolist(), positions)
+
+    def _verify(self, images: Collection, chosen: Sequence[int], own: Tensor) -> Verified:
+        pixels = as_images(torch.cat(self.extract(Thumbnails(), images, chosen)))
+        views = [torch.cat(self.extract(self.extractor, images, chosen, flipped=flipped)) for flipped in (False, True)]
+        is_own = bool((own >= 0).any())
+
+        def compute(rows: range) -> Tensor:
+            part = slice(rows.start, rows.stop)
+            found = find_verified(
+                pixels[part],
+                self.pixels,
+                [view[part] for view in views],
+                self.features,
+                own=own[part] if is_own else None,
+            )
+            return torch.stack([one.double() for one in found], 1)
+
+        kind = "verified other" if is_own else "verified"
+        found = self.store.rows(f"{kind} in {self.key}", [images.hashes[row] for row in chosen], compute)
+        distance, row, similarity, is_flipped = found.T
+        return Verified(distance.float(), self.rows[row.long()], similarity.float(), is_flipped.bool())
+
+    def distance_to(self, images: Collection, own_rows: Sequence[int]) -> Tensor:
+        """Return the distance after registration of every image to one training image each, given by its row."""
+        pixels = as_images(torch.cat(self.extract(Thumbnails(), images, range(len(images)))))
+        own = as_images(take(self.pixels, self._positions(own_rows)))
+
+        def compute(rows: range) -> Tensor:
+            part = slice(rows.start, rows.stop)
+            return verify_pairs(pixels[part], own[part]).distance[:, None]
+
+        keys = [f"{key} {self.train.hashes[row]}" for key, row in zip(images.hashes, own_rows, strict=True)]
+        return self.store.rows("verified with its own", keys, compute)[:, 0]
+
+    def first_rows(self, rows: Sequence[int]) -> list[int]:
+        """Return the first row of the image of each row."""
+        return self.rows[self._positions(rows)].tolist()
+
+    def _positions(self, rows: Sequence[int]) -> Tensor:
+        position = {self.train.hashes[row]: number for number, row in enumerate(self.train.distinct)}
+        return torch.tensor([position[self.train.hashes[row]] for row in rows])
+
     def pixel_ratios(self, images: Collection) -> PixelRatios:
         """Return the two ratios of distances in pixels of every image of another collection."""
         pixels = torch.cat(self.extract(Thumbnails(), images, range(len(images))))
@@ -131,10 +190,8 @@ class Gallery:
 
     def similarity_to(self, images: Collection, own_rows: Sequence[int]) -> Tensor:
         """Return the similarity of every image to one training image each, given by its row in the set."""
-        position = {self.train.hashes[row]: number for number, row in enumerate(self.train.distinct)}
-        own = torch.tensor([position[self.train.hashes[row]] for row in own_rows])
         features = torch.cat(self.features_of(images, range(len(images))))
-        return (features * take(self.features, own)).sum(1)
+        return (features * take(self.features, self._positions(own_rows))).sum(1)
 
 
 def take(blocks: Sequence[Tensor], rows: Tensor) -> Tensor:

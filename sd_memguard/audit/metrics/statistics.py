@@ -40,7 +40,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Summary:
-    """What many similarities have in common; ``share_above`` counts those at the threshold or above."""
+    """What many similarities have in common; ``share_above`` is the share that would be copies."""
 
     count: int
     mean: float

@@ -29,7 +29,9 @@ GROUPS = {
 
 DEFINITIONS = {
     "Similarity": "Cosine of the features of a generated image and of its nearest training image; 1 is the same.",
-    "Copy": "A generated image whose similarity is at or above the threshold.",
+    "Copy": "A generated image that is a training image after the crop, shift, scale, small rotation, flip and change of "
+    "colour that fit best; with --copy_threshold, one whose similarity is at or above it.",
+    "Distance": "What that leaves in the parts that differ most, over their contrast; 0 is the same.",
     "Background": "The same similarity among images that nobody copied: what is merely alike.",
     "Captions extracted": "Share of training captions with at least one generated image that is a copy.",
     "L2 ratio": "Distance to the nearest training image over the mean one to the 50 nearest (Carlini et al. 2023).",
@@ -210,6 +212,7 @@ def settings_tables(audit: Audit) -> dict[str, list[tuple[str, str]]]:
     tables = {
         "Settings": list(_flat(audit.facts.get("settings", {}))),
         "Threshold": [
+            ("distance of a copy", "not verified" if threshold.distance is None else f"{threshold.distance:g}"),
             ("similarity", f"{threshold.similarity:g}"),
             ("rule", threshold.rule),
             ("source", threshold.source),
