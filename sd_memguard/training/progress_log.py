@@ -81,11 +81,16 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close the bar and the trackers, also when the run ends early."""
+        """Close the bar and the trackers, also when the run ends early.
+
+        ``Accelerator.end_training`` would destroy the process group, too: under NCCL that waits for all processes, and
+        those that have met no error never come to it.
+        """
         if self._bar is not None:
             self._bar.close()
         self._redirect.__exit__(kind, error, traceback)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def step(self, progress: Progress, verdicts: list[Verdict], learning_rate: float) -> None:
         """Show one step and send its numbers to the trackers."""

@@ -33,7 +33,14 @@ from sd_memguard.runs.records import RunRecords, run_summary
 from sd_memguard.runs.trained_run import TrainedRun
 from sd_memguard.sample_guard import AugmentBatch, SampleGuard
 from sd_memguard.training.build import base_learning_rate, make_accelerator, make_ema, make_proxies, prepare_models
-from sd_memguard.training.distributed_start import check_shared, main_alone, plan_together, quiet, told_when_lost
+from sd_memguard.training.distributed_start import (
+    check_shared,
+    leaving_together,
+    main_alone,
+    plan_together,
+    quiet,
+    told_when_lost,
+)
 from sd_memguard.training.dry_run import describe_plan, vae_factor
 from sd_memguard.training.failures import NonFiniteError, Seen, check_finite, describe_samples, explained_faults
 from sd_memguard.training.learning_rate import learning_rate_schedule
@@ -93,7 +100,12 @@ def train(config: TrainConfig) -> TrainResult:
         exchange.wait("plan")
         trainer = Trainer(plan, accelerator, exchange)
         trainer.resume()
-        with StopRequest(echo=ECHO if exchange.size > 1 else 0.0) as stop, trainer.log, told_when_lost():
+        with (
+            leaving_together(exchange),
+            StopRequest(echo=ECHO if exchange.size > 1 else 0.0) as stop,
+            trainer.log,
+            told_when_lost(),
+        ):
             trainer.fit(stop)
             return trainer.finish()
 
