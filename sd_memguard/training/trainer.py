@@ -32,7 +32,14 @@ from sd_memguard.runs.lock import run_lock
 from sd_memguard.runs.records import RunRecords, run_summary
 from sd_memguard.runs.trained_run import TrainedRun
 from sd_memguard.sample_guard import AugmentBatch, SampleGuard
-from sd_memguard.training.build import base_learning_rate, make_accelerator, make_ema, make_proxies, prepare_models
+from sd_memguard.training.build import (
+    base_learning_rate,
+    make_accelerator,
+    make_ema,
+    make_proxies,
+    prepare_models,
+    step_ema,
+)
 from sd_memguard.training.distributed_start import (
     check_shared,
     leaving_together,
@@ -308,7 +315,7 @@ class Trainer:
         if self.ema is not None:
             self.check_pending_norms()  # the average does not take in what was left out
             if self.nonfinite_in_a_row == 0:
-                self._step_ema()
+                step_ema(self.ema, self.parameters, self.accelerator.device, offload=self.config.offload_ema)
 
     def check_pending_norms(self) -> None:
         """Learn which of the steps taken since the last call were left out for a gradient that is not finite."""
@@ -318,14 +325,6 @@ class Trainer:
                 self.skip_nonfinite_step("gradient", seen, step)
             else:
                 self.nonfinite_in_a_row = 0
-
-    def _step_ema(self) -> None:
-        assert self.ema is not None
-        if self.config.offload_ema:
-            self.ema.to(self.accelerator.device, non_blocking=True)
-        self.ema.step(self.unet.parameters())
-        if self.config.offload_ema:
-            self.ema.to("cpu", non_blocking=True)
 
     def skip_nonfinite_step(self, what: str, seen: list[Seen], step: int) -> None:
         """Count a step that is left out, name its samples, and stop the run when that happens again and again."""

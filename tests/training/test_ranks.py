@@ -65,7 +65,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path):
     check_shared(tmp_path, other)
 
 
-# An error in one of several processes. The others wait for it in a collective, and NCCL's `destroy_process_group` is one.
+# An error in one of several processes. The others wait in a collective; NCCL's `destroy_process_group` is one, too.
 
 
 @pytest.fixture
