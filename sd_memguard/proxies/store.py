@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sd_memguard.distributed import Exchange
+from sd_memguard.errors import UserError
+
+STORE_FOLDER, MARK, SUFFIX = "memguard-proxies", "a-store-of-proxies.txt", ".safetensors"
 
 
 class ProxyStore(Protocol):
@@ -62,23 +65,52 @@ class RamStore:
         self._entries[key] = load_file(path)
 
 
+class StoreError(UserError):
+    """The folder for proxies holds what does not belong there."""
+
+
 class DiskStore:
-    """Entries as safetensors files in a folder of their own; what it held before is removed.
+    """Entries as safetensors files in ``memguard-proxies``, a folder of their own in the given one.
+
+    Nothing is touched there before the first entry comes. Then what an earlier store has left is removed.
 
     Args:
-        folder: the folder, made where it is missing.
+        folder: where to make the store's folder; made where it is missing.
+
+    Raises:
+        StoreError: the store's folder holds something that no store has written.
     """
 
     def __init__(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self.folder = folder
+        self.folder = folder / STORE_FOLDER
+        self._is_ready = False
+        self._refuse_foreign()
+
+    def _refuse_foreign(self) -> None:
+        found = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        foreign = [name for name in found if name != MARK and (MARK not in found or not name.endswith(SUFFIX))]
+        if foreign:
+            raise StoreError(
+                f"{self.folder} is where proxies wait, and what is in it is deleted, but {foreign[0]} was not written "
+                "by a store of proxies; move it away, or name another folder"
+            )
+
+    def _make_ready(self) -> None:
+        """Make the folder, or empty it, before the first entry."""
+        if self._is_ready:
+            return
+        self._is_ready = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            path.unlink()
+        (self.folder / MARK).write_text("Proxies of a training that is under way; deleted when another one begins.\n")
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
+        return self.folder / f"{key}{SUFFIX}"
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors to a file."""
+        self._make_ready()
         save_file({name: tensors[name].detach().cpu().contiguous() for name in tensors}, self._path(key))
 
     def get(self, key: str) -> Mapping[str, Tensor]:
@@ -95,6 +127,7 @@ class DiskStore:
 
     def adopt(self, key: str, path: Path) -> None:
         """Hard-link the file, or copy it where the file system has no links."""
+        self._make_ready()
         _link_or_copy(path, self._path(key))
 
 
@@ -109,10 +142,9 @@ class SharedDiskStore(DiskStore):
     """
 
     def __init__(self, folder: Path, exchange: Exchange) -> None:
-        self.folder, self._exchange = folder, exchange
-        if exchange.is_main:
+        self._exchange = exchange
+        with exchange.agreed():
             super().__init__(folder)
-        exchange.wait("store")
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors to a file."""
