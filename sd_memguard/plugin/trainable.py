@@ -27,12 +27,14 @@ class Adapter:
         layers: the peft layer of each adapted layer.
         original: (out, in) float32 on the CPU, of each adapted layer.
         scaling: alpha / rank.
+        configs: peft's config of the adapter in each model that has one, which is saved and loaded with it.
     """
 
     name: str
     layers: dict[str, Any]
     original: dict[str, Tensor]
     scaling: float
+    configs: tuple[Any, ...] = ()
 
     def factors(self, layer: str) -> tuple[Any, Any]:
         """Return the two linear maps of a layer's adapter, down and up."""
@@ -95,7 +97,8 @@ def find_adapter(parameters: Mapping[str, Parameter], models: Sequence[nn.Module
     if len(scalings) > 1:
         raise LoopError(f"the adapter's alpha / rank differs between layers ({sorted(scalings)}); use one for all")
     original = {layer: _host_copy(module.base_layer.weight) for layer, module in layers.items()}
-    return Adapter(name, layers, original, float(scalings.pop()))
+    configs = [getattr(getattr(model, "_orig_mod", model), "peft_config", {}).get(name) for model in models]
+    return Adapter(name, layers, original, float(scalings.pop()), tuple(config for config in configs if config))
 
 
 def make_proxies(

@@ -190,7 +190,7 @@ def test_lora_is_saved_as_one_adapter_on_the_base_as_it_was():
         for name, parameter in loop.network.named_parameters():
             if "base_layer" in name:
                 assert torch.equal(parameter, before[name])
-        assert loop.network.first.lora_A["default"].weight.shape == (4, 4)  # 2 x 3 is more than the layer has
+        assert loop.network.first.lora_A["default"].weight.shape == (6, 4)  # 2 x 3 is more than the layer has
         for layer, module in (("first", loop.network.first), ("second", loop.network.second)):
             change = module.scaling["default"] * module.lora_B["default"].weight @ module.lora_A["default"].weight
             torch.testing.assert_close(module.base_layer.weight + change, merged[layer], rtol=0, atol=1e-6)
