@@ -27,7 +27,7 @@ from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS
 from sd_memguard.defaults import resolve_settings
 from sd_memguard.files import replace_text
 from sd_memguard.models.pipeline import find_pipeline
-from sd_memguard.runs.checkpoint import refuse_changes
+from sd_memguard.runs.checkpoint import foreign_checkpoints, refuse_changes
 from sd_memguard.runs.folder import CONFIG, FOLDER, SUMMARY, RunFolderError
 from sd_memguard.runs.records import SampleTable
 from sd_memguard.training.memory_estimate import Footprint, check_space, footprint
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What ``memguard/config.json`` says of the run: every setting, resolved, and the actions of the sample rule."""
+        """What ``memguard/config.json`` says of the run: every setting, resolved, and the sample rule's actions."""
         actions = [action._asdict() for action in rule_class(self.guard.sample_rule).actions]
         return {**self.config.to_dict(), **self.resolved, "actions": actions}
 
@@ -305,7 +305,7 @@ def write_bad_samples(output_dir: Path, bad: Sequence[BadSample]) -> Path:
 
 
 def check_output_dir(config: TrainConfig) -> None:
-    """Refuse a folder that holds another run or a pipeline, unless it is to be resumed.
+    """Refuse a folder that holds another run or a pipeline, unless it is to be resumed, or checkpoints of others.
 
     Raises:
         RunFolderError: says what was found there.
@@ -318,6 +318,12 @@ def check_output_dir(config: TrainConfig) -> None:
         raise RunFolderError(
             f"`--output_dir` {folder} holds another run ({found[0]}); go on with it by "
             "`--resume_from_checkpoint latest`, or name another folder, or remove this one"
+        )
+    foreign = foreign_checkpoints(folder)
+    if foreign:
+        raise RunFolderError(
+            f"`--output_dir` {folder} holds {foreign[0]}, which another program has written (diffusers' scripts name "
+            "theirs so, too) and from which this one cannot go on; name another folder"
         )
 
 
