@@ -17,9 +17,14 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    flush(temporary)
     os.replace(temporary, path)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file to the disk; Windows does that for files alone that are open for writing."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -77,7 +77,7 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
     if not index_file.is_file():
         raise ModelError(f"{folder} holds no model_index.json, so it is no diffusers pipeline; give such a folder")
     try:
-        index = json.loads(index_file.read_text())
+        index = json.loads(index_file.read_text(encoding="utf-8"))
         class_name = index["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{index_file} is not what diffusers writes ({error!r}); save the pipeline again") from error
@@ -119,7 +119,7 @@ def _check_part(part: Path, variant: str | None) -> None:
 
 def read_config(part: Path) -> dict[str, Any]:
     """Return the config.json of a part of a pipeline."""
-    return json.loads((part / "config.json").read_text())
+    return json.loads((part / "config.json").read_text(encoding="utf-8"))
 
 
 def weights_file(part: Path, stem: str, variant: str | None) -> Path:

@@ -1,5 +1,6 @@
 """Where resting proxies wait: in RAM, or on disk as immutable safetensors files that checkpoints hard-link."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from sd_memguard.distributed import Exchange
 from sd_memguard.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 STORE_FOLDER, MARK, SUFFIX = "memguard-proxies", "a-store-of-proxies.txt", ".safetensors"
 
@@ -61,8 +64,8 @@ class RamStore:
         save_file(self._entries[key], path)
 
     def adopt(self, key: str, path: Path) -> None:
-        """Read the file."""
-        self._entries[key] = load_file(path)
+        """Read the file, into memory of its own: ``load_file`` maps the file, which Windows would then not remove."""
+        self._entries[key] = {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 class StoreError(UserError):
@@ -103,7 +106,8 @@ class DiskStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(f"*{SUFFIX}"):
             path.unlink()
-        (self.folder / MARK).write_text("Proxies of a training that is under way; deleted when another one begins.\n")
+        text = "Proxies of a training that is under way; deleted when another one begins.\n"
+        (self.folder / MARK).write_text(text, encoding="utf-8")
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}{SUFFIX}"
@@ -119,7 +123,10 @@ class DiskStore:
 
     def drop(self, key: str) -> None:
         """Remove the file; hard links to it in checkpoints keep its content."""
-        self._path(key).unlink()
+        try:
+            self._path(key).unlink()
+        except PermissionError:  # Windows, while somebody still reads it; the next store will
+            logger.debug("%s is left for the next run to remove", self._path(key))
 
     def write(self, key: str, path: Path) -> None:
         """Hard-link the entry, or copy it where the file system has no links."""

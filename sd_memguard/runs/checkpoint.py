@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_memguard.errors import UserError
-from sd_memguard.files import TEMPORARY_PREFIX
+from sd_memguard.files import TEMPORARY_PREFIX, flush
 from sd_memguard.runs.folder import FOLDER, PROXIES_FOLDER
 
 logger = logging.getLogger(__name__)
@@ -88,12 +88,12 @@ def save_checkpoint(output_dir: Path, global_step: int, write: Callable[[Path], 
     manifest = {ORDER: order, **{path.relative_to(temporary).as_posix(): _fingerprint(path) for path in files}}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*files, temporary / MANIFEST]:
-        _flush(path)
+        flush(path)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
     if os.name == "posix":
-        _flush(output_dir)
+        _flush_folder(output_dir)
     return final
 
 
@@ -111,9 +111,13 @@ def remove_leftovers(output_dir: Path) -> None:
 
 def prune_checkpoints(output_dir: Path, total_limit: int | None) -> None:
     """Remove the checkpoints that were written first, beyond the limit."""
-    if total_limit is not None:
-        for folder in list_checkpoints(output_dir)[:-total_limit]:
+    if total_limit is None:
+        return
+    for folder in list_checkpoints(output_dir)[:-total_limit]:
+        try:
             shutil.rmtree(folder)
+        except OSError as error:  # on Windows somebody may have a file of it open; the next time will do
+            logger.warning("%s is beyond --checkpoints_total_limit, but cannot be removed: %s", folder, error)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -229,8 +233,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"size": path.stat().st_size, "blake2b": hashlib.file_digest(file, hashlib.blake2b).hexdigest()}
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
