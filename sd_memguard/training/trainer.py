@@ -52,7 +52,7 @@ from sd_memguard.training.dry_run import describe_plan, vae_factor
 from sd_memguard.training.failures import NonFiniteError, Seen, check_finite, describe_samples, explained_faults
 from sd_memguard.training.learning_rate import learning_rate_schedule
 from sd_memguard.training.loss import DenoisingLoss, NoiseSampler
-from sd_memguard.training.optimizer_step import ClippedStep
+from sd_memguard.training.optimizer_step import ClippedStep, ProxyScalers
 from sd_memguard.training.plan import Plan, finished_summary
 from sd_memguard.training.progress_log import RunLog, summary_text
 from sd_memguard.training.ranks import Ranks, launched_processes
@@ -65,6 +65,8 @@ logger = logging.getLogger(__name__)
 
 MAX_NONFINITE_STEPS = 5
 """Steps in a row that may be left out for a loss or gradient that is not finite."""
+MAX_OVERFLOWS = 25
+"""The same under fp16: each time the scale of the gradients is halved, from 65,536 at the beginning."""
 
 
 class TrainResult(NamedTuple):
@@ -181,11 +183,12 @@ class Trainer:
         )
 
         self.optimizer_step = ClippedStep(accelerator, self.optimizer, self.parameters, config.max_grad_norm)
-        self.taken: list[tuple[int, list[Seen], AsyncCPUCopy | None]] = []
+        self.taken: list[tuple[int, list[Seen], AsyncCPUCopy]] = []
         self.nonfinite_in_a_row = 0
         self.ensemble = Ensemble(self.guard, self.proxies, self.schedule)
         self.records = RunRecords(plan.output_dir, writes=self.ranks.is_main)
-        self.state = RunState(plan, accelerator, self.unet, self.ensemble, self.ranks)
+        self.scalers = ProxyScalers(accelerator.scaler, self.schedule.num_shards, self.proxies.resident)
+        self.state = RunState(plan, self.scalers, self.unet, self.ensemble, self.ranks)
         self.log = RunLog(accelerator, plan, self.state)
 
     @property
@@ -215,6 +218,7 @@ class Trainer:
         num_steps = self.ensemble.begin_turn(shard_index)
         if num_steps == 0:
             return
+        self.scalers.activate(shard_index)
         size, accumulation = self.plan.batch_size, self.config.gradient_accumulation_steps
         chunks = islice(self.ensemble.upcoming(size), num_steps * accumulation)
         batches = self.source.batches([self.ranks.slice_of(chunk) for chunk in chunks])
@@ -321,7 +325,7 @@ class Trainer:
         """Learn which of the steps taken since the last call were left out for a gradient that is not finite."""
         while self.taken:
             step, seen, norm = self.taken.pop(0)
-            if norm is not None and not math.isfinite(float(norm.wait())):
+            if not math.isfinite(float(norm.wait())):
                 self.skip_nonfinite_step("gradient", seen, step)
             else:
                 self.nonfinite_in_a_row = 0
@@ -330,12 +334,16 @@ class Trainer:
         """Count a step that is left out, name its samples, and stop the run when that happens again and again."""
         self.progress.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
-        if self.ranks.is_main or self.ranks.by_shard:  # those that share a batch all know
+        is_overflow = what == "gradient" and self.scalers.scaler is not None
+        most = MAX_OVERFLOWS if is_overflow else MAX_NONFINITE_STEPS
+        if is_overflow and self.nonfinite_in_a_row < most:
+            logger.info("step %d is left out: its gradient overflows in fp16, and the next is scaled by half", step)
+        elif self.ranks.is_main or self.ranks.by_shard:  # those that share a batch all know
             named = describe_samples(seen, self.plan.samples)
             logger.warning("step %d is left out: its %s is not finite (%s)", step, what, named)
-        if self.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
+        if self.nonfinite_in_a_row >= most:
             raise NonFiniteError(
-                f"the {what} of {MAX_NONFINITE_STEPS} steps in a row was not finite, the last at step {step}; the "
+                f"the {what} of {most} steps in a row was not finite, the last at step {step}; the "
                 "weights are those before. Lower `--learning_rate`, use `--mixed_precision bf16` or `no`, or look "
                 "at the images; the last checkpoint is untouched"
             )
