@@ -60,6 +60,11 @@ def prepare_models(plan: Plan, accelerator: Accelerator) -> Models:
     return models
 
 
+def forward_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Return the precision of what is not trained, and of the forward."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
 def make_optimizer(
     parameters: Mapping[str, Parameter], config: TrainConfig, device: torch.device, batch_size: int
 ) -> Optimizer:

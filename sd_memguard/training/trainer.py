@@ -34,6 +34,7 @@ from sd_memguard.runs.trained_run import TrainedRun
 from sd_memguard.sample_guard import AugmentBatch, SampleGuard
 from sd_memguard.training.build import (
     base_learning_rate,
+    forward_dtype,
     make_accelerator,
     make_ema,
     make_proxies,
@@ -51,7 +52,7 @@ from sd_memguard.training.distributed_start import (
 from sd_memguard.training.dry_run import describe_plan, vae_factor
 from sd_memguard.training.failures import NonFiniteError, Seen, check_finite, describe_samples, explained_faults
 from sd_memguard.training.learning_rate import learning_rate_schedule
-from sd_memguard.training.loss import DenoisingLoss, NoiseSampler
+from sd_memguard.training.loss import DenoisingLoss, NoiseSampler, dream_exponent
 from sd_memguard.training.optimizer_step import ClippedStep, ProxyScalers
 from sd_memguard.training.plan import Plan, finished_summary
 from sd_memguard.training.progress_log import RunLog, summary_text
@@ -92,7 +93,8 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator = accelerator or make_accelerator(plan.config)
     if plan.config.dry_run:
         if exchange.is_main:
-            print(describe_plan(plan, accelerator))
+            with explained_faults(plan.config):
+                print(describe_plan(plan, accelerator))
         return TrainResult(plan.output_dir, 0, {})
     with main_alone(exchange, run_lock(plan.output_dir)), explained_faults(plan.config):
         check_shared(plan.output_dir, exchange)
@@ -134,7 +136,7 @@ class Trainer:
         self.plan, self.config, self.schedule, self.accelerator = plan, config, plan.schedule, accelerator
         models = prepare_models(plan, accelerator)
         self.unet: UNet2DConditionModel = models.unet
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        dtype = forward_dtype(accelerator)
         self.ema = make_ema(self.unet, config, accelerator.device)
         self.proxies = make_proxies(plan, self.unet, self.ema, dtype, accelerator.device, self.ranks)
         self.parameters = list(self.proxies.parameters.values())
@@ -153,8 +155,7 @@ class Trainer:
         )
         num_timesteps = models.noise_scheduler.config.num_train_timesteps
         self.noise_sampler = NoiseSampler(plan.seed, num_timesteps, config.noise_offset, config.input_perturbation)
-        dream = config.dream_detail_preservation if config.dream_training else None
-        self.loss = DenoisingLoss(models.noise_scheduler, config.snr_gamma, dream)
+        self.loss = DenoisingLoss(models.noise_scheduler, config.snr_gamma, dream_exponent(config))
         self.validator = RoundValidator(plan, self.source, encoders, num_timesteps, is_main=self.ranks.is_main)
 
         # The guard and the step.

@@ -29,8 +29,8 @@ def free_disk(monkeypatch, free: int) -> None:
 def test_a_disk_too_small_for_the_store_is_refused_before_a_model_is_loaded(run, configure, monkeypatch, tmp_path):
     sizes = make_plan(configure()).sizes
     free_disk(monkeypatch, sizes.model + sizes.resting - 1)
-    monkeypatch.setattr("sd_memguard.training.plan.load_models", None)
-    with pytest.raises(SpaceError, match=r"proxy store .* GB, .*fewer `--num_shards`"):
+    monkeypatch.setattr("sd_memguard.training.build.load_models", None)
+    with pytest.raises(SpaceError, match=r"proxy store .* MB, .*fewer `--num_shards`"):
         run(proxy_store="disk")
     (kept,) = (tmp_path / "run" / "memguard").iterdir()
     assert kept.name.startswith("checks-")  # the images need no second check

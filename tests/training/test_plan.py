@@ -29,5 +29,5 @@ def test_a_longer_training_is_shared_by_more_shards(plan):
 
 def test_a_run_that_goes_on_for_longer_keeps_its_shards(plan):
     longer = plan(max_train_steps=100_000)
-    schedule = plan_rounds(longer.config, longer.samples, 1, {"num_shards": 2, "steps_per_round": 70})
+    _, schedule = plan_rounds(longer.config, longer.samples, 1, {"num_shards": 2, "steps_per_round": 70})
     assert (schedule.num_shards, schedule.steps_per_round) == (2, 70)
