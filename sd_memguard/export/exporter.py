@@ -1,5 +1,6 @@
 """Results in every format that people load, each loaded again and compared before success is reported."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ from sd_memguard.export.target import ExportError, check_target, remove, target_
 from sd_memguard.models.lora import LowRank, diffusers_names, kohya_names, low_rank
 from sd_memguard.models.pipeline import load_unet
 from sd_memguard.runs.trained_run import UNET, TrainedRun
+
+logger = logging.getLogger(__name__)
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -275,6 +278,9 @@ def export_at_end(run: TrainedRun) -> Exports:
             exports.done.append(exporter.export(format, run.folder, overwrite=True))
         except UserError as error:
             exports.failed.append(error)
+        except Exception as error:  # whatever it is, the run is over and its model written
+            logger.exception("`%s` could not be exported", format)
+            exports.failed.append(ExportError(f"`{format}`: {type(error).__name__}: {error}"))
     return exports
 
 

@@ -40,7 +40,7 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
         "memory": f"{gigabytes(resident)} for UNet weights, gradients and optimizer on {accelerator.device}, "
         "and activations",
         "resting proxies": f"{gigabytes(sizes.resting)} in the proxy store",
-        "disk": f"{gigabytes(sizes.model + sizes.num_checkpoints * sizes.checkpoint)} at most: the model and "
+        "disk": f"{gigabytes(sizes.result + sizes.num_checkpoints * sizes.checkpoint)} at most: the model and "
         f"{sizes.num_checkpoints} checkpoint(s)",
         "time": f"about {seconds * schedule.total_steps / at_once / 3600:.2f} h at {seconds:.2f} s per step "
         "(forward, backward and update; without VAE, text encoder and extra steps)",

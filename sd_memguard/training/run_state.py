@@ -53,6 +53,7 @@ class RunState:
         self.plan, self.config, self.scalers, self.unet = plan, plan.config, scalers, unet
         self.ensemble, self.proxies, self.guard, self.ranks = ensemble, ensemble.proxies, ensemble.guard, ranks
         self.run_id = uuid.uuid4().hex  # under which trackers know the run
+        self.last_saved_step = 0  # of the checkpoint written or gone on from last
 
     @contextmanager
     def aggregate(self) -> Iterator[UNet2DConditionModel | None]:
@@ -77,6 +78,7 @@ class RunState:
             with self.aggregate():  # the resident weights rest in a store that the processes share
                 pass
         self.ranks.exchange.wait("checkpoint")
+        self.last_saved_step = step
 
     def _write(self, folder: Path) -> None:
         private = folder / FOLDER
@@ -132,7 +134,7 @@ class RunState:
         self.ensemble.load_state_dict(state["ensemble"])
         self.ensemble.load_proxies(folder / FOLDER / PROXIES_FOLDER, state["proxies"])
         self.scalers.load(state["scalers"], self.proxies.resident)
-        self.run_id = state["run_id"]
+        self.run_id, self.last_saved_step = state["run_id"], self.ensemble.progress.global_step
         logger.info("going on from %s", folder)
         before, now = state["config"]["max_train_steps"], self.config.max_train_steps
         if before != now and not self.config.lr_scheduler.startswith("constant"):

@@ -412,6 +412,7 @@ class Trainer:
     def finish(self) -> TrainResult:
         """Write the pipeline, draw, upload, and say how it went."""
         config, output_dir, progress = self.config, self.plan.output_dir, self.progress
+        self._checkpoint_before_export()
         with self.state.aggregate() as unet:
             if unet is not None:
                 check_finite(unet)
@@ -430,6 +431,12 @@ class Trainer:
             push_to_hub(output_dir, config, summary)
         exports.raise_failures()
         return TrainResult(output_dir, progress.global_step, summary)
+
+    def _checkpoint_before_export(self) -> None:
+        """Save the last steps, which a full disk would cost now; a run too short for any checkpoint does without."""
+        last = self.state.last_saved_step
+        if last < self.progress.global_step >= self.config.checkpointing_steps:
+            self.state.save_checkpoint()
 
     def _summary(self) -> dict[str, Any]:
         speed = self.log.images_per_second(self.progress)

@@ -13,8 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sd_memguard.data.samples import SampleError, Samples
+from sd_memguard.export import exporter
+from sd_memguard.export.target import ExportError
 from sd_memguard.proxies import state_file
 from sd_memguard.runs.checkpoint import list_checkpoints, verify_checkpoint
+from sd_memguard.training import trainer
 from sd_memguard.training.failures import (
     DiskFullError,
     NonFiniteError,
@@ -80,6 +83,31 @@ def test_a_full_disk_in_a_save_leaves_the_older_checkpoint_and_a_run_that_goes_o
     assert not (folder / "model_index.json").exists()
     run("full", **SHORT, resume_from_checkpoint="latest")
     assert (folder / UNET).read_bytes() == whole
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_step(run, configure, monkeypatch):
+    whole = (run("whole", **SHORT).output_dir / UNET).read_bytes()
+    settings = {**SHORT, "checkpointing_steps": 4}
+    with monkeypatch.context() as patch:
+        fail_at(patch, trainer, "write_pipeline", 1, OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(DiskFullError, match="--resume_from_checkpoint latest"):
+            run("full", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", None)  # none is left to take
+        folder = run("full", **settings, resume_from_checkpoint="latest").output_dir
+    assert (folder / UNET).read_bytes() == whole
+
+
+def test_an_export_that_fails_in_whatever_way_leaves_a_finished_run(run, configure, monkeypatch):
+    def fail(exporter, format, *args, **options):
+        raise RuntimeError("an error of some library")
+
+    monkeypatch.setattr(exporter.Exporter, "export", fail)
+    with pytest.raises(ExportError, match="`single-file`: RuntimeError: an error of some library"):
+        run(**SHORT, export_formats=("single-file",))
+    folder = Path(configure().output_dir)
+    assert (folder / "model_index.json").is_file()
+    assert (folder / "memguard/summary.json").is_file()
 
 
 def test_other_errors_pass_unchanged(configure):
