@@ -90,7 +90,7 @@ class DenoisingLoss:
         """
         scheduler = self.noise_scheduler
         noisy = scheduler.add_noise(latents, noise if input_noise is None else input_noise, timesteps)
-        target = noise
+        target = noise  # `epsilon`; other types were refused when the pipeline was looked at
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, noise, timesteps)
         if dream and self.dream_detail_preservation is not None:

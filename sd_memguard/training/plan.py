@@ -26,7 +26,7 @@ from sd_memguard.data.samples import BadSample, Checked, SampleError, Samples, l
 from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS
 from sd_memguard.defaults import resolve_settings
 from sd_memguard.files import replace_text
-from sd_memguard.models.pipeline import find_pipeline
+from sd_memguard.models.pipeline import check_kind, find_pipeline, local_pipeline
 from sd_memguard.runs.checkpoint import foreign_checkpoints, refuse_changes
 from sd_memguard.runs.folder import CONFIG, FOLDER, SUMMARY, RunFolderError
 from sd_memguard.runs.records import SampleTable
@@ -147,6 +147,12 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     config = replace(config, seed=seed, guard=guard)
     check_output_dir(config)
     check_extras(config)
+    # The kind of model before the images, whose check takes longer; a download after them.
+    pipeline = None
+    if local_pipeline(config) is None:
+        check_kind(config)
+    else:
+        pipeline = find_pipeline(config)
     train_folder = _unbundle(config.train_data_dir, assets.demo_data_path())
     groups_duplicates = guard.group_duplicates != "off"
     samples = _load_images(
@@ -164,7 +170,7 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     heldout = None
     if heldout_folder:
         heldout = _load_images(config, heldout_folder, None, None, checked=None if known is None else known.heldout)
-    pipeline = find_pipeline(config)
+    pipeline = pipeline or find_pipeline(config)
     resolved, schedule = plan_rounds(config, samples, num_processes, recorded)
     sizes = footprint(pipeline, config, schedule)
     if known is None:
