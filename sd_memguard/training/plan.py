@@ -303,11 +303,17 @@ def _check_cache(config: TrainConfig, thumbnails: bool) -> CheckCache | None:
 def write_bad_samples(output_dir: Path, bad: Sequence[BadSample]) -> Path:
     """Write the bad samples, with a reason each, to ``memguard/bad_samples.csv`` and return the file."""
     text = StringIO()
-    csv.writer(text, lineterminator="\n").writerows([BadSample._fields, *bad])
+    rows = [(one.sample_id, _harmless(one.file), _harmless(one.reason)) for one in bad]
+    csv.writer(text, lineterminator="\n").writerows([BadSample._fields, *rows])
     file = output_dir / FOLDER / "bad_samples.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_text(file, text.getvalue())
     return file
+
+
+def _harmless(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula (https://owasp.org/www-community/attacks/CSV_Injection)."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def check_output_dir(config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sd_memguard.data.samples import SampleError, Samples
+from sd_memguard.data.samples import BadSample, SampleError, Samples
 from sd_memguard.export import exporter
 from sd_memguard.export.target import ExportError
 from sd_memguard.proxies import state_file
@@ -25,6 +25,7 @@ from sd_memguard.training.failures import (
     explained_faults,
     memory_advice,
 )
+from sd_memguard.training.plan import write_bad_samples
 from sd_memguard.training.trainer import Trainer
 
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
@@ -218,3 +219,10 @@ def test_all_bad_samples_are_listed_in_a_file(run, configure, own_images, caplog
     assert [row["file"] for row in rows] == spoiled
     assert [int(row["sample_id"]) for row in rows] == [number for number in range(24) if number % 8]
     assert all("image" in row["reason"] for row in rows)
+
+
+def test_no_cell_of_the_list_of_bad_samples_is_a_formula(tmp_path):
+    bad = [BadSample(3, "=HYPERLINK(evil).png", "@reason"), BadSample(4, "plain.png", "caption is empty")]
+    with write_bad_samples(tmp_path, bad).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert rows == [["3", "'=HYPERLINK(evil).png", "'@reason"], ["4", "plain.png", "caption is empty"]]
