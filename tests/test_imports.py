@@ -11,13 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sd_memguard"
 
-BASE = {"errors", "settings", "config", "files"}
+BASE = {"errors", "settings", "config", "files", "host_memory"}
 CORE = {"core", "proxies", "distributed", "defaults", "sample_guard", *BASE}
 ENGINE = {*CORE, "ensemble", "plugin", "guard"}
 # The other parts that each part of the package may import. What is not listed stands on top and may import all.
 PARTS = {
     "errors": set(),
     "files": {"errors"},
+    "host_memory": set(),
     "settings": {"errors"},
     "config": {"errors", "settings"},
     "flags": BASE,
@@ -44,6 +45,7 @@ PARTS = {
 LIBRARIES = {
     "errors": set(),
     "files": set(),
+    "host_memory": {"psutil"},
     "settings": set(),
     "config": set(),
     "defaults": set(),

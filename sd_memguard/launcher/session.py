@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import psutil
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sd_memguard.guard import MemorizationGuard
+from sd_memguard.host_memory import available_memory
 from sd_memguard.launcher.arguments import Command
 from sd_memguard.launcher.losses import LossMatcher
 from sd_memguard.launcher.records import data_dir, find_script_duplicates, sample_table
@@ -259,7 +259,7 @@ class Session:
             return self.command.proxy_store == "disk"
         trained = [p for model in models for p in model.parameters() if p.requires_grad]
         resting = COPIES * num_shards * sum(p.numel() * p.element_size() for p in trained)
-        return num_shards > 1 and resting > RAM_SHARE * psutil.virtual_memory().available
+        return num_shards > 1 and resting > RAM_SHARE * available_memory()
 
     def _finish_if_over(self) -> None:
         """Leave the aggregate in the model, for good, when the last step has been taken."""

@@ -6,7 +6,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from safetensors import safe_open
 
 from sd_memguard.config import ConfigError, TrainConfig
@@ -14,6 +13,7 @@ from sd_memguard.core.schedule import RoundSchedule
 from sd_memguard.errors import UserError
 from sd_memguard.export.exporter import FULL_RANK
 from sd_memguard.files import gigabytes, nearest_folder
+from sd_memguard.host_memory import available_memory
 from sd_memguard.models.lora import TARGETS
 from sd_memguard.models.pipeline import TRAINED_PARTS, weights_file
 from sd_memguard.runs.checkpoint import list_checkpoints
@@ -106,7 +106,7 @@ def rests_in_ram(resting: int, config: TrainConfig) -> bool:
     Raises:
         ConfigError: ``--proxy_store ram`` was asked for and they do not fit.
     """
-    free = psutil.virtual_memory().available
+    free = available_memory()
     if config.proxy_store == "ram" and resting > free:
         raise ConfigError(
             f"`--proxy_store ram` needs {gigabytes(resting)} of memory for the resting proxies and {gigabytes(free)} "

@@ -63,7 +63,7 @@ def test_a_run_that_goes_on_has_one_of_its_two_checkpoints(run, configure, monke
 
 
 def test_memory_too_small_for_the_store_is_refused(configure, monkeypatch):
-    monkeypatch.setattr(footprint.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
+    monkeypatch.setattr(footprint, "available_memory", lambda: 1)
     with pytest.raises(ConfigError, match="proxy_store disk"):
         make_plan(configure(proxy_store="ram"))
 
