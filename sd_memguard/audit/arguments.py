@@ -45,6 +45,7 @@ class AuditSettings:
     quality_weights: str | None
     clip_model: str | None
     copy_threshold: float | None
+    attributes_dir: Path | None
     batch_size: int
     output_dir: Path
     flags: dict[str, Any]
@@ -97,6 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
     measuring.add_argument(
         "--copy_threshold", type=_cosine, help="similarity from which on an image is a copy; default: by registration"
     )
+    help = "further real images with attributes.jsonl, for the caption accuracy"
+    measuring.add_argument("--attributes_dir", type=Path, help=help)
     add("--batch_size", type=_count, default=16, help="images at a time")
     add("--output_dir", type=Path, required=True, help="where report and cache go")
     return parser

@@ -17,6 +17,7 @@ from diffusers import StableDiffusionPipeline
 from sd_memguard import __version__
 from sd_memguard.audit import AuditError
 from sd_memguard.audit.arguments import MARKER, AuditSettings, parse_arguments
+from sd_memguard.audit.attribute_probe import AttributeProbe, measure_attributes, prepare_attributes
 from sd_memguard.audit.captions import ChosenCaptions
 from sd_memguard.audit.collection import Collection
 from sd_memguard.audit.features.cache import Store
@@ -83,7 +84,7 @@ class Background(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What every model is measured with; ``probes`` is the reason in words where models are not probed."""
+    """What every model is measured with; ``probes``, ``attributes``: the reason in words where they are not there."""
 
     settings: AuditSettings
     inputs: Inputs
@@ -91,6 +92,7 @@ class Setup(NamedTuple):
     background: Background
     probes: Probes | str
     quality: Quality
+    attributes: AttributeProbe | str
 
 
 class Audited(NamedTuple):
@@ -122,7 +124,15 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
     gallery = Gallery(inputs.train, inputs.extractor, store, device, settings.batch_size)
     background = measure_background(settings, inputs, gallery)
     setup = Setup(
-        settings, inputs, gallery, background, choose_probes(settings, inputs), prepare_quality(inputs, gallery)
+        settings,
+        inputs,
+        gallery,
+        background,
+        choose_probes(settings, inputs),
+        prepare_quality(inputs, gallery),
+        prepare_attributes(gallery, inputs.reference, settings.attributes_dir, settings.seed)
+        if settings.models
+        else "images were given, whose captions are not known",
     )
     shutil.rmtree(settings.output_dir / "generated", ignore_errors=True)
     audited = [
@@ -218,6 +228,10 @@ def audit_model(name: str, files: ModelFiles, setup: Setup) -> Audited:
     source = {"name": name, "source": "model", "path": files.text, "sha256": sha256, "run": run}
     figures, pairs = _measure(source, subject, setup, samples)
     missing = {} if run else {"run": "no memguard/ with records of a run beside the model"}
+    probe = setup.attributes
+    attributes = probe if isinstance(probe, str) else measure_attributes(probe, subject, setup.gallery, settings.seed)
+    missing |= {"attributes": attributes} if isinstance(attributes, str) else {}
+    figures["attributes"] = None if isinstance(attributes, str) else attributes
     figures["detection"] = figures["membership"] = None
     if isinstance(setup.probes, str):
         missing |= {"detection": setup.probes, "membership": setup.probes}
@@ -236,8 +250,9 @@ def audit_images(name: str, images: Collection, setup: Setup) -> Audited:
     source = {"name": name, "source": "images", "path": images.place, "sha256": images.sha256, "run": None}
     figures, pairs = _measure(source, subject, setup, None)
     reason = "images were given, no model"
-    missing = {"run": reason, "detection": reason, "membership": reason}
-    return Audited({**figures, "detection": None, "membership": None, "why_missing": missing}, pairs)
+    unknown = ("detection", "membership", "attributes")
+    missing = dict.fromkeys(("run", *unknown), reason)
+    return Audited({**figures, **dict.fromkeys(unknown), "why_missing": missing}, pairs)
 
 
 def _measure(

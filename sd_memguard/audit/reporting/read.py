@@ -47,6 +47,7 @@ BACKGROUND_COLUMNS = {"kind": pa.string(), "similarity": pa.float32()}
 MEASURES = {
     "detection": ("auc", "tpr_at_1_fpr"),
     "membership": ("auc", "tpr_at_1_fpr", "train_loss", "reference_loss"),
+    "attributes": ("caption_accuracy", "open_agreement", "chance_agreement"),
     "quality": ("kid_train", "kid_reference", "fid_train", "fid_reference", "clip_score"),
 }
 """The measures of a model as a whole, by the part of report.json that holds them."""

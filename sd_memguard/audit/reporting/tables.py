@@ -24,13 +24,14 @@ GROUPS = {
     "all": "All generated images",
     "detection": "Detection, without generated image",
     "membership": "Membership, without generated image",
+    "attributes": "Attributes of generated images",
     "quality": "Quality",
 }
 
 DEFINITIONS = {
     "Similarity": "Cosine of the features of a generated image and of its nearest training image; 1 is the same.",
-    "Copy": "A generated image that is a training image after the crop, shift, scale, small rotation, flip and change of "
-    "colour that fit best; with --copy_threshold, one whose similarity is at or above it.",
+    "Copy": "A generated image that is a training image but for crop, shift, scale, small rotation, flip and colour; with "
+    "--copy_threshold, one whose similarity is at or above it.",
     "Distance": "What that leaves in the parts that differ most, over their contrast; 0 is the same.",
     "Background": "The same similarity among images that nobody copied: what is merely alike.",
     "Captions extracted": "Share of training captions with at least one generated image that is a copy.",
@@ -40,6 +41,7 @@ DEFINITIONS = {
     "Membership": "Denoising loss at fixed timesteps and noise: training images against others.",
     "AUC": "Chance that the signal ranks a training sample above another one; 0.5 tells nothing.",
     "TPR at 1% FPR": "Share of training samples that are told where 1% of the others are taken for one.",
+    "Attributes": "Read by a classifier trained on real images: what captions name, and what they leave open.",
     "KID": "Kernel distance between generated images and images, mean and spread over subsets; lower is closer.",
     "FID": "Fréchet distance between generated images and images, where the sample is large enough; lower is closer.",
     "CLIP score": "How well a generated image fits its caption, by a CLIP model; higher is better.",
@@ -55,6 +57,9 @@ MEASURE_LABELS = {
     "membership.tpr_at_1_fpr": ("TPR at 1% FPR, loss", None),
     "membership.train_loss": ("Loss on training images", 4),
     "membership.reference_loss": ("Loss on images not trained on", 4),
+    "attributes.caption_accuracy": ("Named by the caption and shown", None),
+    "attributes.open_agreement": ("Left open, and as in the training image", None),
+    "attributes.chance_agreement": ("The same by chance", None),
     "quality.kid_train": ("KID to training images", 4),
     "quality.kid_reference": ("KID to images not trained on", 4),
     "quality.fid_train": ("FID to training images", 1),

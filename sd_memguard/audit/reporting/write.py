@@ -192,6 +192,12 @@ def _further(model: Mapping[str, Any]) -> list[str]:
         if model[key] is not None:
             auc, rate = model[key]["auc"], model[key]["tpr_at_1_fpr"]
             found.append(f"{words} tells trained from unseen: AUC {auc.value:.3f}, {rate.value:.0%} at 1% false alarms")
+    if attributes := model["attributes"]:
+        figures = [attributes[key] for key in ("caption_accuracy", "open_agreement", "chance_agreement")]
+        named, opened, chance = ("unknown" if one is None else f"{one.value:.0%}" for one in figures)
+        found.append(
+            f"{named} of what captions name is shown; what they leave open agrees in {opened}, by chance {chance}"
+        )
     quality = model["quality"]
     for key, words in (
         ("kid_train", "KID to training"),
