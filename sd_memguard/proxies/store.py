@@ -115,7 +115,7 @@ class DiskStore:
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors to a file."""
         self._make_ready()
-        save_file({name: tensors[name].detach().cpu().contiguous() for name in tensors}, self._path(key))
+        save_file(apart(tensors), self._path(key))
 
     def get(self, key: str) -> Mapping[str, Tensor]:
         """Return the entry as a mapping that reads a tensor when asked for it."""
@@ -170,6 +170,23 @@ class SharedDiskStore(DiskStore):
         if self._exchange.is_main:
             super().adopt(key, path)
         self._exchange.wait("store")
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the host as safetensors takes them: contiguous, and none of them in the memory of another.
+
+    The 8-bit AdamW of bitsandbytes gives all parameters one table of its steps, which on the CPU is not copied.
+    """
+    found: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name in tensors:
+        tensor = tensors[name].detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        if place in places:
+            tensor = tensor.clone()
+        places.add(place)
+        found[name] = tensor
+    return found
 
 
 class LazyTensors(Mapping[str, Tensor]):

@@ -117,8 +117,8 @@ def leaving_together(exchange: Exchange) -> Iterator[None]:
 def hard_exit() -> Iterator[None]:
     """End one of several processes at once when an error leaves the block, with what Python would print and return.
 
-    The others wait for this process in a collective, and end when their launcher sees that it has ended. What torch does
-    at the orderly end of a process may wait for them in turn.
+    The others wait for this process in a collective, and end when their launcher sees that it has ended. What torch
+    does at the orderly end of a process may wait for them in turn.
     """
     try:
         yield

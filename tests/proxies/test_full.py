@@ -61,7 +61,7 @@ def store(request, tmp_path):
 
 
 @pytest.mark.parametrize("averages", [False, True])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_foreach", "adamw_fused", "amsgrad", "sgd", "sgd_momentum"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_foreach", "adamw_fused", "amsgrad", "sgd", "shared_table"])
 def test_proxies_equal_models_trained_apart(optimizer, averages, store, trained, assert_equal_states):
     model, apart = trained(optimizer), [trained(optimizer) for _ in range(NUM_SHARDS)]
     proxies = make_proxies(model, store)
@@ -181,7 +181,7 @@ def test_one_proxy_is_the_plain_model_to_the_bit(with_ema, store, trained, asser
     assert_equal_states(model.state(), plain.state())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_fused", "sgd_momentum"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_fused", "sgd_momentum", "shared_table"])
 @pytest.mark.parametrize(("written_by", "read_by"), [("ram", "disk"), ("disk", "ram"), ("disk", "disk")])
 def test_save_and_load_go_on_to_the_same_bytes(written_by, read_by, optimizer, tmp_path, trained, assert_equal_states):
     model, resumed = trained(optimizer, ema), trained(optimizer, ema)

@@ -53,7 +53,9 @@ def words(name: str) -> str:
     """Return a variant's name in words, empty for one that is only numbered: ``bobCut`` -> ``bob cut``."""
     if re.fullmatch(r"(variant|surprised|happy)?[A-Z]?\d+", name):
         return re.sub(r"(variant)?[A-Z]?\d+", "", name)
-    return re.sub(r"\s+", " ", re.sub(r"([A-Z]|\d+)", lambda m: "" if m[0].isdigit() else " " + m[0].lower(), name)).strip()
+    return re.sub(
+        r"\s+", " ", re.sub(r"([A-Z]|\d+)", lambda m: "" if m[0].isdigit() else " " + m[0].lower(), name)
+    ).strip()
 
 
 def describe(attributes: dict[str, Any]) -> dict[str, str]:
@@ -73,7 +75,9 @@ def describe(attributes: dict[str, Any]) -> dict[str, str]:
             says["eyewear"] = "glasses" if key == "glasses" else words(attributes[key])
     if any(attributes.get(key) for key in BEARDS):
         says["beard"] = "beard"
-    clothes = next((attributes[k] for k in ("clothingColor", "clothesColor", "shirtColor", "bodyColor") if attributes.get(k)), "")
+    clothes = next(
+        (attributes[k] for k in ("clothingColor", "clothesColor", "shirtColor", "bodyColor") if attributes.get(k)), ""
+    )
     if clothes:
         says["shirt"] = color_name(clothes)
     return {key: value for key, value in says.items() if value}
