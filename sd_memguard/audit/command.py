@@ -168,10 +168,11 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
     chosen = ChosenCaptions([], [])
     if settings.models:
         # Twice as many as are drawn, so that near-duplicates can be left out without comparing all images of a large set.
-        kinds = [rows[: 2 * settings.num_prompts] for rows in candidates(train, settings.seed)]
+        groups = gallery.groups()
+        kinds = [rows[: 2 * settings.num_prompts] for rows in candidates(train, groups, settings.seed)]
         place = {row: position for position, row in enumerate(distinct)}
         asked = torch.tensor([place[row] for rows in kinds for row in rows], dtype=torch.int64)
-        like = gallery.match_own(asked).similarity >= threshold.similarity if len(asked) else torch.zeros(0)
+        like = gallery.match_apart(asked, groups) >= threshold.similarity if len(asked) else torch.zeros(0)
         near_duplicates = {distinct[position] for position in asked[like.bool()].tolist()}
         chosen = choose_rows(ChosenCaptions(*kinds), near_duplicates, settings.num_prompts)
         if not any(chosen):

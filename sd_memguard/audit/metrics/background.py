@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import PIL.Image
 import torch
 from PIL import ImageOps
@@ -13,7 +14,7 @@ from sd_memguard.audit import AuditError
 from sd_memguard.audit.captions import ChosenCaptions
 from sd_memguard.audit.collection import Collection
 from sd_memguard.audit.features.cache import Store, digest
-from sd_memguard.audit.features.extractors import Extractor, Thumbnails, extract
+from sd_memguard.audit.features.extractors import SIZE, Extractor, Thumbnails, extract
 from sd_memguard.audit.metrics.similarity import (
     NUM_NEIGHBORS,
     best_matches,
@@ -24,6 +25,7 @@ from sd_memguard.audit.metrics.similarity import (
 )
 from sd_memguard.audit.metrics.statistics import percentile
 from sd_memguard.audit.metrics.verified import Verified, as_images, find_verified
+from sd_memguard.core.duplicates import find_groups, make_thumbnail
 from sd_memguard.core.seeding import permutation
 from sd_memguard.core.verification import verify_pairs
 
@@ -115,6 +117,26 @@ class Gallery:
         """Return the nearest *other* distinct training image of the distinct images at these positions."""
         features = take(self.features, positions)
         return self._search([self.keys[position] for position in positions], features, positions)
+
+    def groups(self) -> list[int]:
+        """Return of each distinct image the position of the first that it is a near-duplicate of: itself if of none."""
+        pixels = torch.cat(self.pixels).view(-1, SIZE, SIZE, 3).numpy()
+        groups: list[int] = find_groups(np.stack([make_thumbnail(PIL.Image.fromarray(one)) for one in pixels])).tolist()
+        return groups
+
+    def match_apart(self, positions: Tensor, groups: Sequence[int]) -> Tensor:
+        """Return the similarity of the distinct images at these positions with the nearest of another group, (N,)."""
+        labels = torch.tensor(groups)
+        largest = max(Counter(groups).values())
+        best = best_matches(
+            take(self.features, positions).to(self.device),
+            self.features,
+            min(largest, len(labels) - 1),
+            cosine,
+            own=positions,
+        )
+        same = labels[best.indices.cpu()] == labels[positions][:, None]
+        return best.scores.cpu().masked_fill(same, -torch.inf).amax(1)
 
     def _search(self, keys: Sequence[str], features: Tensor, own: Tensor) -> Matched:
         def compute(rows: range) -> Tensor:
@@ -233,27 +255,37 @@ def choose_rows(candidates: ChosenCaptions, near_duplicates: set[int], count: in
     return ChosenCaptions(*(sorted([row for row in kind if row not in near_duplicates][:count]) for kind in candidates))
 
 
-def candidates(train: Collection, seed: int) -> ChosenCaptions:
+def candidates(train: Collection, groups: Sequence[int], seed: int) -> ChosenCaptions:
     """Return the first rows of all images whose captions could be drawn, each kind in random order.
 
     A caption must belong to one image alone, and the image to one caption, so that it is clear which image a
-    generated image would be a copy of.
+    generated image would be a copy of. Near-duplicates are one image.
 
     Args:
         train: The training images.
+        groups: Of each distinct image, the position of the first one that it is a near-duplicate of.
         seed: Decides the order.
     """
-    shown = Counter(train.hashes)
+    position = {train.hashes[row]: number for number, row in enumerate(train.distinct)}
+    image_of = {content: groups[number] for content, number in position.items()}
+    shown: Counter[int] = Counter()
     captions_of, images_of = defaultdict(set), defaultdict(set)
     for content, caption in zip(train.hashes, train.captions, strict=True):
-        captions_of[content].add(caption)
-        images_of[caption].add(content)
-    clear = [
-        row
-        for row in train.distinct
-        if train.captions[row] and len(captions_of[train.hashes[row]]) == len(images_of[train.captions[row]]) == 1
-    ]
-    order = [clear[number] for number in permutation(seed, "captions", length=len(clear)).tolist()]
+        if not content:
+            continue  # a row that is passed over
+        image = image_of[content]
+        shown[image] += 1
+        captions_of[image].add(caption)
+        images_of[caption].add(image)
+    clear = {
+        row: image
+        for image, row in enumerate(train.distinct)
+        if groups[image] == image
+        and train.captions[row]
+        and len(captions_of[image]) == len(images_of[train.captions[row]]) == 1
+    }
+    rows = list(clear)
+    order = [rows[number] for number in permutation(seed, "captions", length=len(rows)).tolist()]
     return ChosenCaptions(
-        [row for row in order if shown[train.hashes[row]] > 1], [row for row in order if shown[train.hashes[row]] == 1]
+        [row for row in order if shown[clear[row]] > 1], [row for row in order if shown[clear[row]] == 1]
     )
