@@ -206,8 +206,8 @@ class MemorizationGuard(SampleGuard):
             rank: rank of the adapter in the context.
 
         Raises:
-            LoopError: the guard is in no loop, in one of another model, or has seen no losses, or some proxies were never
-                trained.
+            LoopError: the guard is in no loop, in one of another model, or has seen no losses, or some proxies were
+                never trained.
         """
         if self.attachment is None:
             raise LoopError(

@@ -19,9 +19,7 @@ from sd_memguard.errors import LoopError
 from sd_memguard.plugin import checkpoint
 from sd_memguard.plugin.augment import Augmenter, AugmentFunction, find_augmenter
 from sd_memguard.plugin.backends import (
-    AccelerateBackend,
     LoopBackend,
-    PlainBackend,
     plain_optimizer,
     sum_over_processes,
 )
@@ -85,8 +83,8 @@ class LoopPlan:
 def plan_loop(guard: SampleGuard, loop: Loop) -> LoopPlan:
     """Check a loop, settle the number of shards, and say what the guard will do; nothing in the loop is changed.
 
-    With one shard the loop keeps its own order, unless duplicates have to count as one image, or augmented copies have to
-    be trained, and its batches can be formed anew.
+    With one shard the loop keeps its own order, unless duplicates have to count as one image, or augmented copies have
+    to be trained, and its batches can be formed anew.
 
     Raises:
         LoopError: something in the loop is not what the guard relies on.
@@ -113,7 +111,8 @@ def plan_loop(guard: SampleGuard, loop: Loop) -> LoopPlan:
     if guard.groups is None and guard.config.group_duplicates != "off" and not guard.is_neutral:
         notices.append(
             "near-duplicates are not known, so that each counts as an image of its own: give the guard "
-            "`groups=sd_memguard.find_duplicates(images)`, or set `group_duplicates='off'`"
+            "`groups=sd_memguard.find_duplicates(images)`, or leave duplicates out of the dataset "
+            "(`sd-memguard check`) and set `group_duplicates='off'`"
         )
     return plan
 
@@ -121,13 +120,13 @@ def plan_loop(guard: SampleGuard, loop: Loop) -> LoopPlan:
 def _plan_without_ids(guard: SampleGuard) -> LoopPlan:
     if guard.has_ids:
         raise LoopError(
-            "the guard was made with `num_samples`, and without the dataloader nobody says which samples a batch is of; "
-            "give `attach` the dataloader, or make the guard without `num_samples`"
+            "the guard was made with `num_samples`, and without the dataloader nobody says which samples a batch is "
+            "of; give `attach` the dataloader, or make the guard without `num_samples`"
         )
     if guard.config.num_shards not in ("auto", 1):
         raise LoopError(
-            f"the guard has `num_shards={guard.config.num_shards}`, and without a dataloader there is nothing to split; "
-            "give `attach` the dataloader and the guard `num_samples`, or set `num_shards=1`"
+            f"the guard has `num_shards={guard.config.num_shards}`, and without a dataloader there is nothing to "
+            "split; give `attach` the dataloader and the guard `num_samples`, or set `num_shards=1`"
         )
     steps = guard.config.steps_per_round
     return LoopPlan(RoundSchedule(sys.maxsize, 1, STEPS_PER_ROW if steps == "auto" else steps))
@@ -179,9 +178,7 @@ def _plan_rounds(guard: SampleGuard, loop: Loop, num_images: int, num_epochs: fl
 
 def _plan_order(guard: SampleGuard, loop: Loop, plan: LoopPlan) -> None:
     """Decide who forms the batches, and who makes augmented copies."""
-    duplicates = guard.balanced_groups is not None and count_images(
-        len(guard.plan.assignment), guard.balanced_groups
-    ) < len(guard.plan.assignment)
+    duplicates = _has_unequal_groups(guard)
     plan.keeps_order = guard.num_shards == 1 and not guard.augments and not duplicates
     if guard.num_shards == 1 and not plan.keeps_order:
         try:
@@ -201,6 +198,14 @@ def _plan_order(guard: SampleGuard, loop: Loop, plan: LoopPlan) -> None:
     if guard.augments:
         plan.augmenter = _find_augmenter(guard, loop, plan.notices)
         plan.keeps_order = guard.num_shards == 1 and plan.augmenter is None and not duplicates
+
+
+def _has_unequal_groups(guard: SampleGuard) -> bool:
+    """Say whether some images come more often than others; repeated alike, there is nothing to balance."""
+    if guard.balanced_groups is None:
+        return False
+    sizes = guard.balanced_groups.unique(return_counts=True)[1]
+    return bool((sizes != sizes[0]).any())
 
 
 def _find_augmenter(guard: SampleGuard, loop: Loop, notices: list[str]) -> Augmenter | None:
@@ -324,6 +329,8 @@ def prepare(
     accelerator: Any,
     loop: Loop,
     objects: Sequence[Any],
+    *,
+    plan: LoopPlan | None = None,
     call: Callable[..., Any] | None = None,
     **settings: Any,
 ) -> tuple[Attachment, list[Any]]:
@@ -334,13 +341,14 @@ def prepare(
         accelerator: the loop's.
         loop: the loop's objects, with the backend of this accelerator.
         objects: what is to be prepared, in the loop's order.
+        plan: what ``plan_loop`` has returned, where that was called before.
         call: prepares, by default ``accelerator.prepare``.
         settings: further arguments of it.
 
     Returns:
         The attachment; the prepared objects, with the guard's loader in the place of the loop's.
     """
-    plan = plan_loop(guard, loop)
+    plan = plan_loop(guard, loop) if plan is None else plan
     given = list(objects)
     if loop.dataloader is not None:
         position = next(i for i, part in enumerate(given) if part is loop.dataloader)

@@ -76,8 +76,8 @@ class AccelerateBackend:
         kind = getattr(accelerator.distributed_type, "name", str(accelerator.distributed_type))
         if kind in SPREADING:
             raise LoopError(
-                f"the accelerator runs {kind}, which spreads the weights and the optimizer state that the guard has to "
-                "take steps or leave them out with; run `accelerate config` without it, or launch with `--num_processes 1`"
+                f"the accelerator runs {kind}, which spreads weights and optimizer over processes, so that the guard "
+                "cannot leave a step out; run `accelerate config` without it, or launch with `--num_processes 1`"
             )
         self.accelerator = accelerator
 

@@ -9,9 +9,34 @@ from sd_memguard.errors import LoopError
 from sd_memguard.plugin.trainable import Adapter
 from sd_memguard.sample_guard import SampleGuard
 
-
 ORDERS_ITSELF = ("bucket_manager", "shuffle_buckets", "set_current_epoch", "image_train_items", "data_loader")
 """Attributes of datasets that form batches of their own or change their order (sd-scripts, EveryDream2)."""
+
+
+def why_unnumbered(dataloader: Any) -> str | None:
+    """Return why the samples of a dataloader have no numbers that last, None where they have."""
+    if not isinstance(dataloader, DataLoader):
+        return (
+            f"`dataloader` must be a torch.utils.data.DataLoader, got {type(dataloader).__name__}; wrap the data in one"
+        )
+    if type(dataloader) is not DataLoader:
+        return (
+            f"the dataloader is a {type(dataloader).__name__}, which may form its batches in a way of its own; use "
+            "torch.utils.data.DataLoader itself"
+        )
+    dataset = dataloader.dataset
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return (
+            f"the dataset is a stream ({type(dataset).__name__}), whose samples have no numbers to sort by shard; use "
+            "a dataset with `__len__` and `__getitem__`, e.g. without `streaming=True`"
+        )
+    found = next((name for name in ORDERS_ITSELF if hasattr(dataset, name)), None)
+    if found is not None:
+        return (
+            f"the dataset ({type(dataset).__name__}, with `{found}`) puts its samples in another order by itself, so "
+            "that a number is another image in each epoch; attach the guard without a dataloader"
+        )
+    return None
 
 
 def check_loader(guard: SampleGuard, dataloader: Any) -> None:
@@ -24,31 +49,18 @@ def check_loader(guard: SampleGuard, dataloader: Any) -> None:
     Raises:
         LoopError: names what it is and the way out.
     """
-    if not isinstance(dataloader, DataLoader):
-        raise LoopError(
-            f"`dataloader` must be a torch.utils.data.DataLoader, got {type(dataloader).__name__}; wrap the data in one"
-        )
-    dataset = dataloader.dataset
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise LoopError(
-            f"the dataset is a stream ({type(dataset).__name__}), whose samples have no numbers to sort by shard; use "
-            "a dataset with `__len__` and `__getitem__`, e.g. without `streaming=True`"
-        )
-    found = next((name for name in ORDERS_ITSELF if hasattr(dataset, name)), None)
-    if found is not None:
-        raise LoopError(
-            f"the dataset ({type(dataset).__name__}, with `{found}`) puts its samples in another order by itself, so "
-            "that a number is another image in each epoch; attach the guard without a dataloader"
-        )
+    reason = why_unnumbered(dataloader)
+    if reason is not None:
+        raise LoopError(reason)
     if not guard.has_ids:
         raise LoopError(
-            "the guard was made without `num_samples`; make it with `num_samples=len(dataloader.dataset)`, or leave the "
-            "dataloader out of `attach`"
+            "the guard was made without `num_samples`; make it with `num_samples=len(dataloader.dataset)`, or leave "
+            "the dataloader out of `attach`"
         )
-    num_samples = len(guard.plan.assignment)
-    if len(dataset) != num_samples:
+    num_samples, found = len(guard.plan.assignment), len(dataloader.dataset)
+    if found != num_samples:
         raise LoopError(
-            f"the guard was made for `num_samples={num_samples}`, and the dataset has {len(dataset)} samples; make it "
+            f"the guard was made for `num_samples={num_samples}`, and the dataset has {found} samples; make it "
             "with `num_samples=len(dataloader.dataset)`"
         )
 

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from sd_memguard.core.seeding import generator_for
 from sd_memguard.ensemble import Ensemble
-from sd_memguard.errors import LoopError
 from sd_memguard.plugin.augment import Augmenter
 from sd_memguard.plugin.backends import LoopBackend
 from sd_memguard.plugin.loop_driver import LoopDriver

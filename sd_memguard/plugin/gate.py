@@ -502,7 +502,7 @@ class RowGate:
     # The step.
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return before_update(self.close_window, args, kwargs)
+        return before_update(lambda: self.close_window() if self.is_in else None, args, kwargs)
 
     def close_window(self) -> ClosedWindow:
         """End the window of accumulation: without a kept sample the gradients become None.

@@ -59,6 +59,7 @@ class LoopDriver:
 
     Attributes:
         gate: on the loop's denoiser, None where there can be none or the loop weighs its losses.
+        samples_judged: in this process, of which ``samples_skipped`` were skipped.
         refs: the samples of the batch under way; none for copies, nor where the loop keeps its order.
     """
 
@@ -81,7 +82,7 @@ class LoopDriver:
         self.batches_seen = self.losses_seen = self.num_restores = self.epoch_position = 0
         self.stepped = True
         self._unrecorded: list[Verdict] = []
-        self._samples_judged = self._samples_skipped = 0
+        self.samples_judged = self.samples_skipped = 0
         self._skips_checked = False
         self._loop_rates: list[float] = []
         optimizer.register_step_pre_hook(self._before_step)
@@ -157,7 +158,7 @@ class LoopDriver:
     def weigh(
         self, losses: Tensor, timesteps: Tensor, sample_ids: Tensor | None = None, weights: Tensor | None = None
     ) -> Verdict:
-        """Return the verdict on the batch under way, its loss scaled so that a step's gradient is the mean of its window.
+        """Return the verdict on the batch under way, its loss such that a step's gradient is the mean of its window.
 
         The first call takes the gate out of the loop. See ``SampleGuard.judge`` for the arguments; without sample ids
         the losses are those of the batch under way, in its order.
@@ -187,8 +188,8 @@ class LoopDriver:
             return
         if self.losses_seen:
             raise LoopError(
-                f"`weigh` was called after {self.losses_seen} batch(es) that the guard has judged by the gradient at the "
-                "denoiser's output, since the loop had not weighed them; weigh every batch, or none"
+                f"`weigh` was called after {self.losses_seen} batch(es) that the guard has judged by the gradient at "
+                "the denoiser's output, since the loop had not weighed them; weigh every batch, or none"
             )
         self.gate.remove()
         self.gate = None
@@ -285,20 +286,21 @@ class LoopDriver:
 
     def record(self) -> None:
         """Enter what was decided since the last call in the meters, waiting for the device."""
+        self.guard.count()
         verdicts, self._unrecorded = self._unrecorded, []
         for verdict in verdicts:
             self.ensemble.record(verdict)
-            self._samples_judged += len(verdict.losses)
-            self._samples_skipped += verdict.num_skipped
-        if not self._skips_checked and self._samples_judged >= FIRST_SAMPLES:
+            self.samples_judged += len(verdict.losses)
+            self.samples_skipped += verdict.num_skipped
+        if not self._skips_checked and self.samples_judged >= FIRST_SAMPLES:
             self._skips_checked = True
-            share = self._samples_skipped / self._samples_judged
+            share = self.samples_skipped / self.samples_judged
             if share > TOO_MANY_SKIPPED:
                 logger.warning(
-                    "%.0f%% of the first %d samples were skipped: the loss falls faster than the memory bank follows, as "
-                    "in training from scratch; lower `skip_threshold` or `bank_decay`, or guard the run once the loss "
-                    "has settled",
-                    *(100 * share, self._samples_judged),
+                    "%.0f%% of the first %d samples were skipped: the loss falls faster than the memory bank follows, "
+                    "as in training from scratch; lower `skip_threshold` or `bank_decay`, or guard the run once the "
+                    "loss has settled",
+                    *(100 * share, self.samples_judged),
                 )
 
     def _check_rates(self, lr_table: LRTable) -> None:
@@ -335,6 +337,10 @@ class LoopDriver:
             )
         self.record()
         return {"ensemble": self.ensemble.state_dict(), "epoch_position": self.epoch_position}
+
+    def set_steps_per_round(self, steps: int) -> None:
+        """Keep the rounds that a run was begun with, whatever ``auto`` is for its new length."""
+        self.schedule = self.ensemble.schedule = replace(self.schedule, steps_per_round=steps)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state, but for the proxies."""
