@@ -32,6 +32,7 @@ from sd_memguard.launcher.arguments import Command
 from sd_memguard.launcher.denoisers import (
     check_flags,
     check_source,
+    find_denoisers,
     find_trained_denoiser,
     trained_parameters,
     watch_calls,
@@ -109,7 +110,7 @@ class Session:
         """Replace what the script calls, for as long as it runs."""
         with ExitStack() as stack:
             replaced: list[tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = [
-                (argparse.ArgumentParser, "parse_args", self._parse_args)
+                (argparse.ArgumentParser, "parse_known_args", self._parse_known_args)
             ]
             if find_spec("accelerate") is not None:
                 accelerator = import_module("accelerate").Accelerator
@@ -127,17 +128,17 @@ class Session:
 
     # What takes the place of the libraries' functions.
 
-    def _parse_args(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _parse_known_args(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """See the script's flags, and refuse some before a model is loaded."""
 
-        def parse_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
-            namespace = original(parser, *args, **kwargs)
+        def parse_known_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+            namespace, rest = original(parser, *args, **kwargs)
             if self.arguments is None and any(hasattr(namespace, flag) for flag in LENGTH_FLAGS):
                 self.arguments = namespace
                 check_flags(namespace)
-            return namespace
+            return namespace, rest
 
-        return parse_args
+        return parse_known_args
 
     def _make_ema(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Get hold of the script's EMA."""
@@ -218,18 +219,15 @@ class Session:
         reason = "there is no dataloader beside the optimizer" if dataloader is None else why_unnumbered(dataloader)
         if reason is None and caches_by_step(self.source, self.arguments):
             reason = "the script pairs cached latents with batches by their position; leave `--cache_latents` out"
-        if reason is None and config.is_neutral:
-            reason = "the guard is off"
         if reason is not None:
             if config.num_shards not in ("auto", 1):
                 raise ScriptError(f"`--num_shards {config.num_shards}` cannot be had: {reason}")
             config = replace(config, num_shards=1)
-            off = config.is_neutral
             notice = (
                 f"which sample is which is not known, since {reason}. Samples are skipped by their loss, but not "
                 "counted, and near-duplicates count each: `sd-memguard check` finds them before training"
             )
-            return MemorizationGuard(config), [] if off else [notice]
+            return MemorizationGuard(config), [] if config.is_neutral else [notice]
         dataset = dataloader.dataset
         groups = None if config.group_duplicates == "off" else find_script_duplicates(dataset)
         try:
@@ -258,9 +256,10 @@ class Session:
             return False
         training = [o for o in optimizers if trained_parameters(module, o)]
         if not training:
-            if len(optimizers) == 1:  # refuses, unless another denoiser is trained and this one is its teacher
-                find_trained_denoiser(optimizers[0], (), self.command.denoisers)
-            return False
+            others = find_denoisers(self.command.denoisers)
+            if not any(trained_parameters(other, o) for other in others for o in optimizers):
+                find_trained_denoiser(optimizers[-1], (), self.command.denoisers)  # refuses, and says why
+            return False  # the teacher of one that is trained
         if len(training) > 1:
             raise LoopError(
                 f"{len(training)} optimizers train {type(module).__name__}, and the guard watches the steps of one; "

@@ -85,6 +85,7 @@ class LoopDriver:
         self.samples_judged = self.samples_skipped = 0
         self._skips_checked = False
         self._loop_rates: list[float] = []
+        self._just_restored = False
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(lambda *_: self._after_step())
         ensemble.listeners.append(self._log_round)
@@ -280,7 +281,9 @@ class LoopDriver:
         progress.empty_steps += is_empty
         if self.lr_table is not None:
             self._loop_rates = learning_rates(self.optimizer)
-            self._check_rates(self.lr_table)
+            if not self._just_restored:  # the rates are those of the run as it was planned then
+                self._check_rates(self.lr_table)
+            self._just_restored = False
             plain_step = self.schedule.num_shards * progress.shard_steps[self.guard.shard_index]
             set_learning_rates(self.optimizer, self.lr_table[min(plain_step, len(self.lr_table) - 1)])
 
@@ -346,4 +349,5 @@ class LoopDriver:
         """Take over a saved state, but for the proxies."""
         self.ensemble.load_state_dict(state["ensemble"])
         self.epoch_position = state["epoch_position"]
+        self._just_restored = True
         self.window = Window()

@@ -213,9 +213,7 @@ def test_a_loop_that_cannot_have_several_shards_keeps_one_where_they_are_automat
 def test_accelerate_loop_without_weigh():
     guard, loop = make_guard(), Loop()
     accelerator = Accelerator(cpu=True)
-    network, optimizer, loader, _ = guard.prepare(
-        accelerator, loop.network, loop.optimizer, make_loader(), total_steps=TOTAL
-    )
+    network, _, loader, _ = guard.prepare(accelerator, loop.network, loop.optimizer, make_loader(), total_steps=TOTAL)
     loop.run(loader, TOTAL)
 
     assert network is loop.network
