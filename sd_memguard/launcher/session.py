@@ -238,11 +238,11 @@ class Session:
     def _rests_on_disk(self, models: list[nn.Module], num_shards: int) -> bool:
         if self.command.proxy_store != "auto":
             return self.command.proxy_store == "disk"
-        import psutil
+        from sd_memguard.host_memory import available_memory  # which needs psutil
 
         trained = [p for model in models for p in model.parameters() if p.requires_grad]
         resting = COPIES * num_shards * sum(p.numel() * p.element_size() for p in trained)
-        return resting > RAM_SHARE * psutil.virtual_memory().available
+        return resting > RAM_SHARE * available_memory()
 
     # Any other trainer.
 
