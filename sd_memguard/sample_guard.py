@@ -58,8 +58,8 @@ class SampleGuard:
             shard, and no ledger to speak of.
         num_timesteps: number of timesteps of the noise schedule.
         groups: (num_samples,) int64, near-duplicates share a number and stay together. With
-            ``group_duplicates="balance"`` a group counts as one image: in the sizes of the shards, in what moves, and in
-            the weights of the proxies; an epoch shows one member of each group. See ``sd_memguard.find_duplicates``.
+            ``group_duplicates="balance"`` a group counts as one image: in the sizes of the shards, in what moves, and
+            in the weights of the proxies; an epoch shows one member of each group. See ``sd_memguard.find_duplicates``.
         exclude: sample ids that are not trained on, e.g. unreadable images.
         augments: whether the loop trains augmented copies; if not, what the rule would augment is trained as it is.
         num_epochs: how often one model would see each distinct image, for ``num_shards="auto"``; None: unknown.

@@ -167,7 +167,7 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
         shares = [float("nan") if one is None else (one <= limit).float().mean().item() for one in (trained, unseen)]
     chosen = ChosenCaptions([], [])
     if settings.models:
-        # Twice as many as are drawn, so that near-duplicates can be left out without comparing all images of a large set.
+        # Twice as many as are used, so that near-duplicates can be dropped without comparing all images of a large set.
         groups = gallery.groups()
         kinds = [rows[: 2 * settings.num_prompts] for rows in candidates(train, groups, settings.seed)]
         place = {row: position for position, row in enumerate(distinct)}
@@ -224,7 +224,7 @@ def audit_model(name: str, files: ModelFiles, setup: Setup) -> Audited:
     settings, store = setup.settings, setup.gallery.store
     sha256 = model_sha256(files)
     load = cache(lambda: load_pipeline(files, setup.gallery.device))
-    subject = draw_subject(name, sha256, load, setup)
+    subject = generate_set(name, sha256, load, setup)
     run, samples = read_run(files.base if files.addition is None else files.addition.parent)
     source = {"name": name, "source": "model", "path": files.text, "sha256": sha256, "run": run}
     figures, pairs = _measure(source, subject, setup, samples)
@@ -273,8 +273,8 @@ def _measure(
     return figures, pairs
 
 
-def draw_subject(name: str, sha256: str, load: Callable[[], StableDiffusionPipeline], setup: Setup) -> GeneratedSet:
-    """Draw the chosen captions, all models from the same noises, and put the generated images below the output folder."""
+def generate_set(name: str, sha256: str, load: Callable[[], StableDiffusionPipeline], setup: Setup) -> GeneratedSet:
+    """Generate the chosen prompts, every model from the same noise, and put the images below the output folder."""
     settings, train, chosen = setup.settings, setup.inputs.train, setup.background.chosen
     count = settings.num_images_per_prompt
     rows = [row for kind in chosen for row in kind for _ in range(count)]

@@ -21,8 +21,8 @@ class LossMemoryBank:
        kept as a decayed sum of losses (``m = (1 - d) sum``) beside the decayed count of samples.
 
     Modes: ``paper`` starts at 0 as the authors' code does, so that a timestep rarely skips the first times it is seen;
-    ``corrected`` divides by ``1 - d^n`` after n samples; ``smoothed`` (ours) divides decayed sums of losses by decayed counts,
-    both summed over ``t +- 20``, since at batch size 8 a timestep out of 1000 is seen every 125 steps only.
+    ``corrected`` divides by ``1 - d^n`` after n samples; ``smoothed`` (ours) divides decayed sums of losses by decayed
+    counts, both summed over ``t +- 20``, since at batch size 8 a timestep out of 1000 is seen every 125 steps only.
 
     Args:
         num_timesteps: number of timesteps of the noise schedule.

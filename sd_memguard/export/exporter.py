@@ -207,11 +207,11 @@ class Exporter:
     @cached_property
     def _generated_image(self) -> Tensor:
         """The trained model's, which all others are compared with."""
-        return check.draw(self._load_trained())
+        return check.generate(self._load_trained())
 
     @cached_property
     def _base_difference(self) -> float:
-        return check.difference(check.draw(self._load_base()), self._generated_image)
+        return check.difference(check.generate(self._load_base()), self._generated_image)
 
     def _compare(self, format: ExportFormat, path: Path, dtype: torch.dtype | None, adapter: LowRank | None) -> float:
         """Return how far the generated image of what was written is off.
@@ -232,12 +232,12 @@ class Exporter:
                 f"`{format}`: loaded again, the weights of {wrong[0]} ({len(wrong)} in all) are not those that were "
                 "meant; nothing was kept. Try another version of diffusers, or export `merged`"
             )
-        measured = check.difference(check.draw(pipeline), self._generated_image)
+        measured = check.difference(check.generate(pipeline), self._generated_image)
         if not measured <= tolerance:  # NaN is refused, too
             raise ExportError(
-                f"`{format}`: loaded again, its generated image is {percent(measured)} off the trained model's, and at most "
-                f"{percent(tolerance)} was expected; nothing was kept. Use `--dtype fp32`, a higher `--lora_rank`, or "
-                "export `merged`"
+                f"`{format}`: loaded again, its generated image is {percent(measured)} off the trained model's, and "
+                f"at most {percent(tolerance)} was expected; nothing was kept. Use `--dtype fp32`, "
+                "a higher `--lora_rank`, or export `merged`"
             )
         return measured
 
@@ -294,9 +294,9 @@ def percent(share: float) -> str:
 
 
 def lora_tolerance(relative_error: float) -> float:
-    """Return the share of the generated image's change that a LoRA file may miss when it misses so much of the weights'.
+    """Return what share of the image's change a LoRA file may miss, given the share of the weights' that it misses.
 
-    A generated image is no linear function of the weights, and where they change much it changes less than in proportion; the
-    root leaves room for that. That the file holds the very factors it should is compared apart, and exactly.
+    A generated image is no linear function of the weights: where they change much, it changes less than in proportion,
+    and the root leaves room for that. That the file holds the very factors it should is compared apart, and exactly.
     """
     return 2.0 * relative_error**0.5

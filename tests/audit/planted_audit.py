@@ -17,7 +17,7 @@ CREATED = "2026-01-02T03:04:05+00:00"
 
 
 class Planted(NamedTuple):
-    """A generated image: who drew it, of what kind, and the training image whose caption it is (None: a given image)."""
+    """A generated image: its model, its kind, and the training image whose caption it has (None: a given image)."""
 
     model: str
     kind: str

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
 from sd_memguard import GuardConfig, MemorizationGuard
@@ -26,6 +25,10 @@ from tests.plugin.toy import (
 
 TOTAL = 26  # three shards: 9, 9 and 8 steps, in rounds of 2, 2, 2, 2 and 1
 IET = {"skip_threshold": 0.0, "redistribute_fraction": 0.0}
+
+
+def make_ema(parameters):
+    return pytest.importorskip("diffusers.training_utils").EMAModel(parameters)
 
 
 def slow_ensemble(learning_rate=1e-2):
@@ -173,7 +176,7 @@ def test_a_schedule_is_run_ahead_and_set_back(make):
 def test_a_step_without_a_clean_sample_moves_nothing():
     guard = make_guard(num_shards=1, skip_threshold=1e9)
     loop = Loop().attach(guard, None)
-    loop.ema = EMAModel(loop.network.parameters())
+    loop.ema = make_ema(loop.network.parameters())
     loop.run(1)  # an empty bank skips nothing
     for bank in [rule.bank for rule in guard.rules]:
         bank.update(torch.arange(NUM_TIMESTEPS), torch.ones(NUM_TIMESTEPS))
@@ -191,13 +194,13 @@ def test_a_step_without_a_clean_sample_moves_nothing():
 def test_the_ema_is_kept_per_proxy_and_not_stepped_on_empty_steps():
     guard = make_guard(**IET)
     loop = Loop()
-    loop.ema = EMAModel(loop.network.parameters())
+    loop.ema = make_ema(loop.network.parameters())
     loop.attach(guard, TOTAL, ema=loop.ema).run(TOTAL)
     assert loop.ema.optimization_step in {8, 9}
 
     empty = make_guard(num_shards=1, skip_threshold=1e9)
     loop = Loop()
-    loop.ema = EMAModel(loop.network.parameters())
+    loop.ema = make_ema(loop.network.parameters())
     loop.attach(empty, None, ema=loop.ema).run(1)
     empty.rules[0].bank.update(torch.arange(NUM_TIMESTEPS), torch.ones(NUM_TIMESTEPS))
     loop.run(5)
@@ -387,7 +390,7 @@ def test_what_else_is_refused():
     with pytest.raises(LoopError, match="depends on the step alone, got ReduceLROnPlateau"):
         make_guard().attach(loop.network, loop.optimizer, make_loader(), plateau, total_steps=TOTAL)
     with pytest.raises(LoopError, match="the EMA holds 1 tensors"):
-        Loop().attach(make_guard(), TOTAL, ema=EMAModel([torch.nn.Parameter(torch.ones(2))]))
+        Loop().attach(make_guard(), TOTAL, ema=make_ema([torch.nn.Parameter(torch.ones(2))]))
     guard = make_guard()
     Loop().attach(guard, TOTAL)
     with pytest.raises(LoopError, match="in a loop already"):

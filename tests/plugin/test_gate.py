@@ -4,7 +4,6 @@ import copy
 import pickle
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -232,6 +231,7 @@ def test_decisions_are_those_of_losses_at_hand(mode):
 @pytest.mark.parametrize("wrap", [False, True])
 def test_lora_adapter(wrap):
     """Of peft, put into the model as diffusers does or wrapped around it."""
+    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)
     models = []
     for _ in range(2):

@@ -3,7 +3,6 @@ import os
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 
 from sd_memguard.core.aggregation import aggregate
 from sd_memguard.proxies.full import FullProxies
@@ -14,7 +13,8 @@ WEIGHTS = [3.0, 2.0, 1.0]
 
 
 def ema(parameters):
-    return EMAModel(parameters, decay=0.9)
+    training_utils = pytest.importorskip("diffusers.training_utils")
+    return training_utils.EMAModel(parameters, decay=0.9)
 
 
 def make_store(kind, folder):

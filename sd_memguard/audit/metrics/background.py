@@ -228,9 +228,9 @@ def background_positions(count: int, seed: int) -> Tensor:
 
 
 def choose_threshold(train: Tensor, reference: Tensor | None) -> Threshold:
-    """Return the similarity from which on a generated image counts as a copy: a third of the way from a high background to 1.
+    """Return the similarity from which a generated image is a copy: a third of the way from a high background to 1.
 
-    High means the 99th percentile of what is alike without being copied, which a few true duplicates in it do not move.
+    High means the 99th percentile of similarities without copying, which a few true duplicates in it do not move.
     At that value itself 1% of all held-out images would count as copies. A third of the way on leaves few of them, and
     is below copies that were compressed, scaled or slightly cropped; docs/audit.md has the figures behind the choice.
 

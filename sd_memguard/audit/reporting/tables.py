@@ -30,8 +30,8 @@ GROUPS = {
 
 DEFINITIONS = {
     "Similarity": "Cosine of the features of a generated image and of its nearest training image; 1 is the same.",
-    "Copy": "A generated image that is a training image but for crop, shift, scale, small rotation, flip and colour; with "
-    "--copy_threshold, one whose similarity is at or above it.",
+    "Copy": "A generated image that is a training image but for crop, translation, scale, small rotation, flip and "
+    "colour; with --copy_threshold, one whose similarity is at or above it.",
     "Distance": "What that leaves in the parts that differ most, over their contrast; 0 is the same.",
     "Background": "The same similarity among images that nobody copied: what is merely alike.",
     "Captions extracted": "Share of training captions with at least one generated image that is a copy.",
