@@ -173,18 +173,22 @@ def test_the_core_guards_a_loop_with_torch_numpy_and_safetensors_alone():
     """As after `pip install sd-memguard` without extras: every other package that is installed cannot be imported."""
     probe = f"""
 import sys
+import torch._dynamo  # looks for packages that it may not find
+
+absent = {sorted(EXTRAS)}
 
 class OnlyTheCore:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {sorted(EXTRAS)}:
+        if name.split(".")[0] in absent:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, OnlyTheCore())
+for name in [name for name in sys.modules if name.split(".")[0] in absent]:
+    del sys.modules[name]
 from importlib import import_module
 for name in {sorted(f"sd_memguard.{name}" for name in MODULES if name.split(".")[0] in CORE_PARTS)}:
     if name != "sd_memguard.plugin.augment":  # meets torchvision only in a loop that has it
         import_module(name)
-import torch
 from sd_memguard import GuardConfig, MemorizationGuard
 model = torch.nn.Linear(2, 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
