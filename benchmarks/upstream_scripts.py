@@ -199,7 +199,7 @@ def row_of(case: Case, examples: Path, work: Path) -> str:
     resume = [*flags["resumed"], "--resume_from_checkpoint", "latest"]
     run(work, f"{stem}-resumed", [*launcher, *GUARD, script, *resume])
     weights = {way: (folder / case.result).read_bytes() for way, folder in folders.items()}
-    closing = next(line.split("memguard: ")[1] for line in text.splitlines() if "losses weighed" in line)
+    closing = next(line.split("memguard: ")[1] for line in text.splitlines() if "batches judged" in line)
     ledger = pq.read_table(folders["guarded"] / "memguard" / "samples.parquet").to_pydict()
     closing += (
         f"; skipped {sum(ledger['skipped'])}, to augment {sum(ledger['augmented'])} of {sum(ledger['seen'])} visits"

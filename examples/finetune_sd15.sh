@@ -11,7 +11,7 @@ output=${2:?give the folder of the run}
 shift 2
 
 accelerate launch --num_processes 1 --mixed_precision bf16 sd_memguard/train.py \
-  --pretrained runwayml/stable-diffusion-v1-5 \
+  --pretrained stable-diffusion-v1-5/stable-diffusion-v1-5 \
   --train_data_dir "$images" \
   --resolution 512 \
   --center_crop \

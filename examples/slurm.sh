@@ -33,7 +33,7 @@ srun torchrun \
   --rdzv_id "$SLURM_JOB_ID" \
   --signals_to_handle SIGUSR1,SIGTERM,SIGINT \
   sd_memguard/train.py \
-  --pretrained runwayml/stable-diffusion-v1-5 \
+  --pretrained stable-diffusion-v1-5/stable-diffusion-v1-5 \
   --train_data_dir "$images" \
   --num_shards 8 \
   --resolution 512 \

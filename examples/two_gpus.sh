@@ -14,7 +14,7 @@ shift 2
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 
 torchrun --standalone --nproc_per_node 2 sd_memguard/train.py \
-  --pretrained runwayml/stable-diffusion-v1-5 \
+  --pretrained stable-diffusion-v1-5/stable-diffusion-v1-5 \
   --train_data_dir "$images" \
   --num_shards 4 \
   --resolution 512 \

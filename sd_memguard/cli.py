@@ -61,14 +61,27 @@ COMMANDS = {
     "demo": Command("fine-tune the bundled model twice, plain and guarded, and compare what they copy", _demo),
     "audit": Command("measure how much models copy of their training images", _audit),
     "export": Command("write a run in another format: a diffusers folder, one file, or a LoRA file", _export),
-    "inspect": Command("tell the story of a run, and show its most memory-prone images and its curves", _inspect),
+    "inspect": Command("summarize a run, and show its most memory-prone images and its curves", _inspect),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the subcommand that `argv`, by default the command line, begins with."""
     arguments = sys.argv[1:] if argv is None else argv
-    COMMANDS[build_parser().parse_args(arguments[:1]).command].run(arguments[1:])
+    name = build_parser().parse_args(arguments[:1]).command
+    try:
+        COMMANDS[name].run(arguments[1:])
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package in {"", "sd_memguard"} | sys.stdlib_module_names:
+            raise
+        extra = "audit" if name == "audit" else "all" if name == "demo" else "train"
+        print(
+            f"error: `sd-memguard {name}` needs the package {package!r}, which is not installed; "
+            f"run `pip install 'sd-memguard[{extra}]'`",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
 
 
 def build_parser() -> argparse.ArgumentParser:

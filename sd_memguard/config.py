@@ -261,7 +261,7 @@ class TrainConfig:
         None, "Validation", "a caption to draw while training", by_proxy={"lora": None}
     )
     num_validation_images: int | None = setting(
-        None, "Validation", "generated images of validation_prompt", POSITIVE_COUNT, by_proxy={"lora": 4}
+        None, "Validation", "generated images of validation_prompt; 0: none", NOT_NEGATIVE, by_proxy={"lora": 4}
     )
     validation_epochs: int = setting(
         None, "Validation", "draw every so many passes over the data", POSITIVE_COUNT, by_proxy={"full": 5, "lora": 1}
@@ -365,10 +365,10 @@ def _check_together(config: TrainConfig) -> None:
             "`--train_data_dir` or `--dataset_name` must be given, got neither; name a folder of captioned images, "
             "a dataset on the hub, or `--train_data_dir bundled` for the demo set"
         )
-    if config.report_to == "wandb" and config.hub_token is not None:
+    if config.report_to != "tensorboard" and config.hub_token is not None:
         raise ConfigError(
-            "`--hub_token` must not be given together with `--report_to wandb`, which could show the token to others; "
-            "leave it out and run `hf auth login` once"
+            f"`--hub_token` must not be given together with `--report_to {config.report_to}`: trackers record the "
+            "command line, which would show the token to others; leave it out and run `hf auth login` once"
         )
     if config.use_ema and config.proxy == "lora":
         raise ConfigError(

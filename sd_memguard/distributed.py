@@ -138,8 +138,18 @@ class Exchange:
         try:
             yield
         except RuntimeError as error:
+            if not _is_loss(error):
+                raise
             raise ProcessLostError(
                 f"process {self.rank} of {self.size} cannot reach the others any more (while it exchanged: {purpose}); "
                 "the first error is in the output of the one that ended. The last checkpoint is untouched: go on with "
                 "the same command and `--resume_from_checkpoint latest`"
             ) from error
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """Say whether an error in a collective comes from the connection to other processes, not from this one's device.
+
+    NCCL's have classes of their own; gloo raises plain ones that name its source file.
+    """
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -153,7 +153,7 @@ class Ensemble:
         return row
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Return a context in which the model holds the weighted mean of the proxies (of their EMA, where there is one)."""
+        """Return a context in which the model holds the weighted mean of the proxies, or of their EMA."""
         return self.proxies.averaged(self.guard.aggregation_weights())
 
     # State.

@@ -17,9 +17,14 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    flush(temporary)
     os.replace(temporary, path)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file to the disk; Windows does that for files alone that are open for writing."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -34,9 +39,9 @@ def nearest_folder(folder: Path) -> Path:
 
 
 def gigabytes(size: float) -> str:
-    """Return a number of bytes to read.
+    """Return a number of bytes to read, in MB where it is less than a tenth of a GB.
 
-    >>> gigabytes(3.44e9)
-    '3.4 GB'
+    >>> gigabytes(3.44e9), gigabytes(3.44e6), gigabytes(3.44e3)
+    ('3.4 GB', '3.4 MB', '0.0 MB')
     """
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -16,6 +16,7 @@ from sd_memguard.core.ledger import SampleLedger
 from sd_memguard.core.redistribution import redistribute
 from sd_memguard.core.rules import AUGMENT, Action, Decision, SampleRule, make_rule
 from sd_memguard.core.shards import Moves, ShardPlan, count_images, split_into_shards
+from sd_memguard.core.timesteps import TimestepBins
 from sd_memguard.defaults import resolve_num_shards
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ class SampleGuard:
             shard, and no ledger to speak of.
         num_timesteps: number of timesteps of the noise schedule.
         groups: (num_samples,) int64, near-duplicates share a number and stay together. With
-            ``group_duplicates="balance"`` a group counts as one image: in the sizes of the shards, in what moves, and in
-            the weights of the proxies; an epoch shows one member of each group. See ``sd_memguard.find_duplicates``.
+            ``group_duplicates="balance"`` a group counts as one image: in the sizes of the shards, in what moves, and
+            in the weights of the proxies; an epoch shows one member of each group. See ``sd_memguard.find_duplicates``.
         exclude: sample ids that are not trained on, e.g. unreadable images.
         augments: whether the loop trains augmented copies; if not, what the rule would augment is trained as it is.
         num_epochs: how often one model would see each distinct image, for ``num_shards="auto"``; None: unknown.
@@ -82,7 +83,8 @@ class SampleGuard:
         device: torch.device | str = "cpu",
     ) -> None:
         self.config = config
-        self.num_timesteps, self.device = num_timesteps, device
+        self.num_timesteps, self.device = num_timesteps, torch.device(device)
+        self.bins = TimestepBins(num_timesteps)
         self.seed = secrets.randbits(31) if config.seed is None else config.seed
         self.has_ids = num_samples is not None
         self.groups = self._check_groups(groups, num_samples or 0)
@@ -92,6 +94,11 @@ class SampleGuard:
         self._uncounted: list[Judged] = []
         self.ledger: SampleLedger
         self.split(num_samples or 0, num_epochs)
+
+    def keep_one_shard(self) -> None:
+        """Train one model, where ``num_shards="auto"`` would be more than the loop allows."""
+        self.config = replace(self.config, num_shards=1)
+        self.split(len(self.plan.assignment), None)
 
     def split(self, num_samples: int, num_epochs: float | None) -> None:
         """Split the samples in shards and begin with empty rules, queues and ledger.
@@ -176,7 +183,7 @@ class SampleGuard:
 
     # A batch.
 
-    def weigh(
+    def judge(
         self,
         losses: Tensor,
         timesteps: Tensor,
@@ -185,11 +192,12 @@ class SampleGuard:
         *,
         wait: bool = True,
     ) -> Verdict:
-        """Judge a batch of the active shard and return what to backward.
+        """Judge a batch of the active shard and return what to backward; the rules follow the losses' device.
 
         Args:
             losses: (B,) float with graph, the mean over C, H, W of each sample's squared error, before any weight.
-            timesteps: (B,) int64.
+            timesteps: (B,) as the model is given them: integers, or floats (sigmas, timesteps of flow matching) that
+                are put in ``num_timesteps`` bins, see ``core.timesteps``.
             sample_ids: (B,) int64; None where the guard was made without ``num_samples``.
             weights: (B,) float, loss weights such as min-SNR; they scale the loss, not the decision.
             wait: whether to wait until the device has computed the losses, and count them. Without, the device is kept
@@ -199,14 +207,35 @@ class SampleGuard:
             ValueError: the shapes differ, or a sample is not of this dataset.
         """
         host_ids = self._check_batch(losses, timesteps, sample_ids, weights)
-        decision = self.rules[self.shard_index].decide(losses.detach(), timesteps, host_ids)
-        self.rules[self.shard_index].update(losses.detach(), timesteps, host_ids)
+        if losses.device != self.device:
+            self.to(losses.device)
+        bins, rule = self.bins(timesteps), self.rules[self.shard_index]
+        decision = rule.decide(losses.detach(), bins, host_ids)
+        rule.update(losses.detach(), bins, host_ids)
         verdict = self._verdict(losses, decision, weights)
         if host_ids is not None:
             self._uncounted.append(Judged(host_ids, verdict._copy, self.shard_index))
         if wait:
             self.count()
         return verdict
+
+    def weigh(
+        self,
+        losses: Tensor,
+        timesteps: Tensor,
+        sample_ids: Tensor | None = None,
+        weights: Tensor | None = None,
+        *,
+        wait: bool = True,
+    ) -> Verdict:
+        """Judge a batch; the verb of a loop with its losses at hand, see ``judge``."""
+        return self.judge(losses, timesteps, sample_ids, weights, wait=wait)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the rules to a device."""
+        self.device = torch.device(device)
+        for rule in self.rules:
+            rule.to(self.device)
 
     def pass_through(self, losses: Tensor, weights: Tensor | None = None) -> Verdict:
         """Return the verdict that trains a batch as it is, and count nothing: for augmented copies."""
@@ -301,6 +330,7 @@ class SampleGuard:
             "assignment": self.plan.assignment,
             "groups": self.groups,
             "ledger": self.ledger.state_dict(),
+            "bins": self.bins.state_dict(),
             "rules": [rule.state_dict() for rule in self.rules],
             "queues": [{"sample_ids": queue.sample_ids, "strengths": queue.strengths} for queue in self.queues],
         }
@@ -321,6 +351,7 @@ class SampleGuard:
         self._uncounted = []
         self.seed, self.shard_index, self.groups = state["seed"], state["shard_index"], state["groups"]
         self.plan = ShardPlan(state["assignment"].clone(), self.num_shards)
+        self.bins.load_state_dict(state["bins"])
         for rule, saved in zip(self.rules, state["rules"], strict=True):
             rule.load_state_dict(saved)
         self.queues = [AugmentQueue(list(q["sample_ids"]), list(q["strengths"])) for q in state["queues"]]

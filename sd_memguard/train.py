@@ -22,10 +22,11 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> None:
     config = parse_train_args(sys.argv[1:] if argv is None else argv, prog=prog)
     # After parsing: `--help` and wrong flags need not wait for torch.
     from sd_memguard.console import configure_logging
+    from sd_memguard.training.distributed_start import hard_exit
     from sd_memguard.training.trainer import train
 
     configure_logging()
-    with exit_on_user_error():
+    with exit_on_user_error(), hard_exit():
         train(config)
 
 

@@ -1,19 +1,32 @@
 """What the tests of training share: a tiny pipeline built from configs, a folder of images, and runs with them."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sd_memguard import assets
 from sd_memguard.config import TrainConfig, make_train_config
-from sd_memguard.training.trainer import TrainResult, train
+
+if TYPE_CHECKING:
+    from sd_memguard.training.trainer import TrainResult
+
+# With the core's dependencies alone (torch, numpy, safetensors) the tests of core, proxies and plugin run.
+if find_spec("diffusers") is None:
+    collect_ignore_glob = [
+        *("audit/*", "benchmarks/*", "data/*", "demo/*", "export/*", "inspection/*", "launcher/*", "models/*"),
+        *("runs/*", "training/*", "reference/test_*", "core/test_verification.py", "plugin/families.py"),
+        *("plugin/test_augment.py", "plugin/test_gate_families.py", "plugin/test_lora_export.py"),
+        *("plugin/test_prepare.py", "test_assets.py", "test_config.py", "test_docs.py", "test_examples.py"),
+        *("test_flags.py", "test_host_memory.py", "test_platforms.py"),
+    ]
 
 RESOLUTION = 32
 # Few timesteps, so that the memory bank has enough visits for decisions after a few steps.
@@ -32,6 +45,9 @@ def one_thread():
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory) -> Path:
     """Return a Stable Diffusion of 32 px and some ten thousand weights."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     unet = diffusers.UNet2DConditionModel(
@@ -69,6 +85,8 @@ def pipeline(tmp_path_factory) -> Path:
 
 def write_images(folder: Path, sizes: list[tuple[int, int]]) -> Path:
     """Write random images of these sizes, every third with a list of two captions."""
+    from PIL import Image
+
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     lines = []
@@ -123,6 +141,8 @@ def configure(pipeline, images, tmp_path) -> Callable[..., TrainConfig]:
 @pytest.fixture(scope="session")
 def finished_run(pipeline, images, wide_images, tmp_path_factory) -> TrainResult:
     """Return a short run that is over, with a held-out gap and a checkpoint; whoever changes it makes a copy first."""
+    from sd_memguard.training.trainer import train
+
     folder = tmp_path_factory.mktemp("finished") / "run"
     heldout = {"validation_data_dir": str(wide_images), "center_crop": True}
     return train(short_run(pipeline, images, folder, **heldout, checkpointing_steps=15))
@@ -131,4 +151,6 @@ def finished_run(pipeline, images, wide_images, tmp_path_factory) -> TrainResult
 @pytest.fixture
 def run(configure) -> Callable[..., TrainResult]:
     """Return a function that trains with the settings of `configure`."""
+    from sd_memguard.training.trainer import train
+
     return lambda *args, **settings: train(configure(*args, **settings))

@@ -128,10 +128,10 @@ def test_train_rules(name, value, message):
 def test_settings_that_cannot_stand_together():
     with pytest.raises(ConfigError, match="`--train_data_dir` or `--dataset_name` must be given, got neither; name a"):
         make_train_config(pretrained="model")
-    with pytest.raises(
-        ConfigError, match=r"`--hub_token` must not be given together with `--report_to wandb`.*hf auth"
-    ):
-        make(report_to="wandb", hub_token="secret")
+    for tracker in ("all", "aim", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"):
+        with pytest.raises(ConfigError, match=f"`--hub_token` must not be .* `--report_to {tracker}`.*hf auth"):
+            make(report_to=tracker, hub_token="secret")
+    make(report_to="tensorboard", hub_token="secret")
     with pytest.raises(ConfigError, match="`--dream_training` must not be given together with `--prediction_type v_pr"):
         make(dream_training=True, prediction_type="v_prediction")
     with pytest.raises(ConfigError, match="`--use_ema` must not be given together with `--proxy lora`"):
@@ -159,6 +159,7 @@ def test_defaults_depend_on_the_proxy():
     assert (full.output_dir, full.validation_epochs) == ("sd-model-finetuned", 5)
     assert (lora.output_dir, lora.validation_epochs) == ("sd-model-finetuned-lora", 1)
     assert (lora.rank, lora.num_validation_images, lora.validation_prompt) == (4, 4, None)
+    assert make(proxy="lora", validation_prompt="a cat", num_validation_images=0).num_validation_images == 0  # as in L
     given = make(proxy="lora", rank=8, validation_epochs=3, output_dir="out", validation_prompt="a cat")
     assert (given.rank, given.validation_epochs, given.output_dir) == (8, 3, "out")
 

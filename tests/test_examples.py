@@ -42,7 +42,7 @@ def test_accelerate_loop_resumes_and_gains_ten_lines_at_most(tmp_path, monkeypat
 
     whole = run("whole")
     assert run("resumed", "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-5")) == whole
-    assert "visits were skipped" in capsys.readouterr().out
+    assert "samples were skipped" in capsys.readouterr().out
     assert 5 <= example.read_text(encoding="utf-8").count("# +") <= 10
 
 

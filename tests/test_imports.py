@@ -11,13 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sd_memguard"
 
-BASE = {"errors", "settings", "config", "files"}
+BASE = {"errors", "settings", "config", "files", "host_memory"}
 CORE = {"core", "proxies", "distributed", "defaults", "sample_guard", *BASE}
 ENGINE = {*CORE, "ensemble", "plugin", "guard"}
 # The other parts that each part of the package may import. What is not listed stands on top and may import all.
 PARTS = {
     "errors": set(),
     "files": {"errors"},
+    "host_memory": set(),
     "settings": {"errors"},
     "config": {"errors", "settings"},
     "flags": BASE,
@@ -44,6 +45,7 @@ PARTS = {
 LIBRARIES = {
     "errors": set(),
     "files": set(),
+    "host_memory": {"psutil"},
     "settings": set(),
     "config": set(),
     "defaults": set(),
@@ -65,6 +67,12 @@ LIBRARIES = {
     "audit.reporting.page": {"jinja2"},
     "audit.reporting.sentences": set(),
 }
+
+
+# What works with torch, numpy and safetensors alone, and what is then not installed.
+CORE_PARTS = {*CORE, "ensemble", "plugin", "guard"} - {"host_memory"}
+EXTRAS = {"accelerate", "datasets", "diffusers", "filelock", "jinja2", "matplotlib", "peft", "PIL", "psutil"}
+EXTRAS |= {"pyarrow", "tensorboard", "torchvision", "tqdm", "transformers", "yaml"}
 
 
 def imported_modules(source: str, package: str = "") -> Iterator[str]:
@@ -159,6 +167,57 @@ def test_importing_costs_no_more_than_torch(statement, absent):
     probe = f"import sys\n{statement}\nprint(sorted({absent!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_core_guards_a_loop_with_torch_numpy_and_safetensors_alone():
+    """As after `pip install sd-memguard` without extras: every other package that is installed cannot be imported."""
+    probe = f"""
+import sys
+import torch._dynamo  # looks for packages that it may not find
+
+absent = {sorted(EXTRAS)}
+
+class OnlyTheCore:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, OnlyTheCore())
+for name in [name for name in sys.modules if name.split(".")[0] in absent]:
+    del sys.modules[name]
+from importlib import import_module
+for name in {sorted(f"sd_memguard.{name}" for name in MODULES if name.split(".")[0] in CORE_PARTS)}:
+    if name != "sd_memguard.plugin.augment":  # meets torchvision only in a loop that has it
+        import_module(name)
+from sd_memguard import GuardConfig, MemorizationGuard
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+before = model.weight.detach().clone()
+rows = [{{"x": torch.ones(2) * n}} for n in range(8)]
+guard = MemorizationGuard(GuardConfig(num_shards=2, steps_per_round=1, augment_threshold=0), num_samples=8)
+loader = guard.attach(model, optimizer, torch.utils.data.DataLoader(rows, batch_size=2), total_steps=4)
+for batch in loader:
+    verdict = guard.weigh(model(batch["x"]).square().mean(dim=1), torch.zeros(2, dtype=torch.int64), batch["sample_id"])
+    verdict.loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(int(guard.ledger.seen.sum()), not torch.equal(before, model.weight))
+"""
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "8 True\n", done.stderr
+
+
+def test_a_command_names_the_extra_that_it_needs():
+    probe = """
+import sys
+sys.modules["jinja2"] = sys.modules["diffusers"] = None  # as when they are not installed
+from sd_memguard.cli import main
+main(sys.argv[1:])
+"""
+    files = ["--model", "here", "--train_data_dir", "here", "--output_dir", "there"]
+    done = subprocess.run([sys.executable, "-c", probe, "audit", *files], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install 'sd-memguard[audit]'" in done.stderr
 
 
 def test_public_names():

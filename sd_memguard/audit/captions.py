@@ -17,8 +17,8 @@ class ChosenCaptions(NamedTuple):
 def choose_captions(images: Images, count: int) -> ChosenCaptions:
     """Return the first rows whose image is in the set many times, and the first whose image is in it once.
 
-    A repeated image has one caption throughout. Left out are images with a look-alike (a man and a woman, two
-    clock faces): a generated image near one of those need not be a copy of it. Look-alike means what near copy means: the
+    A repeated image has one caption throughout. Images with a near-duplicate (a man and a woman, two clock faces) are
+    not chosen: a generated image near one of those need not be a copy of it. The measure is that of near copies: the
     distance to the nearest *other* image is below ``COPY_THRESHOLD`` of the mean to the 50 nearest others.
 
     Args:

@@ -4,10 +4,12 @@ import csv
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import datasets
 import PIL.Image
@@ -16,6 +18,8 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from sd_memguard.audit import AuditError
+
+logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -31,6 +35,8 @@ class Collection:
         captions: One for each; the first where a row has several, empty where it has none.
         read: Gives the bytes of a row's file.
         is_folder: Whether ``files`` are files below ``place``.
+        skipped: What is wrong with each row that is passed over, as in a training with ``--on_bad_sample skip``; None
+            where a bad row is an error.
     """
 
     place: str
@@ -38,6 +44,7 @@ class Collection:
     captions: Sequence[str]
     read: Callable[[int], bytes]
     is_folder: bool
+    skipped: dict[int, str] | None = None
 
     def __len__(self) -> int:
         """Return the number of rows, repeats included."""
@@ -47,26 +54,35 @@ class Collection:
     def hashes(self) -> list[str]:
         """The SHA-256 of each row's file, with a progress bar; two rows with the same are the same image.
 
+        That of a row that is passed over is empty.
+
         Raises:
             AuditError: Where a file is missing, unreadable or not a image; names the first ones.
         """
-        found, faults = [], []
+        found: list[str] = []
+        faults = {} if self.skipped is None else dict(self.skipped)
         for row in tqdm(
             range(len(self)), desc=f"reading {self.place or 'generated images'}", unit="image", leave=False
         ):
+            if row in faults:
+                found.append("")
+                continue
             try:
                 content = self.read(row)
-                with Image.open(io.BytesIO(content)) as image:
-                    image.size  # noqa: B018 (opening reads the header, which tells a image from anything else)
+                with Image.open(io.BytesIO(content)) as image:  # reads the header, which tells an image from others
+                    if self.skipped is not None:
+                        image.load()
                 found.append(hashlib.sha256(content).hexdigest())
-            except (OSError, ValueError) as error:
-                faults.append(f"{self.files[row]}: {error}")
+            except (OSError, ValueError, SyntaxError) as error:
+                faults[row] = str(error)
+                found.append("")
         if faults:
+            told = "; ".join(f"{self.files[row]}: {fault}" for row, fault in list(faults.items())[:3])
             more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-            raise AuditError(
-                f"{len(faults)} of {len(self)} images in {self.place} cannot be read: {'; '.join(faults[:3])}{more}; "
-                "repair or remove them"
-            )
+            text = f"{len(faults)} of {len(self)} images in {self.place} cannot be used: {told}{more}"
+            if self.skipped is None:
+                raise AuditError(f"{text}; repair or remove them, or pass over them by `--on_bad_sample skip`")
+            logger.warning("%s; they are passed over", text)
         return found
 
     @cached_property
@@ -75,6 +91,7 @@ class Collection:
         first: dict[str, int] = {}
         for row, content in enumerate(self.hashes):
             first.setdefault(content, row)
+        first.pop("", None)
         return list(first.values())
 
     @property
@@ -99,7 +116,22 @@ class Collection:
             raise AuditError(f"{self.files[row]} in {self.place} is damaged: {error}; repair or remove it") from error
 
 
-def read_folder(folder: Path, flag: str, caption_column: str = "text", *, needs_captions: bool = True) -> Collection:
+class _Row(NamedTuple):
+    """A file, its caption, and what is wrong with the row, if anything."""
+
+    file: str
+    caption: str
+    fault: str = ""
+
+
+def read_folder(
+    folder: Path,
+    flag: str,
+    caption_column: str = "text",
+    *,
+    needs_captions: bool = True,
+    on_bad_sample: Literal["error", "skip"] = "error",
+) -> Collection:
     """Return the images of a folder in the order that training gives them.
 
     With ``metadata.jsonl``, ``.csv`` or ``.parquet`` at its top: its rows. Otherwise every image below the folder in
@@ -110,6 +142,7 @@ def read_folder(folder: Path, flag: str, caption_column: str = "text", *, needs_
         flag: The flag that named it, for messages.
         caption_column: Column of the metadata that holds the caption, or a list of which the first counts.
         needs_captions: Refuse images without captions, otherwise they get an empty one.
+        on_bad_sample: Refuse rows that cannot be used, or pass over them; rows keep their numbers.
 
     Raises:
         AuditError: No such folder, no images, no captions, or metadata that cannot be read.
@@ -124,36 +157,40 @@ def read_folder(folder: Path, flag: str, caption_column: str = "text", *, needs_
     if not rows:
         raise AuditError(f"`{flag}` {folder} holds no images (.png, .jpg, ...); name another folder")
     root = folder.resolve()
-    for name, _ in rows:
-        if not (root / name).resolve().is_relative_to(root):
-            raise AuditError(
-                f"`{flag}` {folder} lists {name}, which lies outside of it; move the image into the folder"
-            )
-    files = [name for name, _ in rows]
+    for number, row in enumerate(rows):
+        if not row.fault and not (root / row.file).resolve().is_relative_to(root):
+            fault = f"`{flag}` {folder} lists {row.file}, which lies outside of it; move the image into the folder"
+            rows[number] = row._replace(fault=fault)
+    faults = {number: row.fault for number, row in enumerate(rows) if row.fault}
+    if faults and on_bad_sample == "error":
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise AuditError(f"{next(iter(faults.values()))}{more}")
+    files = [row.file for row in rows]
     return Collection(
-        str(folder), files, [caption for _, caption in rows], lambda row: (root / files[row]).read_bytes(), True
+        str(folder),
+        files,
+        [row.caption for row in rows],
+        lambda row: (root / files[row]).read_bytes(),
+        True,
+        faults if on_bad_sample == "skip" else None,
     )
 
 
-def _text_rows(folder: Path, needs_captions: bool) -> Iterator[tuple[str, str]]:
-    missing = []
+def _text_rows(folder: Path, needs_captions: bool) -> Iterator[_Row]:
     for file in sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
         if any(part.startswith(".") for part in file.parts):
             continue
         text = (folder / file).with_suffix(".txt")
         lines = text.read_text(encoding="utf-8-sig", errors="replace").splitlines() if text.is_file() else []
         captions = [line.strip() for line in lines if line.strip()]
-        if not captions:
-            missing.append(file.as_posix())
-        yield file.as_posix(), captions[0] if captions else ""
-    if missing and needs_captions:
-        raise AuditError(
-            f"{len(missing)} images in {folder} have no caption, the first is {missing[0]}; add metadata.jsonl, "
-            ".csv or .parquet with `file_name` and the caption, or a .txt file beside each image"
+        fault = (
+            f"{file.as_posix()} in {folder} has no caption; add metadata.jsonl, .csv or .parquet with `file_name` and "
+            "the caption, or a .txt file beside each image"
         )
+        yield _Row(file.as_posix(), captions[0] if captions else "", fault if needs_captions and not captions else "")
 
 
-def _metadata_rows(file: Path, flag: str, caption_column: str, needs_captions: bool) -> Iterator[tuple[str, str]]:
+def _metadata_rows(file: Path, flag: str, caption_column: str, needs_captions: bool) -> Iterator[_Row]:
     try:
         rows = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[file.suffix](file)
     except (OSError, ValueError) as error:
@@ -161,21 +198,29 @@ def _metadata_rows(file: Path, flag: str, caption_column: str, needs_captions: b
     for number, row in enumerate(rows, start=1):
         name = row.get("file_name")
         if not isinstance(name, str) or not name:
-            raise AuditError(f"row {number} of {file} must name a image as `file_name`, it has {sorted(row)}; add it")
+            fault = f"row {number} of {file} must name an image as `file_name`, it has {sorted(row)}; add it"
+            yield _Row(f"row {number}", "", fault)
+            continue
         caption = row.get(caption_column)
         caption = caption[0] if isinstance(caption, list) and caption else caption
-        if not isinstance(caption, str) and needs_captions:
-            raise AuditError(
-                f"row {number} of {file} must have a caption as `{caption_column}`, it has {sorted(row)}; add it, or "
-                "name the column with `--caption_column`"
-            )
-        yield name, caption if isinstance(caption, str) else ""
+        text = caption if isinstance(caption, str) else ""
+        fault = (
+            f"row {number} of {file} must have a caption as `{caption_column}`, it has {sorted(row)}; add it, or "
+            "name the column with `--caption_column`"
+        )
+        yield _Row(name, text, fault if needs_captions and not text.strip() else "")
 
 
 def _read_jsonl(file: Path) -> list[dict[str, object]]:
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("every line must be a JSON object")
+    """Return a row per line that is not blank, an empty one for a line that is no JSON object."""
+    rows: list[dict[str, object]] = []
+    for line in file.read_text(encoding="utf-8-sig").splitlines():
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except ValueError:
+                value = {}
+            rows.append(value if isinstance(value, dict) else {})
     return rows
 
 

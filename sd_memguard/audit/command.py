@@ -17,6 +17,7 @@ from diffusers import StableDiffusionPipeline
 from sd_memguard import __version__
 from sd_memguard.audit import AuditError
 from sd_memguard.audit.arguments import MARKER, AuditSettings, parse_arguments
+from sd_memguard.audit.attribute_probe import AttributeProbe, measure_attributes, prepare_attributes
 from sd_memguard.audit.captions import ChosenCaptions
 from sd_memguard.audit.collection import Collection
 from sd_memguard.audit.features.cache import Store
@@ -44,6 +45,7 @@ from sd_memguard.audit.metrics.measures import (
 from sd_memguard.audit.metrics.quality import MAX_QUALITY_IMAGES, Quality, quality_features, quality_figures
 from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD
 from sd_memguard.audit.metrics.statistics import summarize
+from sd_memguard.audit.metrics.verified import CopyDistance, choose_distance
 from sd_memguard.audit.models import ModelFiles, default_device, model_sha256, read_run
 from sd_memguard.audit.reporting import write as records
 from sd_memguard.audit.reporting.page import write_report
@@ -53,6 +55,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "sd-memguard-audit-1"
 
+MAX_VERIFIED = 500
+"""Most training images that are registered with others, for the background."""
+
 
 class Background(NamedTuple):
     """What is alike without being copied, and what follows from it.
@@ -61,7 +66,10 @@ class Background(NamedTuple):
         positions: Which distinct training images ``train`` is about.
         train: Their nearest others.
         reference: The nearest training images of the reference images, or None.
-        threshold: Similarity of a copy.
+        threshold: From which similarity on images are alike; that of a copy where nothing is verified.
+        copy_distance: Of a verified copy, None where nothing is verified.
+        train_share: Share of ``train`` that would be copies.
+        reference_share: Of ``reference``.
         chosen: Training rows whose captions are drawn.
     """
 
@@ -69,11 +77,14 @@ class Background(NamedTuple):
     train: Matched
     reference: Matched | None
     threshold: Threshold
+    copy_distance: CopyDistance | None
+    train_share: float
+    reference_share: float
     chosen: ChosenCaptions
 
 
 class Setup(NamedTuple):
-    """What every model is measured with; ``probes`` is the reason in words where models are not probed."""
+    """What every model is measured with; ``probes``, ``attributes``: the reason in words where they are not there."""
 
     settings: AuditSettings
     inputs: Inputs
@@ -81,6 +92,7 @@ class Setup(NamedTuple):
     background: Background
     probes: Probes | str
     quality: Quality
+    attributes: AttributeProbe | str
 
 
 class Audited(NamedTuple):
@@ -112,7 +124,15 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
     gallery = Gallery(inputs.train, inputs.extractor, store, device, settings.batch_size)
     background = measure_background(settings, inputs, gallery)
     setup = Setup(
-        settings, inputs, gallery, background, choose_probes(settings, inputs), prepare_quality(inputs, gallery)
+        settings,
+        inputs,
+        gallery,
+        background,
+        choose_probes(settings, inputs),
+        prepare_quality(inputs, gallery),
+        prepare_attributes(gallery, inputs.reference, settings.attributes_dir, settings.seed)
+        if settings.models
+        else "images were given, whose captions are not known",
     )
     shutil.rmtree(settings.output_dir / "generated", ignore_errors=True)
     audited = [
@@ -131,15 +151,28 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
     others = gallery.match_own(positions)
     reference = gallery.match(inputs.reference) if inputs.reference is not None else None
     threshold = choose_threshold(others.similarity, None if reference is None else reference.similarity)
+    copy_distance = None
     if settings.copy_threshold is not None:
         threshold = Threshold(settings.copy_threshold, "given as --copy_threshold", "flag")
+        shares = [_share_of(matched, threshold.similarity) for matched in (others, reference)]
+    else:
+        trained = gallery.verify_own(positions[:MAX_VERIFIED]).distance
+        unseen = gallery.verify(inputs.reference).distance if inputs.reference is not None else None
+        copy_distance = (
+            choose_distance(trained, "training images, beside the others,")
+            if unseen is None
+            else choose_distance(unseen, "images not trained on")
+        )
+        limit = copy_distance.distance
+        shares = [float("nan") if one is None else (one <= limit).float().mean().item() for one in (trained, unseen)]
     chosen = ChosenCaptions([], [])
     if settings.models:
-        # Twice as many as are drawn, so that near-duplicates can be left out without comparing all images of a large set.
-        kinds = [rows[: 2 * settings.num_prompts] for rows in candidates(train, settings.seed)]
+        # Twice as many as are used, so that near-duplicates can be dropped without comparing all images of a large set.
+        groups = gallery.groups()
+        kinds = [rows[: 2 * settings.num_prompts] for rows in candidates(train, groups, settings.seed)]
         place = {row: position for position, row in enumerate(distinct)}
         asked = torch.tensor([place[row] for rows in kinds for row in rows], dtype=torch.int64)
-        like = gallery.match_own(asked).similarity >= threshold.similarity if len(asked) else torch.zeros(0)
+        like = gallery.match_apart(asked, groups) >= threshold.similarity if len(asked) else torch.zeros(0)
         near_duplicates = {distinct[position] for position in asked[like.bool()].tolist()}
         chosen = choose_rows(ChosenCaptions(*kinds), near_duplicates, settings.num_prompts)
         if not any(chosen):
@@ -147,7 +180,11 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
                 f"{train.place} has no caption to draw: each belongs to several images, or its image has a "
                 "look-alike; raise `--copy_threshold`, or draw yourself and give the images as `--images`"
             )
-    return Background(positions, others, reference, threshold, chosen)
+    return Background(positions, others, reference, threshold, copy_distance, shares[0], shares[1], chosen)
+
+
+def _share_of(matched: Matched | None, threshold: float) -> float:
+    return float("nan") if matched is None else (matched.similarity >= threshold).float().mean().item()
 
 
 def choose_probes(settings: AuditSettings, inputs: Inputs) -> Probes | str:
@@ -187,11 +224,15 @@ def audit_model(name: str, files: ModelFiles, setup: Setup) -> Audited:
     settings, store = setup.settings, setup.gallery.store
     sha256 = model_sha256(files)
     load = cache(lambda: load_pipeline(files, setup.gallery.device))
-    subject = draw_subject(name, sha256, load, setup)
+    subject = generate_set(name, sha256, load, setup)
     run, samples = read_run(files.base if files.addition is None else files.addition.parent)
     source = {"name": name, "source": "model", "path": files.text, "sha256": sha256, "run": run}
     figures, pairs = _measure(source, subject, setup, samples)
     missing = {} if run else {"run": "no memguard/ with records of a run beside the model"}
+    probe = setup.attributes
+    attributes = probe if isinstance(probe, str) else measure_attributes(probe, subject, setup.gallery, settings.seed)
+    missing |= {"attributes": attributes} if isinstance(attributes, str) else {}
+    figures["attributes"] = None if isinstance(attributes, str) else attributes
     figures["detection"] = figures["membership"] = None
     if isinstance(setup.probes, str):
         missing |= {"detection": setup.probes, "membership": setup.probes}
@@ -210,28 +251,30 @@ def audit_images(name: str, images: Collection, setup: Setup) -> Audited:
     source = {"name": name, "source": "images", "path": images.place, "sha256": images.sha256, "run": None}
     figures, pairs = _measure(source, subject, setup, None)
     reason = "images were given, no model"
-    missing = {"run": reason, "detection": reason, "membership": reason}
-    return Audited({**figures, "detection": None, "membership": None, "why_missing": missing}, pairs)
+    unknown = ("detection", "membership", "attributes")
+    missing = dict.fromkeys(("run", *unknown), reason)
+    return Audited({**figures, **dict.fromkeys(unknown), "why_missing": missing}, pairs)
 
 
 def _measure(
     source: dict[str, Any], subject: GeneratedSet, setup: Setup, samples: dict[str, list[Any]] | None
 ) -> tuple[dict[str, Any], pa.Table]:
     """Return what generated images alone tell, and their rows."""
-    threshold, seed = setup.background.threshold.similarity, setup.settings.seed
-    compared = compare(subject, setup.gallery)
+    background, seed = setup.background, setup.settings.seed
+    distance = None if background.copy_distance is None else background.copy_distance.distance
+    compared = compare(subject, setup.gallery, background.threshold.similarity, distance)
     figures = {
         **source,
         "num_generated": len(subject.images),
-        "copies": copy_figures(subject, compared, threshold, seed),
+        "copies": copy_figures(subject, compared, seed),
         "quality": quality_figures(subject, setup.quality, seed),
     }
-    pairs = records.pair_table(source["name"], subject, compared, threshold, setup.inputs.train, samples)
+    pairs = records.pair_table(source["name"], subject, compared, setup.inputs.train, samples)
     return figures, pairs
 
 
-def draw_subject(name: str, sha256: str, load: Callable[[], StableDiffusionPipeline], setup: Setup) -> GeneratedSet:
-    """Draw the chosen captions, all models from the same noises, and put the generated images below the output folder."""
+def generate_set(name: str, sha256: str, load: Callable[[], StableDiffusionPipeline], setup: Setup) -> GeneratedSet:
+    """Generate the chosen prompts, every model from the same noise, and put the images below the output folder."""
     settings, train, chosen = setup.settings, setup.inputs.train, setup.background.chosen
     count = settings.num_images_per_prompt
     rows = [row for kind in chosen for row in kind for _ in range(count)]
@@ -254,7 +297,7 @@ def describe(setup: Setup, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the report."""
     settings, inputs, background = setup.settings, setup.inputs, setup.background
     extractor, threshold = inputs.extractor, background.threshold.similarity
-    reference = background.reference
+    reference, distance = background.reference, background.copy_distance
     return {
         "format": FORMAT,
         "version": __version__,
@@ -267,14 +310,17 @@ def describe(setup: Setup, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "threshold": {
             "similarity": threshold,
             "l2_ratio": COPY_THRESHOLD,
-            "rule": background.threshold.rule,
+            "distance": None if distance is None else distance.distance,
+            "rule": background.threshold.rule if distance is None else distance.rule,
             "source": background.threshold.source,
         },
         "train": _describe_images(inputs.train),
         "reference": None if inputs.reference is None else _describe_images(inputs.reference),
         "background": {
-            "train": summarize(background.train.similarity, threshold),
-            "reference": None if reference is None else summarize(reference.similarity, threshold),
+            "train": replace(summarize(background.train.similarity, threshold), share_above=background.train_share),
+            "reference": None
+            if reference is None
+            else replace(summarize(reference.similarity, threshold), share_above=background.reference_share),
         },
         "models": list(models),
     }

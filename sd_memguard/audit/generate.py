@@ -102,7 +102,7 @@ def draw_into(
     settings: GenerationSettings,
     description: str,
 ) -> list[str]:
-    """Draw what the store does not hold yet, with a progress bar, and return the keys of all generated images as PNG files.
+    """Generate what the cache does not hold yet, with a progress bar, and return the keys of all images as PNG files.
 
     Batches are cut at fixed places and kept whole or not at all, so an interrupted audit goes on with the same ones.
 

@@ -1,6 +1,7 @@
 """Everything an audit reads, opened and checked before anything is drawn."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,9 +60,10 @@ def open_inputs(settings: AuditSettings, store: Store, device: torch.device) -> 
 
 def _open_train(settings: AuditSettings) -> Collection:
     if settings.dataset_name is not None:
-        return read_dataset(settings.dataset_name, settings.image_column, settings.caption_column)
+        dataset = read_dataset(settings.dataset_name, settings.image_column, settings.caption_column)
+        return replace(dataset, skipped={}) if settings.on_bad_sample == "skip" else dataset
     folder = _folder(settings.train_data_dir, demo_data_path())
-    return read_folder(folder, "--train_data_dir", settings.caption_column)
+    return read_folder(folder, "--train_data_dir", settings.caption_column, on_bad_sample=settings.on_bad_sample)
 
 
 def _open_reference(settings: AuditSettings, train: Collection) -> Collection | None:

@@ -61,7 +61,7 @@ def iterate_aggregate(
         first = states[0][name]
         mean = torch.zeros(first.shape, dtype=torch.float64)
         for state, weight in zip(states, weights, strict=True):
-            mean.add_(state[name].to("cpu", torch.float64), alpha=weight / total)
+            mean.add_(state[name].cpu().double(), alpha=weight / total)
         if combine is None:
             yield name, mean.to(first.dtype)
             continue

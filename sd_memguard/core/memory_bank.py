@@ -21,8 +21,8 @@ class LossMemoryBank:
        kept as a decayed sum of losses (``m = (1 - d) sum``) beside the decayed count of samples.
 
     Modes: ``paper`` starts at 0 as the authors' code does, so that a timestep rarely skips the first times it is seen;
-    ``corrected`` divides by ``1 - d^n`` after n samples; ``smoothed`` (ours) divides decayed sums of losses by decayed counts,
-    both summed over ``t +- 20``, since at batch size 8 a timestep out of 1000 is seen every 125 steps only.
+    ``corrected`` divides by ``1 - d^n`` after n samples; ``smoothed`` (ours) divides decayed sums of losses by decayed
+    counts, both summed over ``t +- 20``, since at batch size 8 a timestep out of 1000 is seen every 125 steps only.
 
     Args:
         num_timesteps: number of timesteps of the noise schedule.
@@ -99,8 +99,11 @@ class LossMemoryBank:
         share = self.decay ** followers.float() * finite
         seen = torch.zeros_like(self.times_seen).index_add_(0, timesteps, finite.long())
         fade = self.decay ** seen.float()
-        self.sums.mul_(fade).index_add_(0, timesteps, share * losses)
-        self.counts.mul_(fade).index_add_(0, timesteps, share)
+        # Not by `index_add_`, which on CUDA adds in no fixed order: processes that share a batch decide each for
+        # itself, and must decide the same. Samples of one timestep write the same sum: their order does not matter.
+        for values, added in ((self.sums, share * losses), (self.counts, share)):
+            values.mul_(fade)
+            values[timesteps] = values[timesteps] + (same * added).sum(dim=1)
         self.times_seen.add_(seen)
 
     def _window(self, values: Tensor, timesteps: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -36,6 +35,7 @@ from sd_memguard.data.transforms import Preprocess, View
 from sd_memguard.distributed import Exchange
 from sd_memguard.errors import UserError
 from sd_memguard.files import gigabytes, nearest_folder
+from sd_memguard.host_memory import available_memory
 from sd_memguard.models.encoders import Encoders, fingerprint, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def choose_place(need: CacheSpec, config: TrainConfig) -> Literal["memory", "dis
         return mode
     if mode == "auto" and need.num_reads is not None and need.num_reads < need.num_rows:
         return "off"
-    if mode == "auto" and need.size * processes_here() <= MEMORY_SHARE * psutil.virtual_memory().available:
+    if mode == "auto" and need.size * processes_here() <= MEMORY_SHARE * available_memory():
         return "memory"
     folder = cache_folder(config)
     free = shutil.disk_usage(nearest_folder(folder)).free

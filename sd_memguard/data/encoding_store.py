@@ -10,7 +10,6 @@ noticed and its rows are made again.
 import hashlib
 import json
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd_memguard.files import TEMPORARY_PREFIX
+from sd_memguard.files import TEMPORARY_PREFIX, flush
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +137,7 @@ class EncodingStore:
         temporary = self.folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
         try:
             write(temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
+            flush(temporary)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

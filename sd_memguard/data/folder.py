@@ -45,27 +45,44 @@ class _Listing(NamedTuple):
     others: list[str]
 
 
-class FolderImages:
-    """Images below a folder; nothing outside it is opened, neither by `..` nor through a link."""
+class DataFolder:
+    """A folder of which nothing outside is opened, neither by `..` nor through a link."""
 
-    def __init__(self, folder: Path, files: pa.Array) -> None:
+    def __init__(self, folder: Path) -> None:
         """Remember where the folder really lies."""
-        self._files = files
-        self._root = folder.resolve()
+        self.root = folder.resolve()
         # In a snapshot of the hub's cache every file is a link to `blobs`, beside `snapshots`.
-        snapshots = [parent for parent in self._root.parents if parent.name == "snapshots"]
-        self._allowed = [self._root, *(parent.parent / "blobs" for parent in snapshots)]
+        snapshots = [parent for parent in self.root.parents if parent.name == "snapshots"]
+        self._allowed = [self.root, *(parent.parent / "blobs" for parent in snapshots)]
 
-    def read(self, row: int) -> Mapping[str, object]:
-        """Return the bytes of a image."""
-        file = self._files[row].as_py()
-        path = self._root / file
+    def fault(self, file: str) -> str:
+        """Return why a file of the folder must not be opened, nothing where it may: a pipe would block, for one."""
+        path = self.root / file
         try:
             if not path.is_file():
-                raise ImageError("is not a file" if path.exists() else "is listed, but there is no such file")
+                return "is not a file" if path.exists() else "is listed, but there is no such file"
             if not any(path.resolve().is_relative_to(allowed) for allowed in self._allowed):
-                raise ImageError("is a link that leaves the data folder; copy the image into it")
-            return {"path": file, "bytes": path.read_bytes()}
+                return "is a link that leaves the data folder; copy the file into it"
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        return ""
+
+
+class FolderImages:
+    """Images below a folder."""
+
+    def __init__(self, folder: Path, files: pa.Array) -> None:
+        """Take the folder, and the file of each row."""
+        self._folder, self._files = DataFolder(folder), files
+
+    def read(self, row: int) -> Mapping[str, object]:
+        """Return the bytes of an image."""
+        file = self._files[row].as_py()
+        fault = self._folder.fault(file)
+        if fault:
+            raise ImageError(fault)
+        try:
+            return {"path": file, "bytes": (self._folder.root / file).read_bytes()}
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror}") from error
 
@@ -84,8 +101,11 @@ def read_folder(folder: str, *, image_column: str, caption_column: str) -> Sourc
     if not root.is_dir():
         fault = "is a file, not a folder" if root.exists() else "does not exist"
         raise SampleError(f"`--train_data_dir` {folder} {fault}; give the folder that holds the images")
-    listing = _list_files(root)
+    listing, inside = _list_files(root), DataFolder(root)
     if listing.metadata:
+        for file in listing.metadata:
+            if fault := inside.fault(file):
+                raise SampleError(f"`--train_data_dir` {folder}: {file} {fault}")
         rows = _metadata_rows(root, listing, image_column, caption_column)
     elif not listing.images:
         raise SampleError(f"`--train_data_dir` {folder} holds no images (.png, .jpg, ...){_hint(listing, root)}")
@@ -95,7 +115,7 @@ def read_folder(folder: str, *, image_column: str, caption_column: str) -> Sourc
             f" or a `.txt` file of the same name beside each image{_hint(listing, root)}"
         )
     else:
-        rows = _text_rows(root, listing)
+        rows = _text_rows(inside, listing)
     collected = collect_rows(rows)
     if len(collected.files) == 0:
         raise SampleError(f"`--train_data_dir` {folder}: {', '.join(listing.metadata)} holds no rows")
@@ -154,7 +174,7 @@ def _hint(listing: _Listing, root: Path) -> str:
     return f"; unpack {printable(archives[0])}" if archives else ""
 
 
-def _text_rows(root: Path, listing: _Listing) -> Iterator[Row]:
+def _text_rows(inside: DataFolder, listing: _Listing) -> Iterator[Row]:
     """Yield the images of a folder without metadata, each with the lines of the caption file beside it."""
     unused = listing.texts.keys() - {_stem(file) for file in listing.images}
     if unused:
@@ -163,19 +183,21 @@ def _text_rows(root: Path, listing: _Listing) -> Iterator[Row]:
     misnamed = [file for file in listing.others if _LIKE_METADATA.match(posixpath.basename(file))]
     if misnamed:
         logger.warning("Not read: %s; metadata are read from %s", first_names(misnamed), _METADATA_RULE)
-    logger.info("Captions come from the .txt files beside the images in %s", root)
+    logger.info("Captions come from the .txt files beside the images in %s", inside.root)
     for file in listing.images:
         if not is_unicode(file):
             yield Row(printable(file), [], row_fault="file name is not valid UTF-8; rename it")
         elif (text := listing.texts.get(_stem(file))) is None:
             yield Row(file, None, caption_fault=f"has no caption: {_stem(file)}.txt is missing")
         else:
-            yield _text_row(root, file, text)
+            yield _text_row(inside, file, text)
 
 
-def _text_row(root: Path, file: str, text: str) -> Row:
+def _text_row(inside: DataFolder, file: str, text: str) -> Row:
+    if fault := inside.fault(text):
+        return Row(file, None, caption_fault=f"has no caption: {text} {fault}")
     try:
-        content = (root / text).read_text(encoding="utf-8-sig", errors="surrogateescape")
+        content = (inside.root / text).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         return Row(file, None, caption_fault=f"has no caption: {text} cannot be read: {error.strerror}")
     captions = [line.strip() for line in content.splitlines() if line.strip()]

@@ -1,5 +1,6 @@
 """Results in every format that people load, each loaded again and compared before success is reported."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ from sd_memguard.export.target import ExportError, check_target, remove, target_
 from sd_memguard.models.lora import LowRank, diffusers_names, kohya_names, low_rank
 from sd_memguard.models.pipeline import load_unet
 from sd_memguard.runs.trained_run import UNET, TrainedRun
+
+logger = logging.getLogger(__name__)
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -204,11 +207,11 @@ class Exporter:
     @cached_property
     def _generated_image(self) -> Tensor:
         """The trained model's, which all others are compared with."""
-        return check.draw(self._load_trained())
+        return check.generate(self._load_trained())
 
     @cached_property
     def _base_difference(self) -> float:
-        return check.difference(check.draw(self._load_base()), self._generated_image)
+        return check.difference(check.generate(self._load_base()), self._generated_image)
 
     def _compare(self, format: ExportFormat, path: Path, dtype: torch.dtype | None, adapter: LowRank | None) -> float:
         """Return how far the generated image of what was written is off.
@@ -229,12 +232,12 @@ class Exporter:
                 f"`{format}`: loaded again, the weights of {wrong[0]} ({len(wrong)} in all) are not those that were "
                 "meant; nothing was kept. Try another version of diffusers, or export `merged`"
             )
-        measured = check.difference(check.draw(pipeline), self._generated_image)
+        measured = check.difference(check.generate(pipeline), self._generated_image)
         if not measured <= tolerance:  # NaN is refused, too
             raise ExportError(
-                f"`{format}`: loaded again, its generated image is {percent(measured)} off the trained model's, and at most "
-                f"{percent(tolerance)} was expected; nothing was kept. Use `--dtype fp32`, a higher `--lora_rank`, or "
-                "export `merged`"
+                f"`{format}`: loaded again, its generated image is {percent(measured)} off the trained model's, and "
+                f"at most {percent(tolerance)} was expected; nothing was kept. Use `--dtype fp32`, "
+                "a higher `--lora_rank`, or export `merged`"
             )
         return measured
 
@@ -275,6 +278,9 @@ def export_at_end(run: TrainedRun) -> Exports:
             exports.done.append(exporter.export(format, run.folder, overwrite=True))
         except UserError as error:
             exports.failed.append(error)
+        except Exception as error:  # whatever it is, the run is over and its model written
+            logger.exception("`%s` could not be exported", format)
+            exports.failed.append(ExportError(f"`{format}`: {type(error).__name__}: {error}"))
     return exports
 
 
@@ -288,9 +294,9 @@ def percent(share: float) -> str:
 
 
 def lora_tolerance(relative_error: float) -> float:
-    """Return the share of the generated image's change that a LoRA file may miss when it misses so much of the weights'.
+    """Return what share of the image's change a LoRA file may miss, given the share of the weights' that it misses.
 
-    A generated image is no linear function of the weights, and where they change much it changes less than in proportion; the
-    root leaves room for that. That the file holds the very factors it should is compared apart, and exactly.
+    A generated image is no linear function of the weights: where they change much, it changes less than in proportion,
+    and the root leaves room for that. That the file holds the very factors it should is compared apart, and exactly.
     """
     return 2.0 * relative_error**0.5

@@ -1,11 +1,15 @@
 """Uploading the result: the pipeline's files and a card, and nothing else from the run folder."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, model_info, upload_folder
 
 from sd_memguard.config import TrainConfig
+from sd_memguard.models.pipeline import local_pipeline
+
+logger = logging.getLogger(__name__)
 
 ALLOWED = [
     "README.md",
@@ -32,12 +36,28 @@ def push_to_hub(output_dir: Path, config: TrainConfig, summary: dict[str, Any]) 
     )
 
 
+def base_license(config: TrainConfig) -> dict[str, Any]:
+    """Return the licence of the model that was fine-tuned as its card has it, nothing where that is not known."""
+    folder = local_pipeline(config)
+    try:
+        if folder is None:
+            name, revision = config.pretrained_model_name_or_path, config.revision
+            data = model_info(name, revision=revision, token=config.hub_token).card_data
+        else:
+            data = ModelCard.load(folder / "README.md").data
+    except Exception as error:  # no card, or whatever the hub's client meets on its way there
+        logger.warning("the licence of the base model is not known, and the card leaves it out: %s", error)
+        return {}
+    known = {} if data is None else data.to_dict()
+    return {name: known[name] for name in ("license", "license_name", "license_link") if known.get(name)}
+
+
 def model_card(repository: str, config: TrainConfig, summary: dict[str, Any]) -> ModelCard:
     """Return the card: how the model was trained and guarded, without a word of the training images."""
     base = config.pretrained_model_name_or_path
-    is_hub_name = not Path(base).exists()
+    is_hub_name = local_pipeline(config) is None
     data = ModelCardData(
-        license="creativeml-openrail-m",
+        **base_license(config),
         base_model=base if is_hub_name else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",

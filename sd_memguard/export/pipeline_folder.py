@@ -37,7 +37,7 @@ def write_pipeline(
         prediction_type: what the UNet was trained to predict, where that is not what the source says.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    index = json.loads((source / INDEX).read_text())
+    index = json.loads((source / INDEX).read_text(encoding="utf-8"))
     for part, classes in index.items():
         if isinstance(classes, list) and classes[0] is not None and part != UNET:
             _copy_part(source / part, output_dir / part, part, variant)
@@ -63,9 +63,10 @@ def _copy_part(source: Path, target: Path, part: str, variant: str | None) -> No
 
 def _note_prediction(config_file: Path, prediction_type: str) -> None:
     """Say in the scheduler's config what the UNet predicts, without which its generated images are noise."""
-    config = json.loads(config_file.read_text())
+    config = json.loads(config_file.read_text(encoding="utf-8"))
     if config.get("prediction_type", "epsilon") != prediction_type:
-        config_file.write_text(json.dumps({**config, "prediction_type": prediction_type}, indent=2) + "\n")
+        text = json.dumps({**config, "prediction_type": prediction_type}, indent=2) + "\n"
+        config_file.write_text(text, encoding="utf-8")
 
 
 def _cast_part(part: Path, dtype: torch.dtype) -> None:
@@ -74,9 +75,9 @@ def _cast_part(part: Path, dtype: torch.dtype) -> None:
         save_file(cast(load_file(file), dtype), file, metadata={"format": "pt"})
     config_file = part / "config.json"
     if config_file.is_file():
-        config = json.loads(config_file.read_text())
+        config = json.loads(config_file.read_text(encoding="utf-8"))
         noted = {name: str(dtype).removeprefix("torch.") for name in ("dtype", "torch_dtype") if name in config}
-        config_file.write_text(json.dumps({**config, **noted}, indent=2) + "\n")
+        config_file.write_text(json.dumps({**config, **noted}, indent=2) + "\n", encoding="utf-8")
 
 
 def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

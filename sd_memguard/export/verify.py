@@ -59,10 +59,10 @@ def quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def draw(pipeline: StableDiffusionPipeline) -> Tensor:
-    """Return a generated image (3, H, W) at the pipeline's own size: a fixed prompt and seed, 4 DDIM steps, guidance 7.5.
+def generate(pipeline: StableDiffusionPipeline) -> Tensor:
+    """Return an image (3, H, W) at the pipeline's own size for a fixed prompt and seed: 4 DDIM steps, guidance 7.5.
 
-    Its values go from 0 to 1, a little beyond where a image file would be cut off.
+    Its values go from 0 to 1, a little beyond where an image file would be cut off.
     """
     with quiet():
         # Some configs do not mention clip_sample; DDIM would then clip the latents to [-1, 1].

@@ -19,12 +19,16 @@ SETTINGS = {
 
 
 class Command(NamedTuple):
-    """What is to be run: the guard's settings, where its proxies rest, the script, and the script's arguments."""
+    """What is to be run: the guard's settings, where its proxies rest, the script, and the script's arguments.
+
+    ``denoisers`` are names of the denoiser's class, where the user has given some.
+    """
 
     guard: GuardConfig
     proxy_store: str
     script: Path
     arguments: list[str]
+    denoisers: tuple[str, ...] = ()
 
 
 def parse_command(argv: Sequence[str], *, prog: str | None = None) -> Command:
@@ -47,6 +51,7 @@ def parse_command(argv: Sequence[str], *, prog: str | None = None) -> Command:
     script = Path(argv[position])
     if not script.is_file():
         raise ConfigError(f"the script {script} does not exist; give its path")
+    denoisers = tuple(vars(namespace).pop("denoiser", ()))
     values: dict[str, Any] = {
         name: SETTINGS[name].check(SETTINGS[name].read(value) if isinstance(value, str) else value)
         for name, value in vars(namespace).items()
@@ -55,17 +60,23 @@ def parse_command(argv: Sequence[str], *, prog: str | None = None) -> Command:
     guard = GuardConfig.preset(own["preset"], **values)
     if own["memguard"] == "off":
         guard = GuardConfig.off()
-    return Command(guard, own["proxy_store"], script, list(argv[position + 1 :]))
+    return Command(guard, own["proxy_store"], script, list(argv[position + 1 :]), denoisers)
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog or "python -m sd_memguard.run",
         usage="%(prog)s [guard flags] SCRIPT.py [the script's own flags]",
-        description="Run one of diffusers' training scripts, unmodified, under the memorization guard. "
+        description="Run a training script, unmodified, under the memorization guard. "
         "With accelerate: accelerate launch [its flags] -m sd_memguard.run [guard flags] SCRIPT.py [script flags].",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     add_flags(parser, SETTINGS.values())
+    parser.add_argument(
+        "--denoiser",
+        action="append",
+        metavar="CLASS",
+        help="class of the model that predicts the noise, where the guard does not know it; may be given again",
+    )
     return parser

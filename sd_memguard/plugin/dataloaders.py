@@ -1,18 +1,17 @@
-"""Dataloaders that take the place of the loop's own: the same batches with `sample_id` in them.
+"""Dataloaders that take the place of the loop's own: the same batches, with `sample_id` in those that are dicts.
 
-`GuardedLoader` goes shard by shard and drives the rounds; `LabelledLoader`, for a neutral guard, keeps the order that
-the loop has chosen. Neither draws from the global generator.
+`GuardedLoader` goes shard by shard and drives the rounds; `LabelledLoader`, for one shard, keeps the order and the
+batches that the loop has chosen. Neither draws from the global generator.
 """
 
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sd_memguard.core.seeding import generator_for
 from sd_memguard.ensemble import Ensemble
-from sd_memguard.errors import LoopError
 from sd_memguard.plugin.augment import Augmenter
 from sd_memguard.plugin.backends import LoopBackend
 from sd_memguard.plugin.loop_driver import LoopDriver
@@ -32,6 +31,12 @@ class LabelledDataset(Dataset):
         if hasattr(dataset, "__getitems__"):  # a batch in one call; torch looks for the method, so it must not be faked
             self.__getitems__ = self._rows
 
+    def __getattr__(self, name: str) -> Any:
+        """Return the dataset's attribute."""
+        if name == "dataset":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.dataset)
@@ -44,35 +49,35 @@ class LabelledDataset(Dataset):
         return list(zip(sample_ids, self.dataset.__getitems__(sample_ids), strict=True))
 
 
+class LabelledBatch(NamedTuple):
+    """A batch as the loop's own collate function makes it, and the numbers of its samples, which stay on the host."""
+
+    batch: Any
+    sample_ids: list[int]
+
+
 class LabelledCollate:
-    """Makes the loop's own batch of labelled rows, and puts the labels in.
+    """Makes the loop's own batch of labelled rows, beside the labels.
 
     Args:
         collate: what makes a batch of rows.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, rows: list[tuple[int, Any]]) -> MutableMapping[str, Any]:
-        """Return the batch with `sample_id`, (B,) int64."""
-        return label(self.collate([row for _, row in rows]), [sample_id for sample_id, _ in rows])
+    def __call__(self, rows: Any) -> LabelledBatch:
+        """Return the labelled batch of a list of labelled rows, or of a single one where batches are not collated."""
+        if isinstance(rows, tuple):
+            sample_id, row = rows
+            return LabelledBatch(self.collate(row), [sample_id])
+        return LabelledBatch(self.collate([row for _, row in rows]), [sample_id for sample_id, _ in rows])
 
 
-def label(batch: Any, sample_ids: list[int]) -> MutableMapping[str, Any]:
-    """Put the sample ids in a batch and return it.
-
-    Raises:
-        LoopError: it has no keys, or uses this one already.
-    """
-    if not isinstance(batch, MutableMapping):
-        raise LoopError(
-            f"the dataloader's batches must be dicts, so that the guard can add `{SAMPLE_ID}`, got "
-            f'{type(batch).__name__}; return a dict from `collate_fn`, e.g. {{"pixel_values": ..., "input_ids": ...}}'
-        )
-    if SAMPLE_ID in batch:
-        raise LoopError(f"the dataloader's batches have a key `{SAMPLE_ID}` already; rename it in `collate_fn`")
-    batch[SAMPLE_ID] = torch.tensor(sample_ids, dtype=torch.int64)
+def label(batch: Any, sample_ids: list[int]) -> Any:
+    """Put the sample ids in a batch that is a dict, as `sample_id`, (B,) int64, and return it."""
+    if isinstance(batch, MutableMapping) and SAMPLE_ID not in batch:
+        batch[SAMPLE_ID] = torch.tensor(sample_ids, dtype=torch.int64)
     return batch
 
 
@@ -95,6 +100,8 @@ def parts_of(loader: DataLoader) -> dict[str, Any]:
 def labelled_loader(loader: DataLoader) -> DataLoader:
     """Return the same loader, in the loop's own order and from its own generator, with labelled batches."""
     parts = {**parts_of(loader), "generator": loader.generator, "persistent_workers": loader.persistent_workers}
+    if loader.batch_sampler is None:
+        return DataLoader(**parts, batch_size=None, sampler=loader.sampler)
     if loader.batch_size is None:
         return DataLoader(**parts, batch_sampler=loader.batch_sampler)
     return DataLoader(**parts, batch_size=loader.batch_size, sampler=loader.sampler, drop_last=loader.drop_last)
@@ -126,15 +133,15 @@ class WatchedLoader(DataLoader):
 
 
 class LabelledLoader(WatchedLoader):
-    """The loop's own order; each batch is announced to the rounds."""
+    """The loop's own order; each batch is announced to the driver. The inner loader gives out labelled batches."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Iterate over one epoch."""
         try:
-            for batch in self.inner:
+            for batch, sample_ids in self.inner:
                 self.driver.advance_turn()
-                self.driver.open_batch(batch[SAMPLE_ID].tolist())
-                yield batch
+                self.driver.open_batch(sample_ids)
+                yield label(batch, sample_ids)
             self.driver.on_epoch_end()
         finally:
             self.driver.on_loop_end()
@@ -187,9 +194,9 @@ class GuardedLoader(WatchedLoader):
             return self.backend.place(augmented)
         if self._turn != driver.turn:
             self._turn, self._batches = driver.turn, iter(self._loader_of_turn())
-        batch = next(self._batches)
+        batch, sample_ids = next(self._batches)
         driver.take(next(self._ahead))
-        return self.backend.place(batch)
+        return self.backend.place(label(batch, sample_ids))
 
     def _loader_of_turn(self) -> DataLoader:
         """Return a loader over the active shard; what its workers fetch ahead is dropped when the turn ends."""

@@ -50,8 +50,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sd_memguard.core.async_copy import AsyncCPUCopy
+from sd_memguard.core.timesteps import TimestepBins
 from sd_memguard.errors import LoopError
-from sd_memguard.plugin.timesteps import TimestepBins
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class RowGate:
             timestep, and the first dimension of its output, or the length of its list of outputs, is the samples.
         optimizer: the optimizer that trains it.
         judge: see ``Judge``.
-        num_timesteps: bins that timesteps are mapped to, see ``TimestepBins``.
+        bins: bins that timesteps are mapped to; by default 1000 of its own.
         grad_scale: returns what the loss is multiplied by before its backward pass. Without it a ``GradScaler`` of the
             process is looked for, once.
         sum_over_processes: sums a tensor over the processes of a loop that averages its gradients, in place.
@@ -199,7 +199,7 @@ class RowGate:
         optimizer: Optimizer,
         judge: Judge,
         *,
-        num_timesteps: int = 1000,
+        bins: TimestepBins | None = None,
         grad_scale: Callable[[], Tensor | float] | None = None,
         sum_over_processes: Callable[[Tensor], Any] | None = None,
         loss_weight: Callable[[Tensor], Tensor] | None = None,
@@ -207,7 +207,7 @@ class RowGate:
         on_step: Callable[[ClosedWindow], None] | None = None,
     ) -> None:
         self.judge, self.optimizer = judge, optimizer
-        self.bins = TimestepBins(num_timesteps)
+        self.bins = TimestepBins() if bins is None else bins
         self.num_windows = self.num_empty_windows = 0
         self.last_window: ClosedWindow | None = None
         self._grad_scale, self._sum, self._loss_weight, self._on_step = (
@@ -225,6 +225,7 @@ class RowGate:
         self._calls_of_batch = 0
         self._repeats: dict[tuple[int, int | None], int] = {}
         self._window = _Window()
+        self._fault: LoopError | None = None
         self._left_to_check = CHECKED_BATCHES
         hooked = hooked_module(denoiser)
         self._handles: list[Any] = [
@@ -233,8 +234,13 @@ class RowGate:
         ]
         self._zero_grad = self._watch_zero_grad(optimizer)
 
+    @property
+    def is_in(self) -> bool:
+        """Whether the gate is in the loop."""
+        return bool(self._handles)
+
     def remove(self) -> None:
-        """Take the gate out of the loop."""
+        """Take the gate out of the loop, also for outputs that it was put on already."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -273,6 +279,13 @@ class RowGate:
     def _gate(self, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         if not torch.is_grad_enabled():
             return None
+        try:
+            return self._put_on(args, kwargs, output)
+        except LoopError as fault:  # it matters at the step: by then a loop may have called `weigh`
+            self._fault = fault
+            return None
+
+    def _put_on(self, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         rows, replace = _find_rows(output)
         if isinstance(rows, Tensor):
             if rows.requires_grad:
@@ -282,7 +295,7 @@ class RowGate:
                         "judges samples by the rows of a denoiser's output, of shape (batch, ...)"
                     )
                 call = self._open_call(args, kwargs, len(rows))
-                rows.register_hook(lambda gradient: self._pass_on(call, gradient))
+                rows.register_hook(lambda gradient: self._pass_on(call, gradient) if self.is_in else gradient)
             return None
         if not any(row.requires_grad for row in rows):
             return None
@@ -489,19 +502,7 @@ class RowGate:
     # The step.
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self.close_window()
-            return None
-
-        def guarded() -> Any:
-            result = closure()
-            self.close_window()
-            return result
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": guarded}
-        return (args[0], guarded, *args[2:]), kwargs
+        return before_update(lambda: self.close_window() if self.is_in else None, args, kwargs)
 
     def close_window(self) -> ClosedWindow:
         """End the window of accumulation: without a kept sample the gradients become None.
@@ -509,8 +510,10 @@ class RowGate:
         It is called before each step of the optimizer, within it where that is given a closure.
 
         Raises:
-            LoopError: no gradient has passed the gate since the last step.
+            LoopError: no gradient has passed the gate since the last step, or one of a call that cannot be judged.
         """
+        if self._fault is not None:
+            raise self._fault
         window, self._window = self._window, _Window()
         if window.on_its_way is None:
             raise LoopError(
@@ -544,6 +547,32 @@ class RowGate:
         return zero_grad
 
 
+def before_update(due: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Do what is due once the gradients of a step are there: now, or after the closure that the step is given.
+
+    Args:
+        due: what is to be done.
+        args: of the optimizer's ``step``, as a pre-hook gets them.
+        kwargs: likewise.
+
+    Returns:
+        What the pre-hook has to return.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        due()
+        return None
+
+    def guarded() -> Any:
+        result = closure()
+        due()
+        return result
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": guarded}
+    return (args[0], guarded, *args[2:]), kwargs
+
+
 class _ListGate(torch.autograd.Function):
     """Identity on a list of rows whose backward sees all their gradients together."""
 
@@ -557,7 +586,7 @@ class _ListGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Return the weighted gradients."""
-        if all(gradient is None for gradient in gradients):
+        if not ctx.gate.is_in or all(gradient is None for gradient in gradients):
             return (None, None, *gradients)
         return (None, None, *ctx.gate._pass_on_list(ctx.call, gradients))
 

@@ -5,12 +5,13 @@ layer is put in the adapter, by its best factors of a given rank.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.functional import pad
 
 from sd_memguard.plugin.trainable import Adapter
 from sd_memguard.proxies.lora import LoraProxies
@@ -34,29 +35,49 @@ def whole_adapter(
         proxies: the proxies to average.
         adapter: the adapter's layers in the resident model.
         weights: weight of each proxy.
-        rank: rank of the factors, at most that of the layer; by default the adapter's rank times the number of proxies.
+        rank: rank of the factors; by default the adapter's rank times the number of proxies. All layers have this one,
+            those that need less with zeros for the rest: what is saved is loaded by the rank in the adapter's config.
     """
     wanted = rank or adapter.rank * proxies.num_shards
     own = {}
-    missed, total, largest = 0.0, 0.0, 0
+    missed, total = 0.0, 0.0
+    restored = ExitStack()
     try:
+        _set_rank(adapter, wanted, restored)
         for layer, merged in proxies.merged(weights).items():
             modules = adapter.factors(layer)
             own[layer] = [module.weight for module in modules]
             change = merged.double() - adapter.original[layer].double()
-            down, up, left_out = best_factors(change.to(own[layer][0].device) / adapter.scaling, wanted)
+            device = own[layer][0].device
+            # Apple's GPUs know no float64.
+            down, up, left_out = best_factors(
+                change.to("cpu" if device.type == "mps" else device) / adapter.scaling, wanted
+            )
             for module, factor, weight in zip(modules, (down, up), own[layer], strict=True):
                 module.weight = Parameter(factor.to(weight).contiguous(), requires_grad=weight.requires_grad)
             missed += left_out * adapter.scaling**2
             total += float(change.square().sum())
-            largest = max(largest, len(down))
         copy_tensors(adapter.original, proxies.base)
-        yield Fit(largest, (missed / total) ** 0.5 if total else 0.0)
+        yield Fit(wanted, (missed / total) ** 0.5 if total else 0.0)
     finally:
         for layer, weights_of_layer in own.items():
             for module, weight in zip(adapter.factors(layer), weights_of_layer, strict=True):
                 module.weight = weight
         copy_tensors(proxies.master, proxies.base)
+        restored.close()
+
+
+def _set_rank(adapter: Adapter, rank: int, restored: ExitStack) -> None:
+    """Tell peft's configs and layers of another rank of the same scaling, until ``restored`` is closed."""
+    alpha = adapter.scaling * rank
+    for config in adapter.configs:
+        for name, value in (("r", rank), ("lora_alpha", alpha), ("rank_pattern", {}), ("alpha_pattern", {})):
+            restored.callback(setattr, config, name, getattr(config, name))
+            setattr(config, name, value)
+    for module in adapter.layers.values():
+        for values, value in ((module.r, rank), (module.lora_alpha, alpha)):
+            restored.callback(values.__setitem__, adapter.name, values[adapter.name])
+            values[adapter.name] = value
 
 
 def best_factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -67,8 +88,11 @@ def best_factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
         rank: largest rank.
 
     Returns:
-        down (rank, in) and up (out, rank), float64; the sum of the squares of the singular values left out.
+        down (rank, in) and up (out, rank), float64, with zeros beyond the rank of the change; the sum of the squares of
+        the singular values left out.
     """
     left, values, right = torch.linalg.svd(change, full_matrices=False)
     root = values[:rank].sqrt()
-    return root[:, None] * right[:rank], left[:, :rank] * root, float(values[rank:].square().sum())
+    padding = rank - len(root)
+    down, up = pad(root[:, None] * right[:rank], (0, 0, 0, padding)), pad(left[:, :rank] * root, (0, padding))
+    return down, up, float(values[rank:].square().sum())

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,29 @@ from sd_memguard.proxies.full import FullProxies
 from sd_memguard.proxies.lora import DOWN, UP, LoraProxies
 from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore
 
+FACTOR_LIKE = re.compile(r"(^|[._])(lora|hada|lokr|oft|boft|vera|ia3|dora)_")
+"""In names of adapters' parameters, peft's and others'."""
 FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[^.]+)\.weight")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: its peft layers by name, and the weights under it as they were when training began.
+    """A LoRA adapter: its peft layers by name.
 
     Attributes:
         name: peft's name of the adapter.
         layers: the peft layer of each adapted layer.
-        original: (out, in) float32 on the CPU, of each adapted layer.
         scaling: alpha / rank.
+        original: (out, in) float32 on the CPU, the weight of each adapted layer when training began; of several shards
+            alone, whose averages change it.
+        configs: peft's config of the adapter in each model that has one, which is saved and loaded with it.
     """
 
     name: str
     layers: dict[str, Any]
-    original: dict[str, Tensor]
     scaling: float
+    original: dict[str, Tensor] = field(default_factory=dict)
+    configs: tuple[Any, ...] = ()
 
     def factors(self, layer: str) -> tuple[Any, Any]:
         """Return the two linear maps of a layer's adapter, down and up."""
@@ -60,7 +65,8 @@ def trained_parameters(optimizer: Optimizer, models: Sequence[nn.Module]) -> dic
     if len(found) < len(wanted):
         raise LoopError(
             f"the optimizer trains {len(wanted)} parameters, of which {len(wanted) - len(found)} are not in the UNet; "
-            "the guard has to exchange all of them: give the models they belong to as `models=[text_encoder]`"
+            "with several shards the guard has to exchange all of them: give the models they belong to as "
+            "`models=[text_encoder]`, or set `num_shards=1`"
         )
     return found
 
@@ -72,11 +78,12 @@ def find_adapter(parameters: Mapping[str, Parameter], models: Sequence[nn.Module
         LoopError: it is of a kind whose mean the guard cannot take exactly.
     """
     matches = [match for match in map(FACTOR.fullmatch, parameters) if match]
-    unknown = [name for name in parameters if ".lora_" in name and not FACTOR.fullmatch(name)]
+    unknown = [name for name in parameters if FACTOR_LIKE.search(name) and not FACTOR.fullmatch(name)]
     if unknown:
         raise LoopError(
             f"the adapter has parameters such as {unknown[0]!r}; of peft's adapters the guard averages plain LoRA on "
-            "linear layers alone: leave `use_dora`, embedding and bias options out"
+            "linear layers alone, and the mean of other factors is not that of what they make: use plain LoRA, "
+            "or `num_shards=1`"
         )
     if not matches:
         return None
@@ -94,8 +101,9 @@ def find_adapter(parameters: Mapping[str, Parameter], models: Sequence[nn.Module
     scalings = {module.scaling[name] for module in layers.values()}
     if len(scalings) > 1:
         raise LoopError(f"the adapter's alpha / rank differs between layers ({sorted(scalings)}); use one for all")
-    original = {layer: _host_copy(module.base_layer.weight) for layer, module in layers.items()}
-    return Adapter(name, layers, original, float(scalings.pop()))
+    configs = [getattr(getattr(model, "_orig_mod", model), "peft_config", {}).get(name) for model in models]
+    known = tuple(config for config in configs if config)
+    return Adapter(name, layers, float(scalings.pop()), configs=known)
 
 
 def make_proxies(
@@ -112,6 +120,7 @@ def make_proxies(
         return FullProxies(parameters, optimizer, num_shards, store, ema)
     named = {_common_name(name): parameter for name, parameter in parameters.items()}
     base = {layer: module.base_layer.weight for layer, module in adapter.layers.items()}
+    adapter.original.update({layer: _host_copy(weight) for layer, weight in base.items()})
     master = {layer: weight.clone() for layer, weight in adapter.original.items()}
     return LoraProxies(named, optimizer, num_shards, store, base, master, adapter.scaling)
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sd_memguard.core.aggregation import distance, iterate_aggregate
 from sd_memguard.distributed import Exchange
-from sd_memguard.proxies.store import LazyTensors, ProxyStore
+from sd_memguard.proxies.store import LazyTensors, ProxyStore, apart
 from sd_memguard.proxies.swap import EmaState, copy_tensors, load_optimizer_tensors, optimizer_tensors
 
 WEIGHTS, EMA, OPTIMIZER = "weights", "ema", "optimizer"
@@ -161,8 +161,7 @@ class FullProxies:
             for part in (*self.averaged_parts, OPTIMIZER):
                 if shard_index == self.resident:
                     files[part] = f"{prefix}resident-{part}.safetensors"
-                    tensors = {n: t.detach().cpu().contiguous() for n, t in self._resident_part(part).items()}
-                    save_file(tensors, folder / files[part])
+                    save_file(apart(self._resident_part(part)), folder / files[part])
                 else:
                     files[part] = f"{prefix}{self._entries[shard_index][part]}.safetensors"
                     if not (folder / files[part]).exists():

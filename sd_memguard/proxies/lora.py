@@ -104,7 +104,7 @@ class LoraProxies(FullProxies):
         try:
             # The base first: the residuals need the resident factors as they are.
             for layer, residual in self._residuals(factors, weights, mean):
-                copy_tensors({layer: self.master[layer].double() + residual}, {layer: self.base[layer]})
+                copy_tensors({layer: (self.master[layer].double() + residual).float()}, {layer: self.base[layer]})
             copy_tensors(mean, self.parameters)
             yield
         finally:
@@ -133,7 +133,7 @@ class LoraProxies(FullProxies):
     def load(self, folder: Path, index: Mapping[str, Any]) -> None:
         """Take over all proxies and the base from a folder written by ``save``."""
         super().load(folder, index)
-        self.master = load_file(folder / BASE_FILE)
+        self.master = {layer: weight.clone() for layer, weight in load_file(folder / BASE_FILE).items()}
         copy_tensors(self.master, self.base)
 
     def _all_factors(self) -> list[Mapping[str, Tensor]]:
@@ -163,7 +163,7 @@ class LoraProxies(FullProxies):
             yield layer, self.scaling * (_weighted_mean(products, weights) - self._product(mean, layer))
 
     def _product(self, factors: Mapping[str, Tensor], layer: str) -> Tensor:
-        up, down = (factors[layer + suffix].detach().to("cpu", torch.float64) for suffix in (UP, DOWN))
+        up, down = (factors[layer + suffix].detach().cpu().double() for suffix in (UP, DOWN))
         return up @ down
 
 

@@ -24,7 +24,7 @@ def save_state(state: dict[str, Any], folder: Path, name: str) -> None:
 
     rest = split(state, name)
     save_file(tensors, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps(rest))
+    (folder / f"{name}.json").write_text(json.dumps(rest), encoding="utf-8")
 
 
 def load_state(folder: Path, name: str) -> dict[str, Any]:
@@ -36,4 +36,4 @@ def load_state(folder: Path, name: str) -> dict[str, Any]:
             return tensors[value["tensor"]] if set(value) == {"tensor"} else {k: join(v) for k, v in value.items()}
         return [join(item) for item in value] if isinstance(value, list) else value
 
-    return join(json.loads((folder / f"{name}.json").read_text()))
+    return join(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))

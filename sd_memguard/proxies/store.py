@@ -1,5 +1,6 @@
 """Where resting proxies wait: in RAM, or on disk as immutable safetensors files that checkpoints hard-link."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sd_memguard.distributed import Exchange
+from sd_memguard.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+STORE_FOLDER, MARK, SUFFIX = "memguard-proxies", "a-store-of-proxies.txt", ".safetensors"
 
 
 class ProxyStore(Protocol):
@@ -58,28 +64,58 @@ class RamStore:
         save_file(self._entries[key], path)
 
     def adopt(self, key: str, path: Path) -> None:
-        """Read the file."""
-        self._entries[key] = load_file(path)
+        """Read the file, into memory of its own: ``load_file`` maps the file, which Windows would then not remove."""
+        self._entries[key] = {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+class StoreError(UserError):
+    """The folder for proxies holds what does not belong there."""
 
 
 class DiskStore:
-    """Entries as safetensors files in a folder of their own; what it held before is removed.
+    """Entries as safetensors files in ``memguard-proxies``, a folder of their own in the given one.
+
+    Nothing is touched there before the first entry comes. Then what an earlier store has left is removed.
 
     Args:
-        folder: the folder, made where it is missing.
+        folder: where to make the store's folder; made where it is missing.
+
+    Raises:
+        StoreError: the store's folder holds something that no store has written.
     """
 
     def __init__(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self.folder = folder
+        self.folder = folder / STORE_FOLDER
+        self._is_ready = False
+        self._refuse_foreign()
+
+    def _refuse_foreign(self) -> None:
+        found = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        foreign = [name for name in found if name != MARK and (MARK not in found or not name.endswith(SUFFIX))]
+        if foreign:
+            raise StoreError(
+                f"{self.folder} is where proxies wait, and what is in it is deleted, but {foreign[0]} was not written "
+                "by a store of proxies; move it away, or name another folder"
+            )
+
+    def _make_ready(self) -> None:
+        """Make the folder, or empty it, before the first entry."""
+        if self._is_ready:
+            return
+        self._is_ready = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            path.unlink()
+        text = "Proxies of a training that is under way; deleted when another one begins.\n"
+        (self.folder / MARK).write_text(text, encoding="utf-8")
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
+        return self.folder / f"{key}{SUFFIX}"
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors to a file."""
-        save_file({name: tensors[name].detach().cpu().contiguous() for name in tensors}, self._path(key))
+        self._make_ready()
+        save_file(apart(tensors), self._path(key))
 
     def get(self, key: str) -> Mapping[str, Tensor]:
         """Return the entry as a mapping that reads a tensor when asked for it."""
@@ -87,7 +123,10 @@ class DiskStore:
 
     def drop(self, key: str) -> None:
         """Remove the file; hard links to it in checkpoints keep its content."""
-        self._path(key).unlink()
+        try:
+            self._path(key).unlink()
+        except PermissionError:  # Windows, while somebody still reads it; the next store will
+            logger.debug("%s is left for the next run to remove", self._path(key))
 
     def write(self, key: str, path: Path) -> None:
         """Hard-link the entry, or copy it where the file system has no links."""
@@ -95,6 +134,7 @@ class DiskStore:
 
     def adopt(self, key: str, path: Path) -> None:
         """Hard-link the file, or copy it where the file system has no links."""
+        self._make_ready()
         _link_or_copy(path, self._path(key))
 
 
@@ -109,10 +149,9 @@ class SharedDiskStore(DiskStore):
     """
 
     def __init__(self, folder: Path, exchange: Exchange) -> None:
-        self.folder, self._exchange = folder, exchange
-        if exchange.is_main:
+        self._exchange = exchange
+        with exchange.agreed():
             super().__init__(folder)
-        exchange.wait("store")
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors to a file."""
@@ -131,6 +170,23 @@ class SharedDiskStore(DiskStore):
         if self._exchange.is_main:
             super().adopt(key, path)
         self._exchange.wait("store")
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the host as safetensors takes them: contiguous, and none of them in the memory of another.
+
+    The 8-bit AdamW of bitsandbytes gives all parameters one table of its steps, which on the CPU is not copied.
+    """
+    found: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name in tensors:
+        tensor = tensors[name].detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        if place in places:
+            tensor = tensor.clone()
+        places.add(place)
+        found[name] = tensor
+    return found
 
 
 class LazyTensors(Mapping[str, Tensor]):

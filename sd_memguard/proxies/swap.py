@@ -25,9 +25,12 @@ class EmaState(Protocol):
 
 @torch.no_grad()
 def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Copy tensors by name into the storage of the targets."""
+    """Copy tensors by name into the storage of the targets.
+
+    CUDA reads the host's memory before the host can change it, also where it does not wait; other devices may not.
+    """
     for name, tensor in target.items():
-        tensor.copy_(source[name], non_blocking=True)
+        tensor.copy_(source[name], non_blocking=tensor.is_cuda)
 
 
 def optimizer_tensors(parameters: Mapping[str, Parameter], optimizer: Optimizer) -> dict[str, Tensor]:
@@ -62,7 +65,7 @@ def load_optimizer_tensors(
         if key.endswith(NUMBER):
             state[key.removesuffix(NUMBER)] = tensor.item()
         elif key in state:
-            state[key].copy_(tensor, non_blocking=True)
+            state[key].copy_(tensor, non_blocking=state[key].is_cuda)
         else:
             # torch keeps AdamW's `step` on the host unless the optimizer is fused or capturable.
             stays = key == "step" and not on_device[id(parameter)]

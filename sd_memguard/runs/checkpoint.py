@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from sd_memguard.errors import UserError
-from sd_memguard.files import TEMPORARY_PREFIX
+from sd_memguard.files import TEMPORARY_PREFIX, flush
 from sd_memguard.runs.folder import FOLDER, PROXIES_FOLDER
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
+ORDER = "order"
+"""Entry of the manifest: which checkpoint of its run folder this is, in the order of writing.
+
+A run that went on from an older checkpoint writes lower steps than those that another course of it has left.
+"""
 
 FREE_TO_CHANGE = {
     *("resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "output_dir", "logging_dir"),
@@ -62,8 +67,13 @@ def save_checkpoint(output_dir: Path, global_step: int, write: Callable[[Path], 
         output_dir: the run folder.
         global_step: steps over all proxies, part of the name.
         write: fills an empty folder.
+
+    Raises:
+        CheckpointError: a checkpoint of another program has that name.
     """
     final = output_dir / f"{PREFIX}{global_step}"
+    if final.exists() and not _is_ours(final):
+        raise CheckpointError(f"{final} was not written by sd-memguard and is not replaced; move it away")
     temporary = temporary_folder(output_dir, global_step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -73,15 +83,17 @@ def save_checkpoint(output_dir: Path, global_step: int, write: Callable[[Path], 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {path.relative_to(temporary).as_posix(): _fingerprint(path) for path in files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    newest = list_checkpoints(output_dir)[-1:]
+    order = max((_order(folder) for folder in newest), default=0) + 1
+    manifest = {ORDER: order, **{path.relative_to(temporary).as_posix(): _fingerprint(path) for path in files}}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*files, temporary / MANIFEST]:
-        _flush(path)
+        flush(path)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
     if os.name == "posix":
-        _flush(output_dir)
+        _flush_folder(output_dir)
     return final
 
 
@@ -98,16 +110,43 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def prune_checkpoints(output_dir: Path, total_limit: int | None) -> None:
-    """Remove the oldest checkpoints beyond the limit."""
-    if total_limit is not None:
-        for folder in list_checkpoints(output_dir)[:-total_limit]:
+    """Remove the checkpoints that were written first, beyond the limit."""
+    if total_limit is None:
+        return
+    for folder in list_checkpoints(output_dir)[:-total_limit]:
+        try:
             shutil.rmtree(folder)
+        except OSError as error:  # on Windows somebody may have a file of it open; the next time will do
+            logger.warning("%s is beyond --checkpoints_total_limit, but cannot be removed: %s", folder, error)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Return the checkpoint folders, oldest first; other names that begin alike are passed over."""
-    folders = [path for path in output_dir.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    """Return the checkpoint folders in the order of writing; those of other programs are passed over."""
+    folders = [folder for folder in _numbered(output_dir) if _is_ours(folder)]
+    return sorted(folders, key=lambda folder: (_order(folder), int(folder.name.removeprefix(PREFIX))))
+
+
+def foreign_checkpoints(output_dir: Path) -> list[str]:
+    """Return the names of folders of another program (diffusers' scripts) that are named like ours."""
+    return sorted(folder.name for folder in _numbered(output_dir) if not _is_ours(folder))
+
+
+def _numbered(output_dir: Path) -> list[Path]:
+    return [path for path in output_dir.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
+
+
+def _is_ours(folder: Path) -> bool:
+    """Say whether a checkpoint is one of these, maybe damaged; a guarded script's has a part of that name, too."""
+    holds_state = (folder / FOLDER / "state.json").is_file() and not list(folder.glob("*.*"))
+    return (folder / MANIFEST).is_file() or holds_state
+
+
+def _order(folder: Path) -> int:
+    """Return which checkpoint of its folder this is, 0 where that cannot be read."""
+    try:
+        return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get(ORDER, 0))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return 0
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
@@ -115,7 +154,8 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
 
     Args:
         output_dir: the run folder.
-        wanted: ``latest`` (the newest complete one), the path of a checkpoint, or its name in the run folder.
+        wanted: ``latest`` (the complete one that was written last), the path of a checkpoint, or its name in the run
+            folder.
 
     Raises:
         CheckpointError: the one that was named is missing or damaged, or all that exist are damaged.
@@ -127,7 +167,8 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         verify_checkpoint(folder)
         return folder
     damaged = []
-    for folder in reversed(list_checkpoints(output_dir)):
+    # Those whose manifest cannot be read first, so that they are told of.
+    for folder in sorted(reversed(list_checkpoints(output_dir)), key=lambda folder: _order(folder) > 0):
         try:
             verify_checkpoint(folder)
         except CheckpointError as error:
@@ -153,9 +194,10 @@ def verify_checkpoint(folder: Path, within: str = "") -> None:
         CheckpointError: names the first file that is missing or differs.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is no complete checkpoint: {MANIFEST} cannot be read ({error})") from error
+    manifest.pop(ORDER, None)
     for name, expected in manifest.items():
         path = folder / name
         if name.startswith(within) and (not path.is_file() or _fingerprint(path) != expected):
@@ -191,8 +233,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"size": path.stat().st_size, "blake2b": hashlib.file_digest(file, hashlib.blake2b).hexdigest()}
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,4 +1,4 @@
-"""What a run tells of itself in ``memguard/``: settings, rounds, samples, the rules' curves; and the closing summary."""
+"""The records of a run in ``memguard/``: settings, rounds, samples, the rules' curves; and the closing summary."""
 
 import json
 import math

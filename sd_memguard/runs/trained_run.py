@@ -65,7 +65,7 @@ class TrainedRun:
 
     def prediction_type(self) -> str:
         """Return what the UNet predicts."""
-        scheduler = json.loads((self.parts[0] / "scheduler" / "scheduler_config.json").read_text())
+        scheduler = json.loads((self.parts[0] / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         return str(self.config.prediction_type or scheduler.get("prediction_type", "epsilon"))
 
     def part_file(self, part: str) -> Path:

@@ -1,6 +1,6 @@
 """What a run trains with: accelerator, models, optimizer, EMA and proxies, as its plan says."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,11 @@ def prepare_models(plan: Plan, accelerator: Accelerator) -> Models:
     return models
 
 
+def forward_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Return the precision of what is not trained, and of the forward."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
 def make_optimizer(
     parameters: Mapping[str, Parameter], config: TrainConfig, device: torch.device, batch_size: int
 ) -> Optimizer:
@@ -90,13 +95,25 @@ def make_ema(unet: UNet2DConditionModel, config: TrainConfig, device: torch.devi
     ema = EMAModel(
         unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config, foreach=config.foreach_ema
     )
-    if not config.offload_ema:
-        ema.to(device)
-    elif torch.cuda.is_available():
-        ema.pin_memory()
+    if config.offload_ema:
+        ema.to(torch.device("cpu"))  # its shadows are made where the UNet is, and only the CPU's can be pinned
+        if device.type == "cuda":
+            ema.pin_memory()
     else:
-        ema.to(torch.device("cpu"))
+        ema.to(device)
     return ema
+
+
+def step_ema(ema: EMAModel, parameters: Iterable[Parameter], device: torch.device, *, offload: bool) -> None:
+    """Take the parameters into the average, which is moved to the device and back where it is offloaded."""
+    asynchronous = device.type == "cuda"
+    if offload:
+        ema.to(device, non_blocking=asynchronous)
+    ema.step(parameters)
+    if offload:
+        ema.to(torch.device("cpu"), non_blocking=asynchronous)
+        if asynchronous:
+            torch.cuda.synchronize(device)  # checkpoints and averages read the shadows on the host
 
 
 def make_proxies(

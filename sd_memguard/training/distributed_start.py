@@ -1,8 +1,12 @@
 """How several processes begin a run together: the main one looks at everything first and tells the others."""
 
 import logging
+import os
 import secrets
+import signal
 import socket
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -15,8 +19,11 @@ from torch import Tensor
 from sd_memguard.config import TrainConfig
 from sd_memguard.data.samples import BadSample, Checked, Samples
 from sd_memguard.distributed import Exchange, ProcessLostError
+from sd_memguard.errors import UserError
 from sd_memguard.runs.folder import FOLDER, RunFolderError
 from sd_memguard.training.plan import Plan, VerifiedImages, make_plan
+from sd_memguard.training.ranks import launched_processes
+from sd_memguard.training.signals import Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +93,48 @@ def told_when_lost() -> Iterator[None]:
     except ProcessLostError as error:
         logger.error("%s", error)
         raise
+
+
+@contextmanager
+def leaving_together(exchange: Exchange) -> Iterator[None]:
+    """Take the process group down at the end of a run, when all processes have come there.
+
+    After an error it stays: taking it down is collective under NCCL, and the others do not come.
+    """
+    stopped = None
+    try:
+        yield
+    except Interrupted as error:  # all of them are, by agreement
+        stopped = error
+    if exchange.size > 1:
+        exchange.wait("end")
+        torch.distributed.destroy_process_group()
+    if stopped is not None:
+        raise stopped
+
+
+@contextmanager
+def hard_exit() -> Iterator[None]:
+    """End one of several processes at once when an error leaves the block, with what Python would print and return.
+
+    The others wait for this process in a collective, and end when their launcher sees that it has ended. What torch
+    does at the orderly end of a process may wait for them in turn.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if launched_processes() == 1:
+            raise
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        elif not isinstance(error, SystemExit):
+            traceback.print_exc()
+        codes = {UserError: 2, KeyboardInterrupt: 128 + signal.SIGINT}
+        code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(error.code or 0) if isinstance(error, SystemExit) else code)
 
 
 def check_shared(output_dir: Path, exchange: Exchange) -> None:

@@ -4,14 +4,16 @@ import time
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 
 from sd_memguard.data.duplicate_report import count_duplicates
-from sd_memguard.models.pipeline import load_models, read_config
-from sd_memguard.training.loss import DenoisingLoss
-from sd_memguard.training.memory_estimate import gigabytes
+from sd_memguard.files import gigabytes
+from sd_memguard.models.lora import add_adapter
+from sd_memguard.models.pipeline import read_config
+from sd_memguard.training.build import forward_dtype, make_optimizer, prepare_models
+from sd_memguard.training.loss import DenoisingLoss, dream_exponent
+from sd_memguard.training.optimizer_step import ClippedStep
 from sd_memguard.training.plan import Plan
-from sd_memguard.training.progress_log import epochs_per_round
+from sd_memguard.training.progress_log import epochs_per_round, rounds_text
 from sd_memguard.training.ranks import batch_slices
 
 TIMED_STEPS = 3
@@ -20,10 +22,9 @@ TIMED_STEPS = 3
 def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
     """Return the plan as text: samples, rounds, passes, memory, disk and, from a few timed steps, time."""
     config, schedule = plan.config, plan.schedule
-    models = load_models(plan.pipeline, config)
     sizes = plan.sizes
     resident = sizes.proxy + sizes.trained + (0 if config.rank is None else sizes.model)
-    seconds = time_step(models.unet, plan, DenoisingLoss(models.noise_scheduler), accelerator)
+    seconds = time_step(plan, accelerator)
     at_once = plan.num_processes // batch_slices(plan.num_processes, schedule.num_shards)
     kinds = [schedule.kind(index) for index in range(schedule.num_rounds)]
     rows = {
@@ -33,13 +34,13 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
         "processes": plan.division,
         "shards": f"{schedule.num_shards} (one proxy each)",
         "optimizer steps": f"{schedule.total_steps:,} over all proxies, {plan.effective_batch_size} images each",
-        "rounds": f"{schedule.num_rounds} of {schedule.steps_per_round} steps per proxy "
+        "rounds": f"{rounds_text(schedule)} "
         f"({kinds.count('average')} average, {kinds.count('redistribute')} redistribute)",
         "passes": f"{epochs_per_round(plan):.1f} over a shard per round",
         "memory": f"{gigabytes(resident)} for UNet weights, gradients and optimizer on {accelerator.device}, "
         "and activations",
         "resting proxies": f"{gigabytes(sizes.resting)} in the proxy store",
-        "disk": f"{gigabytes(sizes.model + sizes.num_checkpoints * sizes.checkpoint)} at most: the model and "
+        "disk": f"{gigabytes(sizes.result + sizes.num_checkpoints * sizes.checkpoint)} at most: the model and "
         f"{sizes.num_checkpoints} checkpoint(s)",
         "time": f"about {seconds * schedule.total_steps / at_once / 3600:.2f} h at {seconds:.2f} s per step "
         "(forward, backward and update; without VAE, text encoder and extra steps)",
@@ -57,17 +58,21 @@ def duplicates(plan: Plan) -> str:
     return f"{count}, {handling}" if count.num_groups else str(count)
 
 
-def time_step(unet: UNet2DConditionModel, plan: Plan, loss: DenoisingLoss, accelerator: Accelerator) -> float:
-    """Return the seconds of one step on random latents, the best of three; the weights stay as they are."""
+def time_step(plan: Plan, accelerator: Accelerator) -> float:
+    """Return the seconds of one step on random latents, the best of three, with what the run trains as it trains it."""
     config, device = plan.config, accelerator.device
-    unet.to(device).train()
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=0.0, weight_decay=0.0)
+    models = prepare_models(plan, accelerator)
+    unet = models.unet
+    if config.rank is not None:
+        add_adapter(unet, config.rank, plan.seed, forward_dtype(accelerator))
+    parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    optimizer = make_optimizer(parameters, config, device, plan.batch_size)
+    step = ClippedStep(accelerator, optimizer, list(parameters.values()), config.max_grad_norm)
+    loss = DenoisingLoss(models.noise_scheduler, dream_detail_preservation=dream_exponent(config))
     side = config.resolution // vae_factor(plan)
     latents = torch.randn(config.train_batch_size, unet.config.in_channels, side, side, device=device)
     embeddings = torch.randn(config.train_batch_size, 77, unet.config.cross_attention_dim, device=device)
-    middle = loss.noise_scheduler.config.num_train_timesteps // 2
+    middle = models.noise_scheduler.config.num_train_timesteps // 2
     timesteps = torch.full((config.train_batch_size,), middle, device=device)
     durations = []
     for _ in range(TIMED_STEPS):
@@ -76,8 +81,7 @@ def time_step(unet: UNet2DConditionModel, plan: Plan, loss: DenoisingLoss, accel
             with accelerator.autocast():
                 losses = loss(unet, latents, embeddings, timesteps, torch.randn_like(latents))
             losses.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        float(step.step(1.0).wait())
         if device.type == "cuda":
             torch.cuda.synchronize()
         durations.append(time.perf_counter() - start)

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from sd_memguard.training.memory_estimate import gigabytes
 
 MAX_NAMED = 8
 """Samples that a message about a step names."""
+WINDOWS_DISK_FULL = {39, 112}
+"""https://learn.microsoft.com/windows/win32/debug/system-error-codes--0-499-"""
 GO_ON = "then go on with `--resume_from_checkpoint latest`"
 
 
@@ -52,7 +55,9 @@ def explained_faults(config: TrainConfig) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemoryError(f"the device is out of memory: {memory_advice(config)} ({error})") from error
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
@@ -64,12 +69,19 @@ def explained_faults(config: TrainConfig) -> Iterator[None]:
         ) from error
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Say whether an error means that the device has no memory left; but for CUDA's torch gives a plain one."""
+    texts = ("MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Say whether an error means that no room is left; safetensors gives the number in its text only."""
     numbers = {errno.ENOSPC, errno.EDQUOT}
     if isinstance(error, OSError):
         return error.errno in numbers
-    return any(f"os error {number}" in str(error) for number in numbers)
+    system = numbers if os.name == "posix" else WINDOWS_DISK_FULL
+    return any(f"os error {number})" in str(error) for number in system)
 
 
 def memory_advice(config: TrainConfig) -> str:

@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 from torch import Tensor, nn
 
+from sd_memguard.config import TrainConfig
 from sd_memguard.core.async_copy import to_device
 from sd_memguard.core.seeding import Address, draw_integers, draw_normal
 
@@ -40,6 +41,11 @@ class NoiseSampler:
         on_device = to_device(noise, device)
         input_on_device = on_device if input_noise is noise else to_device(input_noise, device)
         return to_device(timesteps, device), on_device, input_on_device
+
+
+def dream_exponent(config: TrainConfig) -> float | None:
+    """Return DREAM's exponent for details, None where it is off."""
+    return config.dream_detail_preservation if config.dream_training else None
 
 
 class DenoisingLoss:
@@ -84,7 +90,7 @@ class DenoisingLoss:
         """
         scheduler = self.noise_scheduler
         noisy = scheduler.add_noise(latents, noise if input_noise is None else input_noise, timesteps)
-        target = noise
+        target = noise  # `epsilon`; other types were refused when the pipeline was looked at
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, noise, timesteps)
         if dream and self.dream_detail_preservation is not None:

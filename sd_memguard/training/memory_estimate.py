@@ -6,13 +6,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from safetensors import safe_open
 
 from sd_memguard.config import ConfigError, TrainConfig
 from sd_memguard.core.schedule import RoundSchedule
 from sd_memguard.errors import UserError
+from sd_memguard.export.exporter import FULL_RANK
 from sd_memguard.files import gigabytes, nearest_folder
+from sd_memguard.host_memory import available_memory
 from sd_memguard.models.lora import TARGETS
 from sd_memguard.models.pipeline import TRAINED_PARTS, weights_file
 from sd_memguard.runs.checkpoint import list_checkpoints
@@ -40,6 +41,7 @@ class Footprint:
         resting: the proxies that rest, and while they are switched the optimizer state of one more; 0 with one shard.
         checkpoint: one that shares no file with another: every proxy, and the aggregate.
         num_checkpoints: how many are kept.
+        result: the finished pipeline, with the files of ``--export_formats``.
     """
 
     model: int
@@ -48,27 +50,45 @@ class Footprint:
     resting: int
     checkpoint: int
     num_checkpoints: int
+    result: int
 
 
 def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> Footprint:
     """Return the sizes of a run."""
-    num_parameters, num_adapter = count_parameters(pipeline, config)
-    num_trained = num_parameters if config.rank is None else num_adapter
+    num_parameters, per_rank = count_parameters(pipeline, config)
+    num_trained = num_parameters if config.rank is None else config.rank * per_rank
     moments = 0.5 if config.use_8bit_adam else 2
     proxy, switched = (int(BYTES * num_trained * parts) for parts in (1 + moments + config.use_ema, moments))
     num_checkpoints = schedule.total_steps // config.checkpointing_steps
+    if num_checkpoints and schedule.total_steps % config.checkpointing_steps:
+        num_checkpoints += 1  # before the export
+    model, others = BYTES * num_parameters, other_parts(pipeline, config.variant)
+    copies = 1 + ("single-file" in (config.export_formats or ()))
+    lora = sum(name.startswith("lora") for name in config.export_formats or ()) + (config.rank is not None)
+    rank = FULL_RANK if config.rank is None else config.rank * schedule.num_shards
     return Footprint(
-        model=BYTES * num_parameters,
+        model=model,
         trained=BYTES * num_trained,
         proxy=proxy,
         resting=(schedule.num_shards - 1) * proxy + switched if schedule.num_shards > 1 else 0,
         checkpoint=schedule.num_shards * proxy + BYTES * num_parameters,
         num_checkpoints=min(num_checkpoints, config.checkpoints_total_limit or num_checkpoints),
+        result=copies * (model + others) + lora * BYTES * rank * per_rank,
     )
 
 
+def other_parts(pipeline: Path, variant: str | None) -> int:
+    """Return the bytes of the parts that are copied to the result: all but the UNet."""
+    size = 0
+    for part in pipeline.iterdir():
+        if part.name == "unet" or not list(part.glob("*.safetensors")):
+            continue
+        size += weights_file(part, TRAINED_PARTS.get(part.name, "model"), variant).stat().st_size
+    return size
+
+
 def count_parameters(pipeline: Path, config: TrainConfig) -> tuple[int, int]:
-    """Return the number of the UNet's parameters, and of those of a LoRA adapter on it (0 without a rank)."""
+    """Return the number of the UNet's parameters, and of those of a LoRA adapter of rank 1 on it."""
     file = weights_file(pipeline / "unet", TRAINED_PARTS["unet"], config.variant)
     with safe_open(file, framework="pt") as tensors:
         shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
@@ -77,7 +97,7 @@ def count_parameters(pipeline: Path, config: TrainConfig) -> tuple[int, int]:
         for name, shape in shapes.items()
         if name.removesuffix(".weight").endswith(tuple(f".{t}" for t in TARGETS)) and name.endswith(".weight")
     ]
-    return sum(math.prod(shape) for shape in shapes.values()), (config.rank or 0) * sum(map(sum, adapted))
+    return sum(math.prod(shape) for shape in shapes.values()), sum(map(sum, adapted))
 
 
 def rests_in_ram(resting: int, config: TrainConfig) -> bool:
@@ -86,7 +106,7 @@ def rests_in_ram(resting: int, config: TrainConfig) -> bool:
     Raises:
         ConfigError: ``--proxy_store ram`` was asked for and they do not fit.
     """
-    free = psutil.virtual_memory().available
+    free = available_memory()
     if config.proxy_store == "ram" and resting > free:
         raise ConfigError(
             f"`--proxy_store ram` needs {gigabytes(resting)} of memory for the resting proxies and {gigabytes(free)} "
@@ -108,16 +128,16 @@ def check_space(sizes: Footprint, config: TrainConfig) -> None:
     store = 0 if rests_in_ram(sizes.resting, config) else sizes.resting
     present = len(list_checkpoints(Path(config.output_dir))) if config.resume_from_checkpoint else 0
     num_new = max(min(sizes.num_checkpoints, 2) - min(present, 1), 0)
-    needed = sizes.model + store + num_new * sizes.checkpoint
+    needed = sizes.result + store + num_new * sizes.checkpoint
     if needed > free:
         raise SpaceError(
             f"the disk of `--output_dir` {config.output_dir} has {gigabytes(free)} free and {gigabytes(needed)} are "
-            f"needed: model {gigabytes(sizes.model)}, proxy store {gigabytes(store)}, checkpoints of "
+            f"needed: model {gigabytes(sizes.result)}, proxy store {gigabytes(store)}, checkpoints of "
             f"{gigabytes(sizes.checkpoint)}; free some, name a folder on another disk, use fewer `--num_shards`, or a "
             "larger `--checkpointing_steps`"
         )
     num_kept = max(sizes.num_checkpoints - present, 0)
-    if sizes.model + store + num_kept * sizes.checkpoint > free:
+    if sizes.result + store + num_kept * sizes.checkpoint > free:
         logger.warning(
             "%d checkpoints of up to %s will not fit in the %s that are free: set --checkpoints_total_limit",
             *(num_kept, gigabytes(sizes.checkpoint), gigabytes(free)),

@@ -37,12 +37,12 @@ class ClippedStep:
         self.inner = getattr(optimizer, "optimizer", optimizer)
         self.is_fused = bool(self.inner.param_groups[0].get("fused"))
 
-    def step(self, scale: float) -> AsyncCPUCopy | None:
+    def step(self, scale: float) -> AsyncCPUCopy:
         """Take a step with the gradients times ``scale``, clipped; they are gone afterwards.
 
         Returns:
-            The norm of the gradients on its way to the host: where it is not finite no step was taken. None where a
-            GradScaler decides.
+            The norm of the gradients on its way to the host: where it is not finite no step was taken. Where there is a
+            GradScaler, it decides so.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         scaler = self.accelerator.scaler
@@ -56,7 +56,7 @@ class ClippedStep:
             if scaler is not None or math.isfinite(float(norm)):
                 self.optimizer.step()
         self.optimizer.zero_grad()
-        return None if scaler is not None else AsyncCPUCopy(norm)
+        return AsyncCPUCopy(norm)
 
     def _step_fused(self, norm: Tensor, scale: float) -> None:
         # The factor is that of torch.nn.utils.clip_grad_norm_.
@@ -66,3 +66,37 @@ class ClippedStep:
             self.optimizer.step()
         finally:
             del self.inner.grad_scale, self.inner.found_inf
+
+
+class ProxyScalers:
+    """The scale of fp16's gradients for each proxy: where one overflows, the others need not train at a lower scale.
+
+    Args:
+        scaler: accelerate's one GradScaler, None without fp16.
+        num_shards: number of proxies.
+        active: the proxy that is trained first.
+    """
+
+    def __init__(self, scaler: Any, num_shards: int, active: int) -> None:
+        self.scaler, self.active = scaler, active
+        self.states: list[dict[str, Any]] = [] if scaler is None else [scaler.state_dict() for _ in range(num_shards)]
+
+    def activate(self, shard_index: int) -> None:
+        """Give the scaler the state of a proxy, and keep that of the one before."""
+        if self.scaler is None or shard_index == self.active:
+            return
+        self.states[self.active] = self.scaler.state_dict()
+        self.scaler.load_state_dict(self.states[shard_index])
+        self.active = shard_index
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return the state of each proxy's scale, numbers alone; nothing without fp16."""
+        if self.scaler is not None:
+            self.states[self.active] = self.scaler.state_dict()
+        return list(self.states)
+
+    def load(self, states: list[dict[str, Any]], active: int) -> None:
+        """Take over saved states; a run that had none before begins with new ones."""
+        if self.scaler is not None and states:
+            self.states, self.active = list(states), active
+            self.scaler.load_state_dict(states[active])

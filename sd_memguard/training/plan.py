@@ -26,8 +26,8 @@ from sd_memguard.data.samples import BadSample, Checked, SampleError, Samples, l
 from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS
 from sd_memguard.defaults import resolve_settings
 from sd_memguard.files import replace_text
-from sd_memguard.models.pipeline import find_pipeline
-from sd_memguard.runs.checkpoint import refuse_changes
+from sd_memguard.models.pipeline import check_kind, find_pipeline, local_pipeline
+from sd_memguard.runs.checkpoint import foreign_checkpoints, refuse_changes
 from sd_memguard.runs.folder import CONFIG, FOLDER, SUMMARY, RunFolderError
 from sd_memguard.runs.records import SampleTable
 from sd_memguard.training.memory_estimate import Footprint, check_space, footprint
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What ``memguard/config.json`` says of the run: every setting, resolved, and the actions of the sample rule."""
+        """What ``memguard/config.json`` says of the run: every setting, resolved, and the sample rule's actions."""
         actions = [action._asdict() for action in rule_class(self.guard.sample_rule).actions]
         return {**self.config.to_dict(), **self.resolved, "actions": actions}
 
@@ -147,6 +147,12 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     config = replace(config, seed=seed, guard=guard)
     check_output_dir(config)
     check_extras(config)
+    # The kind of model before the images, whose check takes longer; a download after them.
+    pipeline = None
+    if local_pipeline(config) is None:
+        check_kind(config)
+    else:
+        pipeline = find_pipeline(config)
     train_folder = _unbundle(config.train_data_dir, assets.demo_data_path())
     groups_duplicates = guard.group_duplicates != "off"
     samples = _load_images(
@@ -164,7 +170,7 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     heldout = None
     if heldout_folder:
         heldout = _load_images(config, heldout_folder, None, None, checked=None if known is None else known.heldout)
-    pipeline = find_pipeline(config)
+    pipeline = pipeline or find_pipeline(config)
     resolved, schedule = plan_rounds(config, samples, num_processes, recorded)
     sizes = footprint(pipeline, config, schedule)
     if known is None:
@@ -297,15 +303,21 @@ def _check_cache(config: TrainConfig, thumbnails: bool) -> CheckCache | None:
 def write_bad_samples(output_dir: Path, bad: Sequence[BadSample]) -> Path:
     """Write the bad samples, with a reason each, to ``memguard/bad_samples.csv`` and return the file."""
     text = StringIO()
-    csv.writer(text, lineterminator="\n").writerows([BadSample._fields, *bad])
+    rows = [(one.sample_id, _harmless(one.file), _harmless(one.reason)) for one in bad]
+    csv.writer(text, lineterminator="\n").writerows([BadSample._fields, *rows])
     file = output_dir / FOLDER / "bad_samples.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_text(file, text.getvalue())
     return file
 
 
+def _harmless(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula (https://owasp.org/www-community/attacks/CSV_Injection)."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def check_output_dir(config: TrainConfig) -> None:
-    """Refuse a folder that holds another run or a pipeline, unless it is to be resumed.
+    """Refuse a folder that holds another run or a pipeline, unless it is to be resumed, or checkpoints of others.
 
     Raises:
         RunFolderError: says what was found there.
@@ -318,6 +330,12 @@ def check_output_dir(config: TrainConfig) -> None:
         raise RunFolderError(
             f"`--output_dir` {folder} holds another run ({found[0]}); go on with it by "
             "`--resume_from_checkpoint latest`, or name another folder, or remove this one"
+        )
+    foreign = foreign_checkpoints(folder)
+    if foreign:
+        raise RunFolderError(
+            f"`--output_dir` {folder} holds {foreign[0]}, which another program has written (diffusers' scripts name "
+            "theirs so, too) and from which this one cannot go on; name another folder"
         )
 
 

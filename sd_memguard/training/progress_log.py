@@ -15,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sd_memguard.core.decision import Verdict
 from sd_memguard.core.progress import Progress
+from sd_memguard.core.schedule import RoundSchedule
 from sd_memguard.data.image_check import shortened
 from sd_memguard.ensemble import round_text
 from sd_memguard.training.plan import Plan
@@ -51,8 +52,8 @@ class RunLog:
         self._redirect.__enter__()
         sizes = f"{len(plan.samples.sample_ids):,} samples in {schedule.num_shards} shard(s)"
         logger.info(
-            "training: %s, %d steps of %d images in %d rounds of %d steps per proxy",
-            *(sizes, schedule.total_steps, plan.effective_batch_size, schedule.num_rounds, schedule.steps_per_round),
+            "training: %s, %d steps of %d images in %s",
+            *(sizes, schedule.total_steps, plan.effective_batch_size, rounds_text(schedule)),
         )
         if plan.num_processes > 1:
             logger.info("%s", plan.division)
@@ -81,11 +82,16 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close the bar and the trackers, also when the run ends early."""
+        """Close the bar and the trackers, also when the run ends early.
+
+        ``Accelerator.end_training`` would destroy the process group, too: under NCCL that waits for all processes, and
+        those that have met no error never come to it.
+        """
         if self._bar is not None:
             self._bar.close()
         self._redirect.__exit__(kind, error, traceback)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def step(self, progress: Progress, verdicts: list[Verdict], learning_rate: float) -> None:
         """Show one step and send its numbers to the trackers."""
@@ -156,6 +162,16 @@ def _curves(row: dict[str, Any]) -> dict[str, float]:
 
 MANY_EPOCHS = 10
 """Passes of a proxy over its shard within a round from which a warning is due."""
+
+
+def rounds_text(schedule: RoundSchedule) -> str:
+    """Return the number of rounds and their length, which is that of the run where it has one round.
+
+    >>> rounds_text(RoundSchedule.plan(40, 1, 50, redistributes=False))
+    '1 round of 40 steps per proxy'
+    """
+    rounds = "1 round" if schedule.num_rounds == 1 else f"{schedule.num_rounds} rounds"
+    return f"{rounds} of {min(schedule.steps_per_round, schedule.shard_steps(0))} steps per proxy"
 
 
 def epochs_per_round(plan: Plan) -> float:

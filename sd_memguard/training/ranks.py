@@ -140,7 +140,7 @@ class Ranks:
         rows = torch.zeros(1 + self.slice_size, 3, dtype=torch.float64)
         rows[0, 0], rows[0, 1] = len(sample_ids), self.stop.number
         rows[1 : 1 + len(sample_ids)] = torch.stack(
-            [column.detach().double().cpu() for column in (losses, timesteps, sample_ids)], dim=1
+            [column.detach().cpu().double() for column in (losses, timesteps, sample_ids)], dim=1
         )
         found = self.exchange.stack(rows, "batch")
         self.signal = max(self.signal, int(found[:, 0, 1].max()))

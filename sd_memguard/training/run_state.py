@@ -5,8 +5,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
 from sd_memguard.ensemble import Ensemble
@@ -24,6 +24,7 @@ from sd_memguard.runs.checkpoint import (
 from sd_memguard.runs.folder import FOLDER, PROXIES_FOLDER
 from sd_memguard.runs.trained_run import UNET
 from sd_memguard.training.failures import check_finite
+from sd_memguard.training.optimizer_step import ProxyScalers
 from sd_memguard.training.plan import Plan
 from sd_memguard.training.ranks import Ranks
 
@@ -35,7 +36,7 @@ class RunState:
 
     Args:
         plan: what the run does.
-        accelerator: holds the GradScaler, where there is one.
+        scalers: of the gradients under fp16.
         unet: the active UNet.
         ensemble: of the run.
         ranks: who trains what. All processes call each method that writes or averages.
@@ -44,14 +45,15 @@ class RunState:
     def __init__(
         self,
         plan: Plan,
-        accelerator: Accelerator,
+        scalers: ProxyScalers,
         unet: UNet2DConditionModel,
         ensemble: Ensemble,
         ranks: Ranks,
     ) -> None:
-        self.plan, self.config, self.accelerator, self.unet = plan, plan.config, accelerator, unet
+        self.plan, self.config, self.scalers, self.unet = plan, plan.config, scalers, unet
         self.ensemble, self.proxies, self.guard, self.ranks = ensemble, ensemble.proxies, ensemble.guard, ranks
         self.run_id = uuid.uuid4().hex  # under which trackers know the run
+        self.last_saved_step = 0  # of the checkpoint written or gone on from last
 
     @contextmanager
     def aggregate(self) -> Iterator[UNet2DConditionModel | None]:
@@ -76,6 +78,7 @@ class RunState:
             with self.aggregate():  # the resident weights rest in a store that the processes share
                 pass
         self.ranks.exchange.wait("checkpoint")
+        self.last_saved_step = step
 
     def _write(self, folder: Path) -> None:
         private = folder / FOLDER
@@ -87,17 +90,26 @@ class RunState:
                 check_finite(unet)
                 unet.save_pretrained(folder / UNET, max_shard_size="100GB")
         proxies = self.ensemble.save_proxies(private / PROXIES_FOLDER)
+        scalers = self._gathered_scalers()
         if self.ranks.is_main:
-            scaler = self.accelerator.scaler
             state = {
                 "config": self.plan.shaping,
                 "run_id": self.run_id,
                 "ensemble": self.ensemble.state_dict(),
                 "proxies": proxies,
-                "scaler": scaler.state_dict() if scaler is not None else None,
+                "scalers": scalers,
             }
             save_state(state, private, "state")
         self._wait_for_parts()
+
+    def _gathered_scalers(self) -> list[dict[str, Any]]:
+        """Return the state of each proxy's scale, from the process that trains it."""
+        states = self.scalers.state()
+        if not self.ranks.by_shard or not states:
+            return states
+        own = [(shard_index, states[shard_index]) for shard_index in self.ranks.shards]
+        found = dict(row for rows in self.ranks.exchange.gather(own, "scalers") for row in rows)
+        return [found[shard_index] for shard_index in range(len(states))]
 
     def _wait_for_parts(self) -> None:
         """Wait for the processes that write parts of the checkpoint of their own."""
@@ -121,9 +133,8 @@ class RunState:
             refuse_changes(state["config"], self.plan.shaping, folder)
         self.ensemble.load_state_dict(state["ensemble"])
         self.ensemble.load_proxies(folder / FOLDER / PROXIES_FOLDER, state["proxies"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.run_id = state["run_id"]
+        self.scalers.load(state["scalers"], self.proxies.resident)
+        self.run_id, self.last_saved_step = state["run_id"], self.ensemble.progress.global_step
         logger.info("going on from %s", folder)
         before, now = state["config"]["max_train_steps"], self.config.max_train_steps
         if before != now and not self.config.lr_scheduler.startswith("constant"):

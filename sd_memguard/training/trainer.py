@@ -32,13 +32,28 @@ from sd_memguard.runs.lock import run_lock
 from sd_memguard.runs.records import RunRecords, run_summary
 from sd_memguard.runs.trained_run import TrainedRun
 from sd_memguard.sample_guard import AugmentBatch, SampleGuard
-from sd_memguard.training.build import base_learning_rate, make_accelerator, make_ema, make_proxies, prepare_models
-from sd_memguard.training.distributed_start import check_shared, main_alone, plan_together, quiet, told_when_lost
+from sd_memguard.training.build import (
+    base_learning_rate,
+    forward_dtype,
+    make_accelerator,
+    make_ema,
+    make_proxies,
+    prepare_models,
+    step_ema,
+)
+from sd_memguard.training.distributed_start import (
+    check_shared,
+    leaving_together,
+    main_alone,
+    plan_together,
+    quiet,
+    told_when_lost,
+)
 from sd_memguard.training.dry_run import describe_plan, vae_factor
 from sd_memguard.training.failures import NonFiniteError, Seen, check_finite, describe_samples, explained_faults
 from sd_memguard.training.learning_rate import learning_rate_schedule
-from sd_memguard.training.loss import DenoisingLoss, NoiseSampler
-from sd_memguard.training.optimizer_step import ClippedStep
+from sd_memguard.training.loss import DenoisingLoss, NoiseSampler, dream_exponent
+from sd_memguard.training.optimizer_step import ClippedStep, ProxyScalers
 from sd_memguard.training.plan import Plan, finished_summary
 from sd_memguard.training.progress_log import RunLog, summary_text
 from sd_memguard.training.ranks import Ranks, launched_processes
@@ -51,6 +66,8 @@ logger = logging.getLogger(__name__)
 
 MAX_NONFINITE_STEPS = 5
 """Steps in a row that may be left out for a loss or gradient that is not finite."""
+MAX_OVERFLOWS = 25
+"""The same under fp16: each time the scale of the gradients is halved, from 65,536 at the beginning."""
 
 
 class TrainResult(NamedTuple):
@@ -76,7 +93,8 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator = accelerator or make_accelerator(plan.config)
     if plan.config.dry_run:
         if exchange.is_main:
-            print(describe_plan(plan, accelerator))
+            with explained_faults(plan.config):
+                print(describe_plan(plan, accelerator))
         return TrainResult(plan.output_dir, 0, {})
     with main_alone(exchange, run_lock(plan.output_dir)), explained_faults(plan.config):
         check_shared(plan.output_dir, exchange)
@@ -93,7 +111,12 @@ def train(config: TrainConfig) -> TrainResult:
         exchange.wait("plan")
         trainer = Trainer(plan, accelerator, exchange)
         trainer.resume()
-        with StopRequest(echo=ECHO if exchange.size > 1 else 0.0) as stop, trainer.log, told_when_lost():
+        with (
+            leaving_together(exchange),
+            StopRequest(echo=ECHO if exchange.size > 1 else 0.0) as stop,
+            trainer.log,
+            told_when_lost(),
+        ):
             trainer.fit(stop)
             return trainer.finish()
 
@@ -113,7 +136,7 @@ class Trainer:
         self.plan, self.config, self.schedule, self.accelerator = plan, config, plan.schedule, accelerator
         models = prepare_models(plan, accelerator)
         self.unet: UNet2DConditionModel = models.unet
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        dtype = forward_dtype(accelerator)
         self.ema = make_ema(self.unet, config, accelerator.device)
         self.proxies = make_proxies(plan, self.unet, self.ema, dtype, accelerator.device, self.ranks)
         self.parameters = list(self.proxies.parameters.values())
@@ -132,8 +155,7 @@ class Trainer:
         )
         num_timesteps = models.noise_scheduler.config.num_train_timesteps
         self.noise_sampler = NoiseSampler(plan.seed, num_timesteps, config.noise_offset, config.input_perturbation)
-        dream = config.dream_detail_preservation if config.dream_training else None
-        self.loss = DenoisingLoss(models.noise_scheduler, config.snr_gamma, dream)
+        self.loss = DenoisingLoss(models.noise_scheduler, config.snr_gamma, dream_exponent(config))
         self.validator = RoundValidator(plan, self.source, encoders, num_timesteps, is_main=self.ranks.is_main)
 
         # The guard and the step.
@@ -162,11 +184,12 @@ class Trainer:
         )
 
         self.optimizer_step = ClippedStep(accelerator, self.optimizer, self.parameters, config.max_grad_norm)
-        self.taken: list[tuple[int, list[Seen], AsyncCPUCopy | None]] = []
+        self.taken: list[tuple[int, list[Seen], AsyncCPUCopy]] = []
         self.nonfinite_in_a_row = 0
         self.ensemble = Ensemble(self.guard, self.proxies, self.schedule)
         self.records = RunRecords(plan.output_dir, writes=self.ranks.is_main)
-        self.state = RunState(plan, accelerator, self.unet, self.ensemble, self.ranks)
+        self.scalers = ProxyScalers(accelerator.scaler, self.schedule.num_shards, self.proxies.resident)
+        self.state = RunState(plan, self.scalers, self.unet, self.ensemble, self.ranks)
         self.log = RunLog(accelerator, plan, self.state)
 
     @property
@@ -196,6 +219,7 @@ class Trainer:
         num_steps = self.ensemble.begin_turn(shard_index)
         if num_steps == 0:
             return
+        self.scalers.activate(shard_index)
         size, accumulation = self.plan.batch_size, self.config.gradient_accumulation_steps
         chunks = islice(self.ensemble.upcoming(size), num_steps * accumulation)
         batches = self.source.batches([self.ranks.slice_of(chunk) for chunk in chunks])
@@ -296,35 +320,31 @@ class Trainer:
         if self.ema is not None:
             self.check_pending_norms()  # the average does not take in what was left out
             if self.nonfinite_in_a_row == 0:
-                self._step_ema()
+                step_ema(self.ema, self.parameters, self.accelerator.device, offload=self.config.offload_ema)
 
     def check_pending_norms(self) -> None:
         """Learn which of the steps taken since the last call were left out for a gradient that is not finite."""
         while self.taken:
             step, seen, norm = self.taken.pop(0)
-            if norm is not None and not math.isfinite(float(norm.wait())):
+            if not math.isfinite(float(norm.wait())):
                 self.skip_nonfinite_step("gradient", seen, step)
             else:
                 self.nonfinite_in_a_row = 0
-
-    def _step_ema(self) -> None:
-        assert self.ema is not None
-        if self.config.offload_ema:
-            self.ema.to(self.accelerator.device, non_blocking=True)
-        self.ema.step(self.unet.parameters())
-        if self.config.offload_ema:
-            self.ema.to("cpu", non_blocking=True)
 
     def skip_nonfinite_step(self, what: str, seen: list[Seen], step: int) -> None:
         """Count a step that is left out, name its samples, and stop the run when that happens again and again."""
         self.progress.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
-        if self.ranks.is_main or self.ranks.by_shard:  # those that share a batch all know
+        is_overflow = what == "gradient" and self.scalers.scaler is not None
+        most = MAX_OVERFLOWS if is_overflow else MAX_NONFINITE_STEPS
+        if is_overflow and self.nonfinite_in_a_row < most:
+            logger.info("step %d is left out: its gradient overflows in fp16, and the next is scaled by half", step)
+        elif self.ranks.is_main or self.ranks.by_shard:  # those that share a batch all know
             named = describe_samples(seen, self.plan.samples)
             logger.warning("step %d is left out: its %s is not finite (%s)", step, what, named)
-        if self.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
+        if self.nonfinite_in_a_row >= most:
             raise NonFiniteError(
-                f"the {what} of {MAX_NONFINITE_STEPS} steps in a row was not finite, the last at step {step}; the "
+                f"the {what} of {most} steps in a row was not finite, the last at step {step}; the "
                 "weights are those before. Lower `--learning_rate`, use `--mixed_precision bf16` or `no`, or look "
                 "at the images; the last checkpoint is untouched"
             )
@@ -392,6 +412,7 @@ class Trainer:
     def finish(self) -> TrainResult:
         """Write the pipeline, draw, upload, and say how it went."""
         config, output_dir, progress = self.config, self.plan.output_dir, self.progress
+        self._checkpoint_before_export()
         with self.state.aggregate() as unet:
             if unet is not None:
                 check_finite(unet)
@@ -410,6 +431,12 @@ class Trainer:
             push_to_hub(output_dir, config, summary)
         exports.raise_failures()
         return TrainResult(output_dir, progress.global_step, summary)
+
+    def _checkpoint_before_export(self) -> None:
+        """Save the last steps, which a full disk would cost now; a run too short for any checkpoint does without."""
+        last = self.state.last_saved_step
+        if last < self.progress.global_step >= self.config.checkpointing_steps:
+            self.state.save_checkpoint()
 
     def _summary(self) -> dict[str, Any]:
         speed = self.log.images_per_second(self.progress)

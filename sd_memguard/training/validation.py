@@ -158,5 +158,5 @@ class RoundValidator:
 
     def _draw(self, state: RunState, log: RunLog) -> None:
         folder, variant, seed = self.plan.pipeline, self.config.variant, self.plan.seed
-        images = draw_prompts(folder, state.unet, self.prompts, state.accelerator, seed, variant)
+        images = draw_prompts(folder, state.unet, self.prompts, log.accelerator, seed, variant)
         log.generated(images, state.ensemble.progress.global_step)

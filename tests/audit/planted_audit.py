@@ -17,7 +17,7 @@ CREATED = "2026-01-02T03:04:05+00:00"
 
 
 class Planted(NamedTuple):
-    """A generated image: who drew it, of what kind, and the training image whose caption it is (None: a given image)."""
+    """A generated image: its model, its kind, and the training image whose caption it has (None: a given image)."""
 
     model: str
     kind: str
@@ -127,6 +127,7 @@ def write_planted_audit(output_dir: Path, generated: Sequence[Planted] | None = 
                 "own_similarity": None if own is None else np.float32(own),
                 "l2_ratio": np.float32(ratio),
                 "mq_ratio": np.float32(distances[0] ** 2 / (distances**2).mean()),
+                "distance": np.float32(1 - similarities[nearest]),
                 "is_copy": bool(similarities[nearest] >= threshold),
                 "is_l2_copy": bool(ratio < 0.5),
                 "shard": row % 4 if guarded else None,
@@ -157,6 +158,7 @@ def write_planted_audit(output_dir: Path, generated: Sequence[Planted] | None = 
         "threshold": {
             "similarity": threshold,
             "l2_ratio": 0.5,
+            "distance": None,
             "rule": f"99% of the images not trained on are below {threshold:.3f}",
             "source": "background",
         },

@@ -8,6 +8,7 @@ from PIL import Image
 
 from sd_memguard.audit import AuditError
 from sd_memguard.audit.collection import read_dataset, read_folder, without
+from sd_memguard.data.samples import load_samples
 
 ROWS = [("b.png", "a caption, with a comma"), ("a.png", "another"), ("b.png", "a caption, with a comma")]
 
@@ -66,7 +67,7 @@ def test_data_set_is_read_by_row(tmp_path):
     assert list(images.files) == ["00000000.png", "00000001.png", "00000002.png"]
     assert images.distinct == [0, 1]
     assert images.image(0).getpixel((0, 0)) == (255, 0, 0)
-    with pytest.raises(AuditError, match=r"columns `image` and `words`, found \['image', 'words'\]"):
+    with pytest.raises(AuditError, match=r"columns `image` and `words`, found \['photo', 'words'\]"):
         read_dataset(str(tmp_path / "saved"), "image", "words")
     with pytest.raises(AuditError, match="cannot be loaded"):
         read_dataset(str(tmp_path / "nothing"), "image", "text")
@@ -103,18 +104,45 @@ def test_what_cannot_be_read_is_named(tmp_path):
         read_folder(tmp_path / "nothing", "--images")
     refuse("holds no images")
     write_images(tmp_path)
-    refuse("2 images .* have no caption, the first is a.png")
+    refuse(r"a.png in .* has no caption; .* \(and 1 more\)")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "x"}')
     refuse("row 1 .* must have a caption as `text`, it has \\['caption', 'file_name'\\]")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "../a.png", "text": "x"}')
     refuse("lists ../a.png, which lies outside")
     (tmp_path / "metadata.jsonl").write_text('{"text": "x"}')
-    refuse("must name a image as `file_name`")
+    refuse("must name an image as `file_name`")
     (tmp_path / "metadata.jsonl").write_text("[1]")
-    refuse("cannot be read: every line must be a JSON object")
+    refuse("row 1 .* must name an image as `file_name`, it has \\[\\]")
     (tmp_path / "metadata.jsonl").write_text("{")
-    refuse("cannot be read")
+    refuse("row 1 .* must name an image")
     (tmp_path / "broken.png").write_bytes(b"no image")
     lines = [json.dumps({"file_name": name, "text": "x"}) for name in ("a.png", "broken.png", "missing.png")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    refuse("2 of 3 images .* cannot be read: broken.png: .*; missing.png: ")
+    refuse("2 of 3 images .* cannot be used: broken.png: .*; missing.png: .*--on_bad_sample skip")
+
+
+def test_what_training_has_skipped_is_passed_over_and_rows_keep_their_numbers(tmp_path, caplog):
+    write_images(tmp_path)
+    whole = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:-30])  # its header is whole
+    names = ["a.png", "broken.png", "b.png", "b.png", "../a.png", "cut.png"]
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    lines = [json.dumps({"file_name": name, "text": "" if row == 2 else "x"}) for row, name in enumerate(names)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*lines, "no JSON"]))
+    images = read_folder(tmp_path, "--train_data_dir", on_bad_sample="skip")
+    assert images.distinct == [0, 3]
+    assert [bool(content) for content in images.hashes] == [True, False, False, True, False, False, False]
+    assert "5 of 7 images" in caplog.text
+    samples = load_samples(
+        train_data_dir=str(tmp_path),
+        dataset_name=None,
+        dataset_config_name=None,
+        cache_dir=None,
+        image_column="image",
+        caption_column="text",
+        max_train_samples=None,
+        seed=0,
+        on_bad_sample="skip",
+        progress=False,
+    )
+    assert samples.sample_ids.tolist() == images.distinct

@@ -15,6 +15,9 @@ from sd_memguard.audit import AuditError, generate
 from sd_memguard.audit.arguments import parse_arguments
 from sd_memguard.audit.collection import read_folder
 from sd_memguard.audit.command import main, run_audit
+from sd_memguard.audit.features.cache import Store
+from sd_memguard.audit.features.extractors import make_extractor
+from sd_memguard.audit.metrics.background import Gallery, candidates, choose_threshold
 
 DRAWING = ["--num_prompts", "6", "--num_images_per_prompt", "2", "--num_inference_steps", "3", "--num_probes", "12"]
 SETS = ["--train_data_dir", BUNDLED, "--reference_data_dir", BUNDLED]
@@ -68,6 +71,39 @@ def test_planted_copies_are_found_and_nothing_else(planted, tmp_path):
     assert model["copies"]["given"]["share"]["low"] < 0.2 < model["copies"]["given"]["share"]["high"]
     assert model["detection"] is model["membership"] is model["copies"]["given"]["extraction"] is None
     assert model["why_missing"]["detection"] == "images were given, no model"
+
+
+def test_a_recompressed_copy_does_not_take_the_duplicated_image_out_of_the_audit(tmp_path):
+    folder, train = tmp_path / "set", read_folder(demo_data_path(), "--train_data_dir")
+    folder.mkdir()
+    rows = train.distinct[:60]
+    lines = [(f"{row}.png", train.captions[row]) for row in rows]
+    for row in rows:
+        train.image(row).save(folder / f"{row}.png")
+    known, apart = candidates_of(folder, lines, tmp_path / "before")
+    duplicated = known.single[0]  # an image like no other, with a caption of its own
+    assert duplicated not in apart
+    name, caption = lines[duplicated]
+    shutil.copyfile(folder / name, folder / "again.png")
+    Image.open(folder / name).convert("RGB").save(folder / "recompressed.jpg", quality=60)
+    lines += [("again.png", caption), ("recompressed.jpg", caption)]
+    chosen, apart = candidates_of(folder, lines, tmp_path / "after")
+    assert chosen.repeated.count(duplicated) == 1
+    assert len(lines) - 1 not in chosen.single
+    assert duplicated not in apart
+
+
+def candidates_of(folder, lines, cache):
+    """Return whose captions could be drawn in a folder of these files and captions, and the rows with a look-alike."""
+    text = "\n".join(json.dumps({"file_name": name, "text": caption}) for name, caption in lines)
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+    train, device = read_folder(folder, "--train_data_dir"), torch.device("cpu")
+    gallery = Gallery(train, make_extractor("bundled", None, device), Store(cache), device, 16)
+    groups = gallery.groups()
+    positions = torch.arange(len(train.distinct))
+    threshold = choose_threshold(gallery.match_own(positions).similarity, None).similarity
+    like = gallery.match_apart(positions, groups) >= threshold
+    return candidates(train, groups, 0), {train.distinct[position] for position in positions[like].tolist()}
 
 
 def test_a_run_tells_the_history_of_the_nearest_image_and_a_data_set_shows_it(planted, tmp_path):
@@ -124,7 +160,7 @@ def test_a_model_that_was_not_trained_on_them_sits_at_the_background(base):
 
 def test_rows_say_what_the_report_says(base):
     _, report, pairs = base
-    threshold = report["threshold"]["similarity"]
+    threshold = report["threshold"]["distance"]
     for kind in ("repeated", "single"):
         rows = [row for row in pairs if row["kind"] == kind]
         figures = report["models"][0]["copies"][kind]
@@ -137,7 +173,7 @@ def test_rows_say_what_the_report_says(base):
         assert figures["l2_copies"]["value"] == np.mean([row["l2_ratio"] < 0.5 for row in rows])
         assert figures["mq_below"]["0.5"] == sum(row["mq_ratio"] < 0.5 for row in rows)
     for row in pairs:
-        assert row["is_copy"] == (row["similarity"] >= threshold)
+        assert row["is_copy"] == (row["distance"] <= threshold)
         assert row["own_similarity"] <= row["similarity"] + 1e-6
         assert row["mq_ratio"] <= row["l2_ratio"]
         assert row["skip_ratio"] is None

@@ -153,3 +153,23 @@ def test_settings_out_of_range_are_refused():
     for decay in (-0.1, 1):
         with pytest.raises(ValueError, match=f"`decay` must be at least 0 and below 1, got {decay}"):
             LossMemoryBank(decay=decay)
+
+
+def test_processes_that_share_a_batch_decide_the_same(monkeypatch):
+    """CUDA's ``index_add_`` adds float numbers of one place in whatever order its threads come."""
+    add, order = torch.Tensor.index_add_, random.Random(0)
+
+    def index_add(tensor, dim, index, source, **options):
+        shuffled = torch.tensor(order.sample(range(len(index)), len(index)))
+        return add(tensor, dim, index[shuffled], source[shuffled], **options)
+
+    monkeypatch.setattr(torch.Tensor, "index_add_", index_add)
+    banks = [LossMemoryBank(3, 0.8) for _ in range(4)]
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        ts = torch.randint(0, 3, (64,), generator=generator)
+        losses = torch.rand(64, generator=generator)
+        for bank in banks:
+            bank.update(ts, losses)
+    assert all(torch.equal(bank.sums, banks[0].sums) for bank in banks)
+    assert all(torch.equal(bank.counts, banks[0].counts) for bank in banks)

@@ -7,6 +7,8 @@ import logging
 import os
 import pickle
 import random
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -474,6 +476,34 @@ def test_links_that_leave_the_data_folder_are_bad(tmp_path, caplog):
     names = ["a.png", "inside.png", "linked/a.png"]
     write_jsonl(folder, [{"file_name": name, "text": "a"} for name in names])
     assert only_bad(folder)[:2] == (2, "linked/a.png")
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "a.txt"])
+def test_captions_are_not_read_through_a_link_that_leaves_the_data_folder(tmp_path, name):
+    outside = tmp_path / "secrets.txt"
+    outside.write_text("file_name,text\na.png,the password\n")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    random_image().save(folder / "a.png")
+    random_image().save(folder / "b.png")
+    (folder / "b.txt").write_text("a caption")
+    (folder / name).symlink_to(outside)
+    error = refusal(folder)
+    assert f"{name} is a link that leaves the data folder" in str(error)
+    assert "password" not in str(error)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["metadata.jsonl", "a.txt", "a.png"])
+def test_a_pipe_in_the_data_folder_is_named_and_not_waited_for(tmp_path, name):
+    for image in ("a.png", "b.png"):
+        random_image().save(tmp_path / image)
+        (tmp_path / f"{image[0]}.txt").write_text("a caption")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    script = "import sys; from tests.data.test_samples import refusal; print(refusal(sys.argv[1]))"
+    told = subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=120, capture_output=True, text=True)
+    assert "is not a file" in told.stdout, told.stderr
 
 
 def test_links_of_the_hub_cache_are_followed(tmp_path):

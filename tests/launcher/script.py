@@ -28,7 +28,7 @@ def parse_args():
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--own_loss", action="store_true")
     parser.add_argument("--cache_latents", action="store_true")
-    parser.add_argument("--prediction_type", default=None)
+    parser.add_argument("--loss_type", default="l2")
     parser.add_argument("--checkpointing_steps", type=int, default=1000)
     parser.add_argument("--resume_from_checkpoint", default=None)
     parser.add_argument("--seed", type=int, default=0)

@@ -4,7 +4,6 @@ import copy
 import pickle
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sd_memguard.core.bands import classify
 from sd_memguard.core.memory_bank import LossMemoryBank
+from sd_memguard.core.timesteps import TimestepBins
 from sd_memguard.errors import LoopError
 from sd_memguard.plugin.gate import RowGate, find_grad_scale, grad_scale_of, hooked_module, unwrap
 
@@ -215,7 +215,7 @@ def test_decisions_are_those_of_losses_at_hand(mode):
         masks[0].append(clean.tolist())
         return clean.float()
 
-    RowGate(model, optimizer, judge, num_timesteps=20)
+    RowGate(model, optimizer, judge, bins=TimestepBins(20))
     for step in range(30):
         sample, target, timesteps = draw(4, step)
         losses = per_sample(model(sample, timesteps % 20), target)
@@ -231,6 +231,7 @@ def test_decisions_are_those_of_losses_at_hand(mode):
 @pytest.mark.parametrize("wrap", [False, True])
 def test_lora_adapter(wrap):
     """Of peft, put into the model as diffusers does or wrapped around it."""
+    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)
     models = []
     for _ in range(2):
@@ -441,8 +442,9 @@ def test_other_numbers_of_rows_are_refused():
     gate = RowGate(model, sgd(model), Recorder())
     sample, _, timesteps = draw(5)
     gate.begin_batch([1, 2])
+    model(sample, timesteps).sum().backward()
     with pytest.raises(LoopError, match="5 rows for a batch of 2 samples"):
-        model(sample, timesteps)
+        gate.close_window()
 
 
 def test_pairs_at_one_timestep_are_refused():
@@ -451,8 +453,9 @@ def test_pairs_at_one_timestep_are_refused():
     gate = RowGate(model, sgd(model), Recorder())
     gate.begin_batch([0, 1])
     sample, _, timesteps = draw(4)
+    model(sample, timesteps[:2].repeat(2)).sum().backward()
     with pytest.raises(LoopError, match="preferences"):
-        model(sample, timesteps[:2].repeat(2))
+        gate.close_window()
 
 
 def test_one_timestep_for_a_whole_batch_with_class_images():
@@ -724,13 +727,14 @@ def test_timestep_of_another_name():
 
 def test_rows_that_are_no_samples_are_refused():
     model = Toy()
-    RowGate(model, sgd(model), Recorder())
+    gate = RowGate(model, sgd(model), Recorder())
     sample, _, timesteps = draw(3)
     model.register_forward_hook(
         lambda module, args, output: output.flatten(2).transpose(1, 2).reshape(1, 48, 3), prepend=True
     )
+    model(sample, timesteps).sum().backward()
     with pytest.raises(LoopError, match=r"timesteps of shape \(3,\) and has returned 1 rows"):
-        model(sample, timesteps)
+        gate.close_window()
 
 
 def wide(rows=4):

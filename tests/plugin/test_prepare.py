@@ -122,16 +122,14 @@ def test_a_neutral_guard_changes_nothing_to_the_byte():
         pytest.param(14, {"lora": True}, id="lora"),
         pytest.param(5, {"accumulation": 4}, id="accumulation"),
         pytest.param(7, {"on_disk": True}, id="disk-store"),
-        pytest.param(7, {"settings": {"num_shards": 1}}, id="one-shard"),
     ],
 )
 def test_a_resumed_loop_equals_one_that_was_not_stopped(tmp_path, step, options):
-    settings = options.pop("settings", {})
     on_disk = options.pop("on_disk", False)
 
     def loop(name):
         where = {"store_dir": tmp_path / name} if on_disk else {}
-        return AccelerateLoop(make_guard(**settings), **options, **where)
+        return AccelerateLoop(make_guard(), **options, **where)
 
     whole = loop("whole").run(TOTAL, save_at=step, folder=tmp_path / "checkpoint")
     resumed = loop("resumed")
@@ -167,14 +165,43 @@ def test_checkpoints_of_others_are_refused(tmp_path):
         loop.accelerator.load_state(tmp_path / "neutral")
 
 
-@pytest.mark.parametrize(
-    ("kind", "processes", "message"),
-    [("DEEPSPEED", 1, "runs DEEPSPEED"), ("FSDP", 2, "runs FSDP"), ("MULTI_GPU", 2, "has 2 processes")],
-)
-def test_spread_models_are_refused(kind, processes, message):
-    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(name=kind), num_processes=processes)
+@pytest.mark.parametrize(("kind", "message"), [("DEEPSPEED", "runs DEEPSPEED"), ("FSDP", "runs FSDP")])
+def test_spread_models_are_refused(kind, message):
+    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(name=kind), num_processes=2)
     with pytest.raises(LoopError, match=message):
         AccelerateBackend(accelerator)
+
+
+def test_proxies_do_not_take_turns_in_several_processes(monkeypatch):
+    monkeypatch.setattr(AccelerateBackend, "num_processes", 2)
+    with pytest.raises(LoopError, match="2 processes train together"):
+        AccelerateLoop(make_guard())
+
+
+def test_a_checkpoint_brings_the_guard_of_one_shard_back(tmp_path):
+    loop = AccelerateLoop(make_guard(num_shards=1)).run(9, save_at=9, folder=tmp_path)
+    resumed = AccelerateLoop(make_guard(num_shards=1))
+    resumed.accelerator.load_state(tmp_path)
+    resumed.loader.driver.advance_turn()
+
+    assert torch.equal(resumed.guard.ledger.skips, loop.guard.ledger.skips)
+    assert torch.equal(resumed.guard.rules[0].bank.sums, loop.guard.rules[0].bank.sums)
+    assert int(loop.guard.ledger.skips.sum()) > 0
+
+
+def test_a_longer_run_goes_on_in_the_rounds_it_was_begun_with(tmp_path):
+    AccelerateLoop(make_guard(steps_per_round="auto"), total_steps=12).run(12, save_at=12, folder=tmp_path)
+    longer = AccelerateLoop(make_guard(steps_per_round="auto"), total_steps=900)
+    longer.schedule.step = lambda: None
+    longer.accelerator.load_state(tmp_path)
+    longer.loader.driver.advance_turn()
+    assert longer.loader.driver.schedule.steps_per_round == 50  # 900 steps alone would be in rounds of 50 as well
+    assert longer.loader.driver.ensemble.steps_left > 0
+
+    with pytest.raises(LoopError, match=r"`--max_train_steps` \(`total_steps`\) 12 there, 11 here"):
+        AccelerateLoop(make_guard(), total_steps=11).accelerator.load_state(tmp_path)
+    with pytest.raises(LoopError, match="`--steps_per_round` 50 there, 2 here"):
+        AccelerateLoop(make_guard(), total_steps=12).accelerator.load_state(tmp_path)
 
 
 def test_lora_is_saved_as_one_adapter_on_the_base_as_it_was():
@@ -190,7 +217,7 @@ def test_lora_is_saved_as_one_adapter_on_the_base_as_it_was():
         for name, parameter in loop.network.named_parameters():
             if "base_layer" in name:
                 assert torch.equal(parameter, before[name])
-        assert loop.network.first.lora_A["default"].weight.shape == (4, 4)  # 2 x 3 is more than the layer has
+        assert loop.network.first.lora_A["default"].weight.shape == (6, 4)  # 2 x 3 is more than the layer has
         for layer, module in (("first", loop.network.first), ("second", loop.network.second)):
             change = module.scaling["default"] * module.lora_B["default"].weight @ module.lora_A["default"].weight
             torch.testing.assert_close(module.base_layer.weight + change, merged[layer], rtol=0, atol=1e-6)

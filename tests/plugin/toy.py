@@ -110,7 +110,7 @@ class Loop:
                     self.seen.append(batch["sample_id"].tolist())
                     self.augmented.append(self.loader.driver.window.augmented)
                     if not self.guard.is_neutral:
-                        visits = self.loader.driver.refs or [(9, batches, slot) for slot in range(BATCH_SIZE)]
+                        visits = self.loader.driver.refs or [(9, batches, slot) for slot in range(len(batch["values"]))]
                         addresses = [tuple(map(int, visit)) for visit in visits]
                 losses, timesteps = losses_of(self.network, batch["values"], addresses)
                 loss = losses.mean()

@@ -5,6 +5,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+
+class SharedTable(torch.optim.SGD):
+    """A peer of the 8-bit AdamW: the state of all parameters holds one and the same table."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr, momentum=0.9)
+        self.table = torch.linspace(-1, 1, 5)
+
+    def step(self):
+        super().step()
+        for state in self.state.values():
+            state["table"] = self.table
+
+
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, 1e-2, fused=False, foreach=False),
     "adamw_foreach": lambda p: torch.optim.AdamW(p, 1e-2, foreach=True),
@@ -12,6 +26,7 @@ OPTIMIZERS = {
     "amsgrad": lambda p: torch.optim.AdamW(p, 1e-2, amsgrad=True),
     "sgd": lambda p: torch.optim.SGD(p, 1e-2),
     "sgd_momentum": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
+    "shared_table": lambda p: SharedTable(p, 1e-2),
 }
 
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sd_memguard.proxies import store as store_module
-from sd_memguard.proxies.store import DiskStore, LazyTensors, RamStore
+from sd_memguard.proxies.store import DiskStore, LazyTensors, RamStore, StoreError
 
 TENSORS = {
     "weight": torch.arange(6.0).reshape(2, 3).t(),  # not contiguous
@@ -90,9 +90,34 @@ def test_disk_entries_are_copied_where_there_are_no_links(tmp_path, monkeypatch)
 
 
 def test_a_disk_store_begins_empty(tmp_path):
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "left.safetensors").write_text("of an earlier run")
-    assert list(DiskStore(tmp_path / "store").folder.iterdir()) == []
+    first = DiskStore(tmp_path)
+    first.put("left", TENSORS)
+    second = DiskStore(tmp_path)
+    second.put("new", TENSORS)
+    assert [path.name for path in second.folder.glob("*.safetensors")] == ["new.safetensors"]
+
+
+def test_a_disk_store_keeps_its_hands_off_what_the_user_has_in_the_folder(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    for name in ("thesis/chapter.tex", "model.safetensors"):
+        (tmp_path / name).write_text("years of work")
+    store = DiskStore(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "thesis"]  # nothing to store yet
+    store.put("a", TENSORS)
+    assert (tmp_path / "thesis/chapter.tex").read_text() == (tmp_path / "model.safetensors").read_text()
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_disk_store_refuses_a_folder_of_its_name_with_other_content(tmp_path, marked):
+    if marked:
+        DiskStore(tmp_path).put("a", TENSORS)
+    folder = tmp_path / "memguard-proxies"
+    folder.mkdir(exist_ok=True)
+    mine = folder / ("notes.txt" if marked else "mine.safetensors")
+    mine.write_text("mine")
+    with pytest.raises(StoreError, match=mine.name):
+        DiskStore(tmp_path)
+    assert mine.read_text() == "mine"
 
 
 def test_lazy_tensors_read_what_is_asked_for(tmp_path):

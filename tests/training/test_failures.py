@@ -12,9 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sd_memguard.data.samples import SampleError, Samples
+from sd_memguard.data.samples import BadSample, SampleError, Samples
+from sd_memguard.export import exporter
+from sd_memguard.export.target import ExportError
 from sd_memguard.proxies import state_file
 from sd_memguard.runs.checkpoint import list_checkpoints, verify_checkpoint
+from sd_memguard.training import trainer
 from sd_memguard.training.failures import (
     DiskFullError,
     NonFiniteError,
@@ -22,6 +25,7 @@ from sd_memguard.training.failures import (
     explained_faults,
     memory_advice,
 )
+from sd_memguard.training.plan import write_bad_samples
 from sd_memguard.training.trainer import Trainer
 
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
@@ -80,6 +84,31 @@ def test_a_full_disk_in_a_save_leaves_the_older_checkpoint_and_a_run_that_goes_o
     assert not (folder / "model_index.json").exists()
     run("full", **SHORT, resume_from_checkpoint="latest")
     assert (folder / UNET).read_bytes() == whole
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_step(run, configure, monkeypatch):
+    whole = (run("whole", **SHORT).output_dir / UNET).read_bytes()
+    settings = {**SHORT, "checkpointing_steps": 4}
+    with monkeypatch.context() as patch:
+        fail_at(patch, trainer, "write_pipeline", 1, OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(DiskFullError, match="--resume_from_checkpoint latest"):
+            run("full", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", None)  # none is left to take
+        folder = run("full", **settings, resume_from_checkpoint="latest").output_dir
+    assert (folder / UNET).read_bytes() == whole
+
+
+def test_an_export_that_fails_in_whatever_way_leaves_a_finished_run(run, configure, monkeypatch):
+    def fail(exporter, format, *args, **options):
+        raise RuntimeError("an error of some library")
+
+    monkeypatch.setattr(exporter.Exporter, "export", fail)
+    with pytest.raises(ExportError, match="`single-file`: RuntimeError: an error of some library"):
+        run(**SHORT, export_formats=("single-file",))
+    folder = Path(configure().output_dir)
+    assert (folder / "model_index.json").is_file()
+    assert (folder / "memguard/summary.json").is_file()
 
 
 def test_other_errors_pass_unchanged(configure):
@@ -190,3 +219,10 @@ def test_all_bad_samples_are_listed_in_a_file(run, configure, own_images, caplog
     assert [row["file"] for row in rows] == spoiled
     assert [int(row["sample_id"]) for row in rows] == [number for number in range(24) if number % 8]
     assert all("image" in row["reason"] for row in rows)
+
+
+def test_no_cell_of_the_list_of_bad_samples_is_a_formula(tmp_path):
+    bad = [BadSample(3, "=HYPERLINK(evil).png", "@reason"), BadSample(4, "plain.png", "caption is empty")]
+    with write_bad_samples(tmp_path, bad).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert rows == [["3", "'=HYPERLINK(evil).png", "'@reason"], ["4", "plain.png", "caption is empty"]]

@@ -14,6 +14,7 @@ from sd_memguard.training.failures import NonFiniteError
 from sd_memguard.training.loss import NoiseSampler
 from sd_memguard.training.optimizer_step import ClippedStep
 from sd_memguard.training.plan import make_plan
+from sd_memguard.training.signals import StopRequest
 from sd_memguard.training.trainer import Trainer
 
 ATEN = torch.ops.aten
@@ -183,3 +184,83 @@ def test_bad_gradients_are_named_counted_and_end_the_run(make_trainer, monkeypat
     with pytest.raises(NonFiniteError, match="gradient of 5 steps in a row"):
         list(run)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.unet.state_dict().items())
+
+
+# fp16, whose GradScaler also works on the CPU.
+
+
+@pytest.fixture
+def make_fp16_trainer(configure, monkeypatch):
+    """Return a function that makes a trainer with fp16's GradScaler; the forward stays in float32."""
+
+    def make(**settings):
+        plan = make_plan(configure(**settings))
+        accelerator = make_accelerator(plan.config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        monkeypatch.setattr(type(accelerator), "mixed_precision", "fp16")  # by which it takes the scale out again
+        return plan, accelerator
+
+    def trainer(**settings):
+        plan, accelerator = make(**settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(accelerator), "mixed_precision", "no")
+            made = Trainer(plan, accelerator)
+        accelerator.native_amp = True
+        return made
+
+    return trainer
+
+
+def test_lasting_overflows_end_the_run_before_the_scale_is_nothing(make_fp16_trainer, monkeypatch, caplog):
+    trainer = make_fp16_trainer(memguard="off", max_train_steps=60)
+    run = steps(trainer, 60)
+    next(run)
+    weights = {name: tensor.clone() for name, tensor in trainer.unet.state_dict().items()}
+    backward = trainer.accelerator.backward
+
+    def poisoned(loss):
+        backward(loss)
+        trainer.parameters[0].grad.view(-1)[0] = torch.nan
+
+    monkeypatch.setattr(trainer.accelerator, "backward", poisoned)
+    with pytest.raises(NonFiniteError, match="gradient of 25 steps in a row"):
+        list(run)
+    assert caplog.text.count("is left out: its gradient is not finite") == 1
+    assert trainer.progress.nonfinite_steps == 25
+    assert trainer.accelerator.scaler.get_scale() > 0
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.unet.state_dict().items())
+
+
+def test_a_passing_overflow_is_counted_and_halves_the_scale(make_fp16_trainer, monkeypatch):
+    trainer = make_fp16_trainer(memguard="off")
+    run = steps(trainer, 3)
+    backward, calls = trainer.accelerator.backward, []
+
+    def poisoned(loss):
+        backward(loss)
+        calls.append(1)
+        if len(calls) == 2:
+            trainer.parameters[0].grad.view(-1)[0] = torch.inf
+
+    monkeypatch.setattr(trainer.accelerator, "backward", poisoned)
+    list(run)
+    trainer.check_pending_norms()
+    assert (trainer.progress.nonfinite_steps, trainer.nonfinite_in_a_row) == (1, 0)
+    assert trainer.accelerator.scaler.get_scale() == 2.0**9
+
+
+def test_each_proxy_has_a_scale_of_its_own_which_checkpoints_keep(make_fp16_trainer, tmp_path):
+    trainer = make_fp16_trainer(num_shards=2, steps_per_round=4, max_train_steps=8)
+    scaler = trainer.accelerator.scaler
+    with StopRequest() as stop:
+        trainer.records.begin(trainer.plan.record)
+        trainer.train_shard(0, stop)
+        assert scaler.get_scale() == 2.0**11  # three good steps in a row double it
+        scaler.update(2.0**5)
+        trainer.train_shard(1, stop)
+        assert scaler.get_scale() == 2.0**11
+        trainer.state.save_checkpoint()
+    later = make_fp16_trainer(num_shards=2, steps_per_round=4, max_train_steps=8, resume_from_checkpoint="latest")
+    later.resume()
+    assert [state["scale"] for state in later.scalers.state()] == [2.0**5, 2.0**11]
+    assert later.accelerator.scaler.get_scale() == 2.0**11

@@ -65,22 +65,23 @@ class Store:
 
     def has_file(self, key: str) -> bool:
         """Return whether a file is kept under this key."""
-        return self._file(key).is_file()
+        return self.file(key).is_file()
 
     def keep_file(self, key: str, write: Callable[[Path], None]) -> None:
         """Keep what ``write`` writes to the path that it is given."""
-        self._keep(self._file(key), write)
+        self._keep(self.file(key), write)
 
     def place_file(self, key: str, target: Path) -> None:
         """Put a kept file at ``target`` as well, as a hard link where the file system has them."""
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         try:
-            os.link(self._file(key), target)
+            os.link(self.file(key), target)
         except OSError:
-            shutil.copyfile(self._file(key), target)
+            shutil.copyfile(self.file(key), target)
 
-    def _file(self, key: str) -> Path:
+    def file(self, key: str) -> Path:
+        """Return where the file of this key is kept."""
         return self.folder / "files" / key[:32]
 
     def _keep(self, file: Path, write: Callable[[Path], None]) -> None:

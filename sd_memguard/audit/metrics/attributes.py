@@ -183,7 +183,7 @@ def chance_agreement(named: Sequence[Values], opened: Sequence[Values], held_out
     Args:
         named: What the caption of each training image names.
         opened: What each training image shows beyond it.
-        held_out: Everything that each of M images not trained on shows, M at least 1.
+        held_out: Everything that each of M images not trained on shows.
 
     Returns:
         NaN where nothing is left open.
@@ -203,12 +203,12 @@ class AttributeFigures(NamedTuple):
     Attributes:
         caption_accuracy: Of the attributes that the caption names.
         open_agreement: Of the attributes that it leaves open, compared with its training image.
-        chance: Of the same, by held-out images of the same caption.
+        chance_agreement: Of the same, by held-out images of the same caption.
     """
 
     caption_accuracy: Tensor
     open_agreement: Tensor
-    chance: Tensor
+    chance_agreement: Tensor
 
 
 def attribute_figures(
@@ -222,7 +222,8 @@ def attribute_figures(
     found = classifier.predict(images)
     wanted, rest = ([_known(one, classifier.values) for one in rows] for rows in (named, opened))
     others = [_completed(one, classifier.values) for one in held_out]
-    return AttributeFigures(agreement(found, wanted), agreement(found, rest), chance_agreement(wanted, rest, others))
+    chance = chance_agreement(wanted, rest, others) if others else torch.full((len(wanted),), torch.nan)
+    return AttributeFigures(agreement(found, wanted), agreement(found, rest), chance)
 
 
 def _block(channels: int, width: int, *, kernel: int, stride: int) -> list[nn.Module]:

@@ -4,14 +4,17 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import PIL.Image
 import torch
+from PIL import ImageOps
 from torch import Tensor
 
 from sd_memguard.audit import AuditError
 from sd_memguard.audit.captions import ChosenCaptions
 from sd_memguard.audit.collection import Collection
 from sd_memguard.audit.features.cache import Store, digest
-from sd_memguard.audit.features.extractors import Extractor, Thumbnails, extract
+from sd_memguard.audit.features.extractors import SIZE, Extractor, Thumbnails, extract
 from sd_memguard.audit.metrics.similarity import (
     NUM_NEIGHBORS,
     best_matches,
@@ -21,7 +24,10 @@ from sd_memguard.audit.metrics.similarity import (
     squared_distance_ratio,
 )
 from sd_memguard.audit.metrics.statistics import percentile
+from sd_memguard.audit.metrics.verified import Verified, as_images, find_verified
+from sd_memguard.core.duplicates import find_groups, make_thumbnail
 from sd_memguard.core.seeding import permutation
+from sd_memguard.core.verification import verify_pairs
 
 BACKGROUND_SIZE = 10_000
 """Most images of a set whose nearest others make up its background; drawn by the seed where it has more."""
@@ -89,11 +95,17 @@ class Gallery:
         """Return blocks of features of these rows."""
         return self.extract(self.extractor, images, rows)
 
-    def extract(self, extractor: Extractor, images: Collection, rows: Sequence[int]) -> list[Tensor]:
-        """Return blocks of another extractor's rows."""
-        keys = [images.hashes[row] for row in rows]
+    def extract(
+        self, extractor: Extractor, images: Collection, rows: Sequence[int], *, flipped: bool = False
+    ) -> list[Tensor]:
+        """Return blocks of another extractor's rows, of the images or of their mirror images."""
+        keys = [f"{images.hashes[row]}{' flipped' if flipped else ''}" for row in rows]
         what = f"{extractor.name}: {images.place}"
-        load = lambda number: images.image(rows[number])  # noqa: E731 (a name would say no more)
+
+        def load(number: int) -> PIL.Image.Image:
+            image = images.image(rows[number])
+            return ImageOps.mirror(image) if flipped else image
+
         return extract(extractor, keys, load, self.store, self.device, self.batch_size, what)
 
     def match(self, images: Collection) -> Matched:
@@ -106,6 +118,26 @@ class Gallery:
         features = take(self.features, positions)
         return self._search([self.keys[position] for position in positions], features, positions)
 
+    def groups(self) -> list[int]:
+        """Return of each distinct image the position of the first that it is a near-duplicate of: itself if of none."""
+        pixels = torch.cat(self.pixels).view(-1, SIZE, SIZE, 3).numpy()
+        groups: list[int] = find_groups(np.stack([make_thumbnail(PIL.Image.fromarray(one)) for one in pixels])).tolist()
+        return groups
+
+    def match_apart(self, positions: Tensor, groups: Sequence[int]) -> Tensor:
+        """Return the similarity of the distinct images at these positions with the nearest of another group, (N,)."""
+        labels = torch.tensor(groups)
+        largest = max(Counter(groups).values())
+        best = best_matches(
+            take(self.features, positions).to(self.device),
+            self.features,
+            min(largest, len(labels) - 1),
+            cosine,
+            own=positions,
+        )
+        same = labels[best.indices.cpu()] == labels[positions][:, None]
+        return best.scores.cpu().masked_fill(same, -torch.inf).amax(1)
+
     def _search(self, keys: Sequence[str], features: Tensor, own: Tensor) -> Matched:
         def compute(rows: range) -> Tensor:
             part = slice(rows.start, rows.stop)
@@ -115,6 +147,55 @@ class Gallery:
         kind = "nearest" if bool((own < 0).all()) else "nearest other"
         found = self.store.rows(f"{kind} in {self.key}", keys, compute)
         return Matched(found[:, 0].float(), self.rows[found[:, 1].long()])
+
+    def verify(self, images: Collection) -> Verified:
+        """Return the training image that every image of another collection is nearest to after registration."""
+        return self._verify(images, range(len(images)), torch.full((len(images),), -1))
+
+    def verify_own(self, positions: Tensor) -> Verified:
+        """Return the nearest *other* distinct training image of the distinct images at these positions."""
+        return self._verify(self.train, self.rows[positions].tolist(), positions)
+
+    def _verify(self, images: Collection, chosen: Sequence[int], own: Tensor) -> Verified:
+        pixels = as_images(torch.cat(self.extract(Thumbnails(), images, chosen)))
+        views = [torch.cat(self.extract(self.extractor, images, chosen, flipped=flipped)) for flipped in (False, True)]
+        is_own = bool((own >= 0).any())
+
+        def compute(rows: range) -> Tensor:
+            part = slice(rows.start, rows.stop)
+            found = find_verified(
+                pixels[part],
+                self.pixels,
+                [view[part] for view in views],
+                self.features,
+                own=own[part] if is_own else None,
+            )
+            return torch.stack([one.double() for one in found], 1)
+
+        kind = "verified other" if is_own else "verified"
+        found = self.store.rows(f"{kind} in {self.key}", [images.hashes[row] for row in chosen], compute)
+        distance, row, similarity, is_flipped = found.T
+        return Verified(distance.float(), self.rows[row.long()], similarity.float(), is_flipped.bool())
+
+    def distance_to(self, images: Collection, own_rows: Sequence[int]) -> Tensor:
+        """Return the distance after registration of every image to one training image each, given by its row."""
+        pixels = as_images(torch.cat(self.extract(Thumbnails(), images, range(len(images)))))
+        own = as_images(take(self.pixels, self._positions(own_rows)))
+
+        def compute(rows: range) -> Tensor:
+            part = slice(rows.start, rows.stop)
+            return verify_pairs(pixels[part], own[part]).distance[:, None]
+
+        keys = [f"{key} {self.train.hashes[row]}" for key, row in zip(images.hashes, own_rows, strict=True)]
+        return self.store.rows("verified with its own", keys, compute)[:, 0]
+
+    def first_rows(self, rows: Sequence[int]) -> list[int]:
+        """Return the first row of the image of each row."""
+        return self.rows[self._positions(rows)].tolist()
+
+    def _positions(self, rows: Sequence[int]) -> Tensor:
+        position = {self.train.hashes[row]: number for number, row in enumerate(self.train.distinct)}
+        return torch.tensor([position[self.train.hashes[row]] for row in rows])
 
     def pixel_ratios(self, images: Collection) -> PixelRatios:
         """Return the two ratios of distances in pixels of every image of another collection."""
@@ -131,10 +212,8 @@ class Gallery:
 
     def similarity_to(self, images: Collection, own_rows: Sequence[int]) -> Tensor:
         """Return the similarity of every image to one training image each, given by its row in the set."""
-        position = {self.train.hashes[row]: number for number, row in enumerate(self.train.distinct)}
-        own = torch.tensor([position[self.train.hashes[row]] for row in own_rows])
         features = torch.cat(self.features_of(images, range(len(images))))
-        return (features * take(self.features, own)).sum(1)
+        return (features * take(self.features, self._positions(own_rows))).sum(1)
 
 
 def take(blocks: Sequence[Tensor], rows: Tensor) -> Tensor:
@@ -149,9 +228,9 @@ def background_positions(count: int, seed: int) -> Tensor:
 
 
 def choose_threshold(train: Tensor, reference: Tensor | None) -> Threshold:
-    """Return the similarity from which on a generated image counts as a copy: a third of the way from a high background to 1.
+    """Return the similarity from which a generated image is a copy: a third of the way from a high background to 1.
 
-    High means the 99th percentile of what is alike without being copied, which a few true duplicates in it do not move.
+    High means the 99th percentile of similarities without copying, which a few true duplicates in it do not move.
     At that value itself 1% of all held-out images would count as copies. A third of the way on leaves few of them, and
     is below copies that were compressed, scaled or slightly cropped; docs/audit.md has the figures behind the choice.
 
@@ -176,27 +255,37 @@ def choose_rows(candidates: ChosenCaptions, near_duplicates: set[int], count: in
     return ChosenCaptions(*(sorted([row for row in kind if row not in near_duplicates][:count]) for kind in candidates))
 
 
-def candidates(train: Collection, seed: int) -> ChosenCaptions:
+def candidates(train: Collection, groups: Sequence[int], seed: int) -> ChosenCaptions:
     """Return the first rows of all images whose captions could be drawn, each kind in random order.
 
     A caption must belong to one image alone, and the image to one caption, so that it is clear which image a
-    generated image would be a copy of.
+    generated image would be a copy of. Near-duplicates are one image.
 
     Args:
         train: The training images.
+        groups: Of each distinct image, the position of the first one that it is a near-duplicate of.
         seed: Decides the order.
     """
-    shown = Counter(train.hashes)
+    position = {train.hashes[row]: number for number, row in enumerate(train.distinct)}
+    image_of = {content: groups[number] for content, number in position.items()}
+    shown: Counter[int] = Counter()
     captions_of, images_of = defaultdict(set), defaultdict(set)
     for content, caption in zip(train.hashes, train.captions, strict=True):
-        captions_of[content].add(caption)
-        images_of[caption].add(content)
-    clear = [
-        row
-        for row in train.distinct
-        if train.captions[row] and len(captions_of[train.hashes[row]]) == len(images_of[train.captions[row]]) == 1
-    ]
-    order = [clear[number] for number in permutation(seed, "captions", length=len(clear)).tolist()]
+        if not content:
+            continue  # a row that is passed over
+        image = image_of[content]
+        shown[image] += 1
+        captions_of[image].add(caption)
+        images_of[caption].add(image)
+    clear = {
+        row: image
+        for image, row in enumerate(train.distinct)
+        if groups[image] == image
+        and train.captions[row]
+        and len(captions_of[image]) == len(images_of[train.captions[row]]) == 1
+    }
+    rows = list(clear)
+    order = [rows[number] for number in permutation(seed, "captions", length=len(rows)).tolist()]
     return ChosenCaptions(
-        [row for row in order if shown[train.hashes[row]] > 1], [row for row in order if shown[train.hashes[row]] == 1]
+        [row for row in order if shown[clear[row]] > 1], [row for row in order if shown[clear[row]] == 1]
     )

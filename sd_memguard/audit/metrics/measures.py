@@ -46,43 +46,74 @@ class GeneratedSet(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """What each of N generated images has in common with the training images; ``own`` is None where unknown."""
+    """What each of N generated images has in common with the training images.
+
+    Attributes:
+        nearest: The training image that it is a copy of, or else the most similar one.
+        is_copy: Whether it is a copy, (N,) bool.
+        own: Similarity to the training image of its caption, None where unknown.
+        is_own_copy: Whether it is a copy of that, (N,) bool.
+        ratios: In pixels.
+        distance: Smallest distance after registration, (N,); None where nothing is verified.
+    """
 
     nearest: Matched
+    is_copy: Tensor
     own: Tensor | None
+    is_own_copy: Tensor | None
     ratios: PixelRatios
-
-    def is_copy(self, threshold: float) -> Tensor:
-        """Whether each generated image is as like its nearest training image as a copy, (N,) bool."""
-        return self.nearest.similarity >= threshold
+    distance: Tensor | None
 
     def is_l2_copy(self) -> Tensor:
         """Whether each generated image is a copy by Carlini's rule in pixels, (N,) bool."""
         return self.ratios.l2 < COPY_THRESHOLD
 
 
-def compare(subject: GeneratedSet, gallery: Gallery) -> Compared:
-    """Return how the generated images compare with the training images."""
-    own = gallery.similarity_to(subject.images, subject.own_rows) if subject.own_rows else None
-    return Compared(gallery.match(subject.images), own, gallery.pixel_ratios(subject.images))
+def compare(subject: GeneratedSet, gallery: Gallery, threshold: float, copy_distance: float | None) -> Compared:
+    """Return how the generated images compare with the training images.
+
+    Args:
+        subject: The generated images.
+        gallery: The training images.
+        threshold: Similarity of a copy where nothing is verified.
+        copy_distance: Distance after registration up to which an image is a copy; None: by similarity alone.
+    """
+    images, own_rows = subject.images, subject.own_rows
+    nearest, ratios = gallery.match(images), gallery.pixel_ratios(images)
+    own = gallery.similarity_to(images, own_rows) if own_rows else None
+    if copy_distance is None:
+        is_own_copy = None if own is None else own >= threshold
+        return Compared(nearest, nearest.similarity >= threshold, own, is_own_copy, ratios, None)
+    verified = gallery.verify(images)
+    is_copy = verified.distance <= copy_distance
+    own_distance = gallery.distance_to(images, own_rows) if own_rows else None
+    is_own_copy = None if own_distance is None else own_distance <= copy_distance
+    if is_own_copy is not None:
+        is_copy = is_copy | is_own_copy
+    source = Matched(
+        torch.where(is_copy, verified.similarity, nearest.similarity), torch.where(is_copy, verified.row, nearest.row)
+    )
+    if is_own_copy is not None and own is not None:
+        # The caption's own image counts first, where several of the set are one image.
+        rows = torch.tensor(gallery.first_rows(own_rows))
+        source = Matched(torch.where(is_own_copy, own, source.similarity), torch.where(is_own_copy, rows, source.row))
+    return Compared(source, is_copy, own, is_own_copy, ratios, verified.distance)
 
 
-def copy_figures(subject: GeneratedSet, compared: Compared, threshold: float, seed: int) -> dict[str, dict[str, Any]]:
+def copy_figures(subject: GeneratedSet, compared: Compared, seed: int) -> dict[str, dict[str, Any]]:
     """Return the figures on copies of each kind of captions and of all."""
     kinds = list(dict.fromkeys(subject.kinds))
     members = {kind: torch.tensor([one == kind for one in subject.kinds]) for kind in kinds}
     members["all"] = torch.ones(len(subject.kinds), dtype=torch.bool)
-    return {kind: _copies_of(member, subject, compared, threshold, seed) for kind, member in members.items()}
+    return {kind: _copies_of(member, subject, compared, seed) for kind, member in members.items()}
 
 
-def _copies_of(
-    member: Tensor, subject: GeneratedSet, compared: Compared, threshold: float, seed: int
-) -> dict[str, Any]:
+def _copies_of(member: Tensor, subject: GeneratedSet, compared: Compared, seed: int) -> dict[str, Any]:
     def estimate(values: Tensor, statistic: Callable[[Tensor], Tensor], what: str) -> Estimate:
         shaped = values[member].double().unflatten(0, (-1, subject.per_caption))
         return bootstrap(shaped, statistic, generator_for(seed, f"bootstrap {what}"))
 
-    is_copy = compared.is_copy(threshold)
+    is_copy = compared.is_copy
     figures: dict[str, Any] = {
         "count": int(member.sum()),
         "copies": int((is_copy & member).sum()),
@@ -95,8 +126,8 @@ def _copies_of(
         "l2_copies": estimate(compared.is_l2_copy(), mean, "l2"),
         "mq_below": {str(level): int((compared.ratios.squared[member] < level).sum()) for level in MQ_LEVELS},
     }
-    if compared.own is not None:
-        extracted = (compared.own[member] >= threshold).unflatten(0, (-1, subject.per_caption)).any(1)
+    if compared.is_own_copy is not None:
+        extracted = compared.is_own_copy[member].unflatten(0, (-1, subject.per_caption)).any(1)
         figures["captions"], figures["captions_copied"] = len(extracted), int(extracted.sum())
         generator = generator_for(seed, "bootstrap extraction")
         figures["extraction"] = bootstrap(extracted.double()[:, None], mean, generator)

@@ -165,8 +165,8 @@ def squared_distance_ratio(distances: Tensor) -> Tensor:
     """Return how near the nearest is by *squared* distance: ``d_1^2 / mean(d_1^2, ..., d_n^2)``, in 0..1.
 
     The ratio behind MQ, the figure of IET-AGC (arXiv 2407.15328): their code divides the squared L2 distance to the
-    nearest training image by the mean of the 50 nearest (the nearest is one of them), and MQ_x counts the generated images
-    below x. Squaring makes it smaller than Carlini's ratio: MQ_0.5 is looser, about 0.71 on plain distances.
+    nearest training image by the mean of the 50 nearest (the nearest is one of them), and MQ_x counts the generated
+    images below x. Squaring makes it smaller than Carlini's ratio: MQ_0.5 is looser, about 0.71 on plain distances.
 
     Args:
         distances: As in ``distance_ratio``.

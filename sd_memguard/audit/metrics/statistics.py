@@ -40,7 +40,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Summary:
-    """What many similarities have in common; ``share_above`` counts those at the threshold or above."""
+    """What many similarities have in common; ``share_above`` is the share that would be copies."""
 
     count: int
     mean: float
@@ -81,9 +81,9 @@ def percentile(values: Tensor, percent: float) -> Tensor:
 def bootstrap(values: Tensor, statistic: Statistic, generator: torch.Generator) -> Estimate:
     """Return a statistic of all values with its percentile bootstrap interval over captions.
 
-    Generated images of one caption are alike, so captions are drawn again, each with all its generated (cluster bootstrap; Efron
-    and Tibshirani 1993, "An Introduction to the Bootstrap", chapters 8 and 13). It says how far the figure would move
-    with other captions of the same set, not with another training run.
+    Images of one prompt resemble each other, so prompts are resampled, each with all its images (cluster bootstrap;
+    Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapters 8 and 13). It says how far the figure would
+    move with other captions of the same set, not with another training run.
 
     Args:
         values: (C, n): n values of each of C captions; (C, 1) for one value of each image.

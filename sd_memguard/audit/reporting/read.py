@@ -31,6 +31,7 @@ PAIR_COLUMNS = {
     "similarity": pa.float32(),
     "own_similarity": pa.float32(),
     "l2_ratio": pa.float32(),
+    "distance": pa.float32(),
     "is_copy": pa.bool_(),
     "is_l2_copy": pa.bool_(),
     "shard": pa.int16(),
@@ -46,6 +47,7 @@ BACKGROUND_COLUMNS = {"kind": pa.string(), "similarity": pa.float32()}
 MEASURES = {
     "detection": ("auc", "tpr_at_1_fpr"),
     "membership": ("auc", "tpr_at_1_fpr", "train_loss", "reference_loss"),
+    "attributes": ("caption_accuracy", "open_agreement", "chance_agreement"),
     "quality": ("kid_train", "kid_reference", "fid_train", "fid_reference", "clip_score"),
 }
 """The measures of a model as a whole, by the part of report.json that holds them."""
@@ -103,12 +105,13 @@ class Background:
 
 
 class Threshold(NamedTuple):
-    """From which similarity a generated image counts as a copy, and how that was found."""
+    """What counts as a copy, and how that was found: ``distance`` after registration, None: by similarity alone."""
 
     similarity: float
     l2_ratio: float
     rule: str
     source: str
+    distance: float | None
 
 
 class Audit(NamedTuple):
@@ -207,6 +210,7 @@ def read_audit(output_dir: Path) -> Audit:
             threshold["l2_ratio"].number(),
             threshold["rule"].text(),
             threshold["source"].text(),
+            distance.number() if (distance := threshold.get("distance")) else None,
         ),
         background={kind: _read_background(node) for kind, node in summaries.items() if node is not None},
         models=models,

@@ -129,7 +129,8 @@ def _first(clause: _Clause, more: str = "") -> str:
     copies, count = clause.copies.copies, clause.copies.count
     if not copies:
         return f"{clause.name} copies in none of its {generated_by(clause.kind, count)}{_at_most(clause)}"
-    return f"{clause.name} copies in {percent(clause.share)} of its {generated_by(clause.kind)} ({copies} of {count}{more})"
+    generated = generated_by(clause.kind)
+    return f"{clause.name} copies in {percent(clause.share)} of its {generated} ({copies} of {count}{more})"
 
 
 def _next(clause: _Clause, same_kind: bool) -> str:

@@ -24,12 +24,15 @@ GROUPS = {
     "all": "All generated images",
     "detection": "Detection, without generated image",
     "membership": "Membership, without generated image",
+    "attributes": "Attributes of generated images",
     "quality": "Quality",
 }
 
 DEFINITIONS = {
     "Similarity": "Cosine of the features of a generated image and of its nearest training image; 1 is the same.",
-    "Copy": "A generated image whose similarity is at or above the threshold.",
+    "Copy": "A generated image that is a training image but for crop, translation, scale, small rotation, flip and "
+    "colour; with --copy_threshold, one whose similarity is at or above it.",
+    "Distance": "What that leaves in the parts that differ most, over their contrast; 0 is the same.",
     "Background": "The same similarity among images that nobody copied: what is merely alike.",
     "Captions extracted": "Share of training captions with at least one generated image that is a copy.",
     "L2 ratio": "Distance to the nearest training image over the mean one to the 50 nearest (Carlini et al. 2023).",
@@ -38,6 +41,7 @@ DEFINITIONS = {
     "Membership": "Denoising loss at fixed timesteps and noise: training images against others.",
     "AUC": "Chance that the signal ranks a training sample above another one; 0.5 tells nothing.",
     "TPR at 1% FPR": "Share of training samples that are told where 1% of the others are taken for one.",
+    "Attributes": "Read by a classifier trained on real images: what captions name, and what they leave open.",
     "KID": "Kernel distance between generated images and images, mean and spread over subsets; lower is closer.",
     "FID": "Fréchet distance between generated images and images, where the sample is large enough; lower is closer.",
     "CLIP score": "How well a generated image fits its caption, by a CLIP model; higher is better.",
@@ -53,6 +57,9 @@ MEASURE_LABELS = {
     "membership.tpr_at_1_fpr": ("TPR at 1% FPR, loss", None),
     "membership.train_loss": ("Loss on training images", 4),
     "membership.reference_loss": ("Loss on images not trained on", 4),
+    "attributes.caption_accuracy": ("Named by the caption and shown", None),
+    "attributes.open_agreement": ("Left open, and as in the training image", None),
+    "attributes.chance_agreement": ("The same by chance", None),
     "quality.kid_train": ("KID to training images", 4),
     "quality.kid_reference": ("KID to images not trained on", 4),
     "quality.fid_train": ("FID to training images", 1),
@@ -210,6 +217,7 @@ def settings_tables(audit: Audit) -> dict[str, list[tuple[str, str]]]:
     tables = {
         "Settings": list(_flat(audit.facts.get("settings", {}))),
         "Threshold": [
+            ("distance of a copy", "not verified" if threshold.distance is None else f"{threshold.distance:g}"),
             ("similarity", f"{threshold.similarity:g}"),
             ("rule", threshold.rule),
             ("source", threshold.source),

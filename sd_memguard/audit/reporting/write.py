@@ -42,6 +42,7 @@ PAIR_SCHEMA = pa.schema(
         "own_similarity": pa.float32(),
         "l2_ratio": pa.float32(),
         "mq_ratio": pa.float32(),
+        "distance": pa.float32(),
         "is_copy": pa.bool_(),
         "is_l2_copy": pa.bool_(),
         **RUN_COLUMNS,
@@ -56,7 +57,6 @@ def pair_table(
     name: str,
     subject: GeneratedSet,
     compared: Compared,
-    threshold: float,
     train: Collection,
     samples: Mapping[str, Sequence[Any]] | None,
 ) -> pa.Table:
@@ -66,7 +66,6 @@ def pair_table(
         name: Of the model.
         subject: Its generated.
         compared: What they have in common with the training images.
-        threshold: Similarity of a copy.
         train: The training images.
         samples: Columns of the run's ``samples.parquet``, or None.
     """
@@ -87,7 +86,8 @@ def pair_table(
         "own_similarity": unknown if compared.own is None else compared.own.tolist(),
         "l2_ratio": compared.ratios.l2.tolist(),
         "mq_ratio": compared.ratios.squared.tolist(),
-        "is_copy": compared.is_copy(threshold).tolist(),
+        "distance": unknown if compared.distance is None else compared.distance.tolist(),
+        "is_copy": compared.is_copy.tolist(),
         "is_l2_copy": compared.is_l2_copy().tolist(),
         **_histories(nearest, train, samples),
     }
@@ -151,6 +151,8 @@ def summary_text(report: Mapping[str, Any], output_dir: Path) -> str:
     """Return the figures to print: the background, a line for each model and kind, and where the files are."""
     threshold, background = report["threshold"], report["background"]
     lines = [f"Copy: similarity of {threshold['similarity']:.3f} or more ({threshold['rule']})."]
+    if threshold["distance"] is not None:
+        lines = [f"Copy: verified, at a distance of {threshold['distance']:.3f} or less, {threshold['rule']}."]
     for kind, words in (
         ("train", "training images, nearest other"),
         ("reference", "images not trained on, nearest"),
@@ -158,7 +160,7 @@ def summary_text(report: Mapping[str, Any], output_dir: Path) -> str:
         if (one := background[kind]) is not None:
             lines.append(
                 f"Background, {words}: mean {one.mean:.3f}, 95% below {one.p95:.3f}, "
-                f"{one.share_above:.1%} as like as a copy."
+                f"{one.share_above:.1%} would be copies."
             )
     header = ("", "captions", "generated", "copies", "extracted", "sim. mean", "sim. 95%", "L2 copies")
     rows = [
@@ -190,6 +192,12 @@ def _further(model: Mapping[str, Any]) -> list[str]:
         if model[key] is not None:
             auc, rate = model[key]["auc"], model[key]["tpr_at_1_fpr"]
             found.append(f"{words} tells trained from unseen: AUC {auc.value:.3f}, {rate.value:.0%} at 1% false alarms")
+    if attributes := model["attributes"]:
+        figures = [attributes[key] for key in ("caption_accuracy", "open_agreement", "chance_agreement")]
+        named, opened, chance = ("unknown" if one is None else f"{one.value:.0%}" for one in figures)
+        found.append(
+            f"{named} of what captions name is shown; what they leave open agrees in {opened}, by chance {chance}"
+        )
     quality = model["quality"]
     for key, words in (
         ("kid_train", "KID to training"),

@@ -19,7 +19,7 @@ class AntiGradientControl(SampleRule):
     With ``r`` the loss over the memory bank's mean at the sample's timestep:
 
     1. ``r < skip_threshold``: skip.
-    2. ``skip_threshold <= r < augment_threshold``: no gradient from the clean image; an augmented copy is trained later.
+    2. ``skip_threshold <= r < augment_threshold``: no gradient from the clean image, an augmented copy later.
     3. otherwise: a clean update.
     4. Every sample of the batch, skipped ones too, then updates the bank.
 

@@ -58,7 +58,7 @@ def test_a_model_that_replicates_agrees_beyond_chance(classifier):
     opened = [{"lower": label["lower"]} for label in labels]
     copied = attribute_figures(classifier, images, named, opened, labels)
     assert copied.open_agreement.mean() == 1
-    assert copied.chance.mean().item() == pytest.approx(1 / 3)
+    assert copied.chance_agreement.mean().item() == pytest.approx(1 / 3)
     guessed = [{"upper": label["upper"], "lower": "red"} for label in labels]
     guessed = torch.stack([painted(**label, brightness=3) for label in guessed])
     assert open_agreement(classifier, guessed, opened).mean().item() == pytest.approx(1 / 3)

@@ -230,8 +230,8 @@ def test_transparent_images_are_shown_on_white(tmp_path):
         ),
         (
             {"a": {"repeated": (10, 1, 10)}, "b": {"given": (20, 5, 20)}},
-            "a copies in 10% of its generated images of repeated captions (1 of 10); b copies in 25% of its given images "
-            "(5 of 20).",
+            "a copies in 10% of its generated images of repeated captions (1 of 10); b copies in 25% of its given "
+            "images (5 of 20).",
         ),
         (
             {name: {"repeated": (10, copies, 10)} for name, copies in zip("abcd", (3, 0, 10, 5), strict=True)},

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sd_memguard.plugin.timesteps import TimestepBins
+from sd_memguard.core.timesteps import TimestepBins
 
 
 def test_integers_are_their_own_bins():
