@@ -132,6 +132,7 @@ def parse_args() -> argparse.Namespace:
     add_training(stage, steps=20000, batch_size=32, learning_rate=1e-3)
     stage.add_argument("--text_learning_rate", type=float, default=1e-4, help="Peak for the text encoder; 0 = frozen.")
     stage.add_argument("--caption_dropout", type=float, default=0.1, help="Share of captions that are made empty.")
+    stage.add_argument("--max_weight", type=float, default=1.0, help="Bound of the weight 1/SNR: above 1 for colours.")
     stage.add_argument("--ema_decay", type=float, default=0.999, help="Decay of the mean weights, which are saved.")
     stage = add_stage("sample", sample)
     stage.add_argument("--output_file", type=Path, required=True, help="PNG of the grid.")
@@ -262,6 +263,9 @@ def train_unet(args: argparse.Namespace) -> None:
     may_flip = torch.tensor([args.random_flip and ONE_SIDED.search(caption) is None for caption in captions])
     ids = tokenize(args.model_dir, [*captions, ""])
     schedule = DDPMScheduler.from_config(SCHEDULER)
+    # Large areas and their colours are decided at high noise, where an error of the noise is small (arXiv 2303.09556).
+    weights = (1 / schedule.alphas_cumprod - 1).clamp(1.0, args.max_weight)
+    weights /= weights.mean()
 
     text_encoder = CLIPTextModel.from_pretrained(args.model_dir, subfolder="text_encoder").train()
     exists = (args.model_dir / "unet").exists()
@@ -288,7 +292,8 @@ def train_unet(args: argparse.Namespace) -> None:
         caption_rows = torch.where(torch.rand(len(rows)) < args.caption_dropout, len(captions), rows)
         noise, timesteps = torch.randn_like(latents), torch.randint(1000, (len(rows),))
         noisy = schedule.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        loss = mse_loss(unet(noisy, timesteps, text_encoder(ids[caption_rows])[0]).sample, noise)
+        prediction = unet(noisy, timesteps, text_encoder(ids[caption_rows])[0]).sample
+        loss = (weights[timesteps] * (prediction - noise).square().mean((1, 2, 3))).mean()
         take_step(loss, optimizer, parameters)
         ema.step(parameters)
         losses.append(loss.item())
