@@ -50,7 +50,7 @@ def as_bytes(images):
     return np.clip(np.round(images), 0, 255).astype(np.uint8)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=4)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 99))
 def test_planted_copies_are_found_and_equal_the_slow_comparison_of_all_pairs(labels, seed):
     # Copies: noise of 1 level, up to 5 % brighter or darker; every fourth is exact.
@@ -63,7 +63,7 @@ def test_planted_copies_are_found_and_equal_the_slow_comparison_of_all_pairs(lab
     assert groups.tolist() == slow_groups(shrink(thumbnails).tolist(), MAX_DISTANCE)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=4)
 @given(st.integers(0, 999), st.floats(5, 60))
 def test_every_member_is_like_the_first_one(seed, spread):
     # Clouds of images around a few centres, as wide as the threshold, also much wider.
