@@ -96,6 +96,7 @@ class GuardConfig:
     group_duplicates: Literal["off", "shard", "balance"] = setting(
         "balance", GUARD, "near-identical images share a shard, move together and count as one; shard: count each"
     )
+    duplicates_flip: bool = setting(False, GUARD, "count flipped images as near-identical; not for arrows or writing")
     sample_rule: str = setting(
         "agc", GUARD, "what decides on each sample's gradient: agc, or `package.module:Class` of your own"
     )

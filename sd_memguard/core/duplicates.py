@@ -1,23 +1,35 @@
-"""Near-identical images, found in near-linear time: a 64-bit hash proposes pairs, a thumbnail confirms them.
+"""Near-identical images, found in near-linear time: hashes and trees propose pairs, thumbnails confirm them.
 
-Ours, not the paper's. A perceptual hash is a row of signs of low frequencies, so that two versions of one image
-differ in few bits. The hashes are sorted under 28 orders of their bits, one for each two of their eight bytes in
-front: two hashes that differ in six bits at most agree in two bytes at least, and so lie near each other in one of the
-orders (the sorted tables of Manku et al. 2007, "Detecting near-duplicates for web crawling"). Equal hashes are sorted
-by a random projection of the thumbnail, another one in each order. Each image is compared with the next few in each
-order, and with no more once it was unlike 64 others: so the time is bounded also where all hashes are alike.
+Ours, not the paper's. First the easy ones: recompressed, resized, slightly cropped. A perceptual hash is a row of signs
+of low frequencies, so that two versions of one image differ in few bits. The hashes are sorted under 28 orders of
+their bits, one for each two of their eight bytes in front: two hashes that differ in six bits at most agree in two
+bytes at least, and so lie near each other in one of the orders (the sorted tables of Manku et al. 2007, "Detecting
+near-duplicates for web crawling"). Equal hashes are sorted by a random projection of the thumbnail, another one in
+each order. Each image is compared with the next few in each order, and with no more once it was unlike 64 others: so
+the time is bounded also where all hashes are alike.
+
+Then crops of up to some 7% of a side and, where asked, flips: trees of random projections (``core.proposals``) propose
+the few nearest images of each, and registration (``core.verification``) decides.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-THUMBNAIL_SIDE = 12
-"""Side of a thumbnail in pixels; of 8, 12, 16, 24 the smallest that tells apart as well as the larger ones."""
+from sd_memguard.core.proposals import propose_pairs
+from sd_memguard.core.verification import verify_pairs
+
+THUMBNAIL_SIDE = 36
+"""Side of a thumbnail in pixels; of 24, 32, 36, 64 the smallest that registration tells images apart at."""
+SMALL_SIDE = 12
+"""Side at which the easy ones are compared; of 8, 12, 16, 24 the smallest that tells apart as well as larger ones."""
+MAX_REGISTERED_DISTANCE = 0.025
+"""Registered images no farther apart than this are one: crops of 7% are below .02, other faces of one style above."""
 MAX_DISTANCE = 0.12
 """Thumbnails no farther apart than this are of one image; measured, see docs/method.md."""
 MAX_BITS = 10
@@ -27,6 +39,7 @@ WINDOW = 16
 MAX_FAILURES = 64
 """Comparisons in vain after which a image is left alone."""
 
+_MAX_MEMBER_DISTANCE = 0.05  # a member of a group that joins another may be a rougher version
 _MIN_CONTRAST = 4.0  # grey levels; below that a image counts as flat and its noise is not blown up
 _MAX_BRIGHTER = 32.0  # grey levels by which one of two images of the same pattern may be brighter
 _MIN_COEFFICIENT = 2.0  # grey levels; a frequency as weak as this is noise, whatever its sign
@@ -41,7 +54,7 @@ Pixels = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 
-def find_groups(thumbnails: Thumbnails) -> Ids:
+def find_groups(thumbnails: Thumbnails, *, flip: bool = False) -> Ids:
     """Return for each image the first one of its group, (N,) int64; its own number where it is single.
 
     Every member of a group was compared with the first one, so a chain of images each like the next is not one group.
@@ -49,12 +62,14 @@ def find_groups(thumbnails: Thumbnails) -> Ids:
 
     Args:
         thumbnails: (N, side, side, 3) uint8, RGB.
+        flip: Whether flipped images are of one group.
     """
     first_equal = _first_equal(thumbnails)
     distinct = np.flatnonzero(first_equal == np.arange(len(thumbnails)))
     leaders = _Leaders(thumbnails[distinct])
     for number in range(len(_ORDERS)):
         leaders.merge_neighbours(number)
+    leaders.merge_registered(flip)
     position = np.searchsorted(distinct, first_equal)
     return distinct[leaders.leader_of[position]]
 
@@ -63,6 +78,16 @@ def make_thumbnail(image: Any) -> Thumbnails:
     """Return a Pillow image squeezed to a small square, (side, side, 3) uint8, RGB."""
     squeezed = image.convert("RGB").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), _BILINEAR, reducing_gap=3.0)
     return np.asarray(squeezed)
+
+
+def shrink(thumbnails: Thumbnails) -> Thumbnails:
+    """Return thumbnails at ``SMALL_SIDE``, means over squares of pixels."""
+    step = thumbnails.shape[1] // SMALL_SIDE
+    small = np.empty((len(thumbnails), SMALL_SIDE, SMALL_SIDE, 3), dtype=np.uint8)
+    for rows in _chunks(len(thumbnails)):
+        squares = thumbnails[rows].reshape(-1, SMALL_SIDE, step, SMALL_SIDE, step, 3)
+        small[rows] = np.round(squares.mean(axis=(2, 4), dtype=np.float32))
+    return small
 
 
 def hash_thumbnails(thumbnails: Thumbnails) -> npt.NDArray[np.uint8]:
@@ -137,8 +162,9 @@ class _Leaders:
     """
 
     def __init__(self, thumbnails: Thumbnails) -> None:
-        self.thumbnails = thumbnails
-        self.hashes = hash_thumbnails(thumbnails)
+        self.full = thumbnails
+        self.thumbnails = shrink(thumbnails)
+        self.hashes = hash_thumbnails(self.thumbnails)
         self.leader_of = np.arange(len(thumbnails))
         self.failures = np.zeros(len(thumbnails), dtype=np.int32)
         self.num_compared = 0
@@ -154,6 +180,27 @@ class _Leaders:
             one, other = leaders[near], leaders[near + offset]
             both_open = self._is_open(one) & self._is_open(other)
             self._merge(np.minimum(one, other)[both_open], np.maximum(one, other)[both_open])
+
+    def merge_registered(self, flip: bool) -> None:
+        """Merge groups whose leaders are one image by registration, the nearest proposals of each image first."""
+        leaders = np.flatnonzero(self.leader_of == np.arange(len(self.leader_of)))
+        for pairs in propose_pairs(self.thumbnails[leaders], flip):
+            targets, sources = leaders[pairs].T
+            still = (self.leader_of[targets] == targets) & (self.leader_of[sources] == sources)
+            targets, sources = targets[still], sources[still]
+            near = self._registered(targets, sources, flip) <= MAX_REGISTERED_DISTANCE
+
+            def of_one_image(one: Ids, other: Ids) -> npt.NDArray[np.bool_]:
+                return self._registered(one, other, flip) <= _MAX_MEMBER_DISTANCE
+
+            self._merge_alike(targets[near], sources[near], of_one_image)
+
+    def _registered(self, one: Ids, other: Ids, flip: bool) -> npt.NDArray[np.float32]:
+        found = np.empty(len(one), dtype=np.float32)
+        for rows in _chunks(len(one)):
+            images = [torch.from_numpy(self.full[ids[rows]]).permute(0, 3, 1, 2) for ids in (one, other)]
+            found[rows] = verify_pairs(images[0], images[1], flip=flip).distance.numpy()
+        return found
 
     def _is_open(self, images: Ids) -> npt.NDArray[np.bool_]:
         """Say which images lead a group, alone or not, and were not compared too often."""
@@ -173,7 +220,10 @@ class _Leaders:
         """Let the sources' groups follow the targets where all their members are like the target."""
         alike = self._alike(targets, sources)
         np.add.at(self.failures, np.concatenate((targets[~alike], sources[~alike])), 1)
-        targets, sources = targets[alike], sources[alike]
+        self._merge_alike(targets[alike], sources[alike], self._alike)
+
+    def _merge_alike(self, targets: Ids, sources: Ids, alike: Callable[[Ids, Ids], npt.NDArray[np.bool_]]) -> None:
+        """Let the sources' groups follow the targets, which they are like, where all their members are."""
         # Nobody follows a image that itself begins to follow, and nobody follows two.
         free = ~np.isin(targets, sources)
         sources, index = np.unique(sources[free], return_index=True)
@@ -184,7 +234,7 @@ class _Leaders:
         new_leader[sources] = targets
         members = np.flatnonzero(new_leader[self.leader_of] >= 0)
         of_members = new_leader[self.leader_of[members]]
-        unlike = members[~self._alike(of_members, members)]
+        unlike = members[~alike(of_members, members)]
         refused = np.unique(self.leader_of[unlike])
         self.failures[refused] += 1
         new_leader[refused] = -1

@@ -140,6 +140,7 @@ def load_samples(
     seed: int,
     on_bad_sample: Literal["error", "skip"],
     find_duplicates: bool = False,
+    duplicates_flip: bool = False,
     num_workers: int | None = None,
     progress: bool = True,
     checked: Checked | None = None,
@@ -161,6 +162,7 @@ def load_samples(
         seed: of that draw.
         on_bad_sample: refuse the data, or drop the bad samples and keep the ids of the others.
         find_duplicates: group the near-identical images.
+        duplicates_flip: count flipped images as near-identical.
         num_workers: threads that decode; one per CPU core by default.
         progress: show a progress bar.
         checked: what a check of the same rows has found; no image is opened then.
@@ -184,7 +186,9 @@ def load_samples(
         raise SampleError("there are no data to train on: give `--train_data_dir FOLDER` or `--dataset_name NAME`")
     num_rows = len(source.rows.files)
     chosen = _choose_rows(num_rows, max_train_samples, seed)
-    sizes, bad, groups = checked or _check(source, chosen, num_workers, progress, find_duplicates, cache)
+    sizes, bad, groups = checked or _check(
+        source, chosen, num_workers, progress, find_duplicates, duplicates_flip, cache
+    )
     if bad:
         _report_bad(source.name, bad, len(chosen), on_bad_sample)
     sample_ids = np.setdiff1d(chosen, [one.sample_id for one in bad], assume_unique=True).astype(np.int64)
@@ -223,6 +227,7 @@ def _check(
     num_workers: int | None,
     progress: bool,
     find_duplicates: bool,
+    duplicates_flip: bool,
     cache: CheckCache | None,
 ) -> Checked:
     """Return the sizes of all images, the bad samples among the rows with all that is wrong, and the groups."""
@@ -244,5 +249,5 @@ def _check(
         return Checked(sizes, bad, None)
     groups = np.arange(len(files))
     good = np.flatnonzero(sizes[readable].all(axis=1))
-    groups[readable[good]] = readable[good[find_groups(thumbnails[good])]]
+    groups[readable[good]] = readable[good[find_groups(thumbnails[good], flip=duplicates_flip)]]
     return Checked(sizes, bad, groups)

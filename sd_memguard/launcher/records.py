@@ -65,13 +65,13 @@ def sample_table(dataset: Any, arguments: Any, groups: Any) -> Any:
     )
 
 
-def find_script_duplicates(dataset: Any) -> Any:
+def find_script_duplicates(dataset: Any, *, flip: bool) -> Any:
     """Return the groups of near-duplicates of a dataset, (N,) int64, None where its images are out of reach."""
     images = _images(dataset)
     if images is None:
         return None
     logger.info("looking for near-duplicates among %d images", len(dataset))
-    return find_duplicates(images)
+    return find_duplicates(images, flip=flip)
 
 
 def _images(dataset: Any) -> Iterator[Any] | None:

@@ -229,7 +229,8 @@ class Session:
             )
             return MemorizationGuard(config), [] if config.is_neutral else [notice]
         dataset = dataloader.dataset
-        groups = None if config.group_duplicates == "off" else find_script_duplicates(dataset)
+        looked_for = config.group_duplicates != "off"
+        groups = find_script_duplicates(dataset, flip=config.duplicates_flip) if looked_for else None
         try:
             return MemorizationGuard(config, len(dataset), groups=groups), []
         except ValueError as error:  # more shards than samples

@@ -279,6 +279,7 @@ def _load_images(
             seed=config.seed,
             on_bad_sample=config.on_bad_sample,
             find_duplicates=find_duplicates,
+            duplicates_flip=config.guard.duplicates_flip,
             checked=checked,
             cache=_check_cache(config, find_duplicates) if checked is None else None,
         )
