@@ -28,6 +28,7 @@ FOREIGN |= {"quick", "arms", "seeds", "cells", "points", "all_points"}  # of ben
 FOREIGN |= {"do_edm_style_training", "use_dora", "output_kohya_format"}
 FOREIGN |= {"loss_type", "weighting_scheme", "cache_latents", "train_text_encoder_ti", "use_lpl"}
 FOREIGN |= {"base_channels", "profile", "size", "upstream_script", "turns", "device", "shards", "clock"}
+FOREIGN |= {"window", "check", "list", "diffusers_examples", "no-deps", "find-links", "no-index"}
 # Flags of the programs that start several processes.
 FOREIGN |= {"nproc_per_node", "nnodes", "standalone", "multi_gpu", "rdzv_id"}
 FOREIGN |= {"signals_to_handle", "shutdown_timeout", "rdzv_backend", "rdzv_endpoint"}

@@ -161,6 +161,7 @@ def test_every_arrow_names_something():
         ("import sd_memguard", {"torch", "diffusers", "transformers"}),
         ("from sd_memguard import GuardConfig, TrainConfig, __version__", {"torch", "diffusers", "transformers"}),
         ("from sd_memguard import MemorizationGuard", {"accelerate", "datasets", "diffusers", "transformers"}),
+        ("import sd_memguard.training.trainer", {"datasets", "pandas", "matplotlib", "tensorboard"}),
     ],
 )
 def test_importing_costs_no_more_than_torch(statement, absent):

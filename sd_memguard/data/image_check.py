@@ -1,16 +1,17 @@
 """What makes a sample usable: a caption with words in it and a image that decodes."""
 
 import hashlib
+import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
+import PIL.ImageOps
 from tqdm.auto import tqdm
 
 from sd_memguard.core.duplicates import make_thumbnail
@@ -128,7 +129,7 @@ def decode_image(stored: Mapping[str, object]) -> PIL.Image.Image:
     if stored["bytes"] == b"":
         raise ImageError("image is empty (0 bytes)")
     try:
-        return _to_rgb(datasets.Image().decode_example(dict(stored)))
+        return _to_rgb(_opened(stored))
     except ImageError:
         raise
     except PIL.UnidentifiedImageError as error:
@@ -137,6 +138,19 @@ def decode_image(stored: Mapping[str, object]) -> PIL.Image.Image:
         raise ImageError(f"has too many pixels: {error}") from error
     except Exception as error:  # decoders meet broken bytes with almost any exception: each one names a bad image
         raise ImageError(f"image cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _opened(stored: Mapping[str, object]) -> PIL.Image.Image:
+    """Return a stored image as `datasets` decodes it."""
+    content = stored["bytes"]
+    if not isinstance(content, bytes):
+        import datasets  # takes a second to import, and only a dataset stores paths, which may be of the hub
+
+        decoded: PIL.Image.Image = datasets.Image().decode_example(dict(stored))
+        return decoded
+    image = PIL.Image.open(io.BytesIO(content))
+    image.load()
+    return PIL.ImageOps.exif_transpose(image) if PIL.Image.ExifTags.Base.Orientation in image.getexif() else image
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

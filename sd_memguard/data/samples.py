@@ -12,7 +12,6 @@ import pyarrow as pa
 
 from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups
 from sd_memguard.data.folder import read_folder
-from sd_memguard.data.hub_dataset import read_dataset
 from sd_memguard.data.image_check import (
     BadSample,
     ImageError,
@@ -172,6 +171,8 @@ def load_samples(
         SampleError: the data cannot be found or understood, or samples are bad; names all that is wrong with them.
     """
     if dataset_name:
+        from sd_memguard.data.hub_dataset import read_dataset  # `datasets` takes a second to import
+
         source = read_dataset(
             dataset_name,
             dataset_config_name,
