@@ -52,6 +52,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "shard_weights": "equal",
             "augment_surplus": "drop",
             "group_duplicates": "off",
+            "sample_rule": "agc",
         },
     }
 )
@@ -98,7 +99,16 @@ class GuardConfig:
     )
     duplicates_flip: bool = setting(False, GUARD, "count flipped images as near-identical; not for arrows or writing")
     sample_rule: str = setting(
-        "agc", GUARD, "what decides on each sample's gradient: agc, or `package.module:Class` of your own"
+        "auto",
+        GUARD,
+        "what decides on each sample's gradient: agc, anchored, or `package.module:Class` of your own; auto: anchored "
+        "where each shard has 160 images or more that are known by their ids, else agc",
+    )
+    anchor_fraction: float = setting(
+        0.05, GUARD, "anchored: share of the images that are held back to learn what loss is normal", PROBABILITY
+    )
+    skip_quantile: float = setting(
+        0.05, GUARD, "anchored: skip a sample that is more familiar than all but this share of the anchors", PROBABILITY
     )
     seed: int | None = setting(None, *SEED)
 
@@ -130,7 +140,7 @@ class GuardConfig:
     @property
     def is_neutral_rule(self) -> bool:
         """Whether the sample rule trains every sample as it is: AGC that skips none, and so augments none."""
-        return self.sample_rule == "agc" and self.skip_threshold == 0
+        return self.sample_rule in ("auto", "agc") and self.skip_threshold == 0
 
     @property
     def is_neutral(self) -> bool:

@@ -15,9 +15,9 @@ from sd_memguard.core.decision import DecisionCopy, Verdict
 from sd_memguard.core.ledger import SampleLedger
 from sd_memguard.core.redistribution import redistribute
 from sd_memguard.core.rules import AUGMENT, Action, Decision, SampleRule, make_rule
-from sd_memguard.core.shards import Moves, ShardPlan, count_images, split_into_shards
+from sd_memguard.core.shards import Moves, ShardPlan, count_images, lowest_of_group, split_into_shards
 from sd_memguard.core.timesteps import TimestepBins
-from sd_memguard.defaults import resolve_num_shards
+from sd_memguard.defaults import resolve_num_shards, resolve_sample_rule
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class SampleGuard:
         self._exclude = exclude
         self.augments_allowed = augments
         self.shard_index = 0
+        self._image_ids: Tensor | None = None
         self._uncounted: list[Judged] = []
         self.ledger: SampleLedger
         self.split(num_samples or 0, num_epochs)
@@ -114,13 +115,18 @@ class SampleGuard:
             self.plan = split_into_shards(
                 num_samples, num_shards, self.seed, self.groups, self._exclude, balanced=self._balances
             )
+            self._image_ids = lowest_of_group(self.groups)
         else:
+            num_images = None
             self.plan = ShardPlan(torch.empty(0, dtype=torch.int16), 1)
+        self.sample_rule = resolve_sample_rule(config, num_images, self.num_shards)
         self._restart()
 
     def _restart(self) -> None:
         """Begin with an empty rule and queue for each shard, and an empty ledger."""
-        settings = self.config if self.augments_allowed else replace(self.config, augment_threshold=0.0)
+        settings = replace(self.config, sample_rule=self.sample_rule)
+        if not self.augments_allowed:
+            settings = replace(settings, augment_threshold=0.0)
         self.rules: list[SampleRule] = [
             make_rule(settings, num_timesteps=self.num_timesteps, device=self.device) for _ in range(self.num_shards)
         ]
@@ -210,8 +216,9 @@ class SampleGuard:
         if losses.device != self.device:
             self.to(losses.device)
         bins, rule = self.bins(timesteps), self.rules[self.shard_index]
-        decision = rule.decide(losses.detach(), bins, host_ids)
-        rule.update(losses.detach(), bins, host_ids)
+        image_ids = host_ids if host_ids is None or self._image_ids is None else self._image_ids[host_ids]
+        decision = rule.decide(losses.detach(), bins, image_ids)
+        rule.update(losses.detach(), bins, image_ids)
         verdict = self._verdict(losses, decision, weights)
         if host_ids is not None:
             self._uncounted.append(Judged(host_ids, verdict._copy, self.shard_index))

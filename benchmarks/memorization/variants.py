@@ -24,7 +24,8 @@ OFF = {
     "redistribute_fraction": 0.0,
     "group_duplicates": "off",
 }
-AGC = {"skip_threshold": 0.8}
+AGC = {"skip_threshold": 0.8, "sample_rule": "agc"}
+ANCHORED = {"skip_threshold": 0.8, "sample_rule": "anchored"}
 BALANCE = {"group_duplicates": "balance"}
 
 
@@ -41,6 +42,8 @@ VARIANTS = {
     "balance": Variant("near-duplicates balanced, nothing else", FULL | OFF | BALANCE),
     "agc": Variant("AGC at 0.8", FULL | OFF | AGC),
     "agc_balance": Variant("AGC at 0.8, near-duplicates balanced", FULL | OFF | AGC | BALANCE),
+    "anchored_balance": Variant("anchored AGC, near-duplicates balanced", FULL | OFF | ANCHORED | BALANCE),
+    "anchored": Variant("anchored AGC", FULL | OFF | ANCHORED),
     "default": Variant("**the default**", FULL),
     "paper": Variant("`--preset paper`, four shards", FULL | {"preset": "paper", "num_shards": 4}),
     "lora_plain": Variant("LoRA, plain", LORA | {"memguard": "off"}),

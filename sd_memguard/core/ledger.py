@@ -23,6 +23,7 @@ class SampleLedger:
     def __init__(self, num_samples: int, actions: tuple[Action, ...]) -> None:
         self.seen, self.moves, self.skips = (torch.zeros(num_samples, dtype=torch.int32) for _ in range(3))
         self.actions = {action.column: torch.zeros(num_samples, dtype=torch.int32) for action in actions}
+        self._memory_prone = [action.column for action in actions if action.memory_prone]
 
     def record(self, sample_ids: Tensor, actions: Tensor) -> None:
         """Count one batch.
@@ -32,9 +33,11 @@ class SampleLedger:
             actions: (B,) int64 on the CPU, 0 for a clean update, ``i`` for the rule's ``i``-th action.
         """
         self.seen.index_add_(0, sample_ids, torch.ones_like(sample_ids, dtype=torch.int32))
-        for index, counts in enumerate(self.actions.values(), start=1):
-            counts.index_add_(0, sample_ids, (actions == index).int())
-        self.skips.index_add_(0, sample_ids, (actions > 0).int())
+        for index, (column, counts) in enumerate(self.actions.items(), start=1):
+            taken = (actions == index).int()
+            counts.index_add_(0, sample_ids, taken)
+            if column in self._memory_prone:
+                self.skips.index_add_(0, sample_ids, taken)
 
     def record_moves(self, sample_ids: Tensor) -> None:
         """Count samples that changed shard and reset ``skips`` for all samples."""
@@ -42,8 +45,8 @@ class SampleLedger:
         self.skips.zero_()
 
     def not_clean(self) -> Tensor:
-        """Return how often each sample was no clean update, (num_samples,) int32."""
-        return sum(self.actions.values(), torch.zeros_like(self.seen))
+        """Return how often each sample was no clean update for a sign of memorization, (num_samples,) int32."""
+        return sum((self.actions[column] for column in self._memory_prone), torch.zeros_like(self.seen))
 
     def skip_ratio(self) -> Tensor:
         """Return the share of the times seen that were no clean update, (num_samples,) float32; 0 where never seen."""

@@ -70,6 +70,19 @@ def auto_num_shards(num_samples: int, passes: float | None = None) -> int:
     return most if passes is None else min(most, max(math.ceil(passes / EPOCHS_PER_SHARD), 1))
 
 
+def lowest_of_group(groups: Tensor | None) -> Tensor | None:
+    """Return the lowest sample id of each sample's group, (num_samples,) int64; None without groups.
+
+    >>> lowest_of_group(torch.tensor([7, 3, 7, 3, 5]))
+    tensor([0, 1, 0, 1, 4])
+    """
+    if groups is None:
+        return None
+    _, inverse = groups.unique(return_inverse=True)
+    ids = torch.arange(len(groups))
+    return torch.full_like(ids, len(ids)).scatter_reduce(0, inverse, ids, "amin")[inverse]
+
+
 def count_images(num_samples: int, groups: Tensor | None = None, exclude: Tensor | None = None) -> int:
     """Return the number of different images among the samples: of groups where these are given.
 

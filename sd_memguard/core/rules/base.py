@@ -14,10 +14,12 @@ class Action(NamedTuple):
     Attributes:
         name: what the rule does, e.g. ``"skip"``.
         column: the ledger's name for how often it did, e.g. ``"skipped"``.
+        memory_prone: whether it is a sign of memorization, and counts in the skip ratio and for redistribution.
     """
 
     name: str
     column: str
+    memory_prone: bool = True
 
 
 SKIP = Action("skip", "skipped")
@@ -72,7 +74,8 @@ class SampleRule(ABC):
         Args:
             losses: (B,) float, per-sample losses before any weight; no gradient flows back through a decision.
             timesteps: (B,) int64.
-            sample_ids: (B,) int64 on the CPU, None where the loop has none.
+            sample_ids: (B,) int64 on the CPU, near-duplicates under the lowest id of their group; None where the loop
+                has none.
         """
 
     def update(self, losses: Tensor, timesteps: Tensor, sample_ids: Tensor | None) -> None:  # noqa: B027 (optional)
