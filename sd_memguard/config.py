@@ -101,14 +101,13 @@ class GuardConfig:
     sample_rule: str = setting(
         "auto",
         GUARD,
-        "what decides on each sample's gradient: agc, anchored, or `package.module:Class` of your own; auto: anchored "
-        "where each shard has 160 images or more that are known by their ids, else agc",
+        "judges each sample: agc, anchored, or `package.module:Class`; auto: anchored from 160 images per shard on",
     )
     anchor_fraction: float = setting(
-        0.05, GUARD, "anchored: share of the images that are held back to learn what loss is normal", PROBABILITY
+        0.05, GUARD, "anchored: share of the images held back to learn what is normal", PROBABILITY
     )
     skip_quantile: float = setting(
-        0.05, GUARD, "anchored: skip a sample that is more familiar than all but this share of the anchors", PROBABILITY
+        0.05, GUARD, "anchored: skip a sample more familiar than all but this share of the anchors", PROBABILITY
     )
     seed: int | None = setting(None, *SEED)
 

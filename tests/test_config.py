@@ -36,6 +36,7 @@ def test_guard_presets():
         shard_weights="equal",
         augment_surplus="drop",
         group_duplicates="off",
+        sample_rule="agc",
         bank_decay=0.5,
     )
     with pytest.raises(
