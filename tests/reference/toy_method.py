@@ -32,7 +32,7 @@ SKIP_THRESHOLD, AUGMENT_THRESHOLD, BANK_DECAY, FRACTION = 0.8, 1.2, 0.8, 0.25  #
 
 def images() -> Tensor:
     """Return the samples, (NUM_SAMPLES, SIZE) float64."""
-    return draw_normal(SEED, "toy", [(i,) for i in range(NUM_SAMPLES)], (SIZE,)).double()
+    return draw_normal(SEED, "samples", [(i,) for i in range(NUM_SAMPLES)], (SIZE,)).double()
 
 
 def initial_weights() -> dict[str, Tensor]:
