@@ -30,15 +30,13 @@ from sd_memguard.errors import LoopError
 from sd_memguard.guard import MemorizationGuard
 from sd_memguard.launcher.arguments import Command
 from sd_memguard.launcher.denoisers import (
-    check_flags,
-    check_source,
     find_denoisers,
     find_trained_denoiser,
     trained_parameters,
     watch_calls,
 )
 from sd_memguard.launcher.records import BareRecords, data_dir, find_script_duplicates, sample_table
-from sd_memguard.launcher.scripts import ScriptError, caches_by_step, check_environment, total_steps
+from sd_memguard.launcher.scripts import ScriptError, caches_by_step, check_flags, check_script, total_steps
 from sd_memguard.plugin.attach import Attachment, Loop, LoopOptions, plan_loop, prepare
 from sd_memguard.plugin.backends import AccelerateBackend, PlainBackend, plain_optimizer
 from sd_memguard.plugin.checkpoint import FOLDER
@@ -97,8 +95,7 @@ class Session:
             UserError: it cannot be run under the guard, or something in it was not what the guard relies on.
         """
         command = self.command
-        check_environment(command.guard.num_shards)
-        check_source(self.source, command.script.name)
+        check_script(command)
         sys.argv = [str(command.script), *command.arguments]
         sys.path.insert(0, str(command.script.resolve().parent))
         with self._patches(), watch_calls(self._on_call, command.denoisers):
@@ -223,9 +220,10 @@ class Session:
             if config.num_shards not in ("auto", 1):
                 raise ScriptError(f"`--num_shards {config.num_shards}` cannot be had: {reason}")
             config = replace(config, num_shards=1)
+            why = reason.partition(";")[0]
             notice = (
-                f"which sample is which is not known, since {reason}. Samples are skipped by their loss, but not "
-                "counted, and near-duplicates count each: `sd-memguard check` finds them before training"
+                f"which sample is which is not known, since {why}. Samples are skipped by their loss, but not counted, "
+                "and near-duplicates count each: `sd-memguard check` finds them before training"
             )
             return MemorizationGuard(config), [] if config.is_neutral else [notice]
         dataset = dataloader.dataset
