@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 AUGMENTED = "augmented"
 """What the gate hands back with a batch of augmented copies."""
-TOO_MANY_SKIPPED, FIRST_SAMPLES = 0.6, 500
+TOO_MANY_SKIPPED, FIRST_SAMPLES = 0.7, 500
 """Share of a run's first samples skipped at which the loss falls faster than the memory bank follows."""
 
 
