@@ -107,7 +107,7 @@ class Setting(NamedTuple):
         """The error that says that `value` breaks `rule`, and what to do."""
         guess = nearest(value, self.words) if isinstance(value, str) else ""
         default = "" if self.default is None else f", which is {_as_text(self.default)}"
-        fix = self.fix or f"leave it out for the default{default}"
+        fix = self.fix or f"omit it for the default{default}"
         got = "something else" if self.secret else _as_text(value)
         return ConfigError(f"`--{self.name}` must be {rule}, got {got}{guess}; {fix}")
 

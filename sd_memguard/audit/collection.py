@@ -57,7 +57,7 @@ class Collection:
         That of a row that is passed over is empty.
 
         Raises:
-            AuditError: Where a file is missing, unreadable or not a image; names the first ones.
+            AuditError: Where a file is missing, unreadable or not an image; names the first ones.
         """
         found: list[str] = []
         faults = {} if self.skipped is None else dict(self.skipped)
@@ -101,7 +101,7 @@ class Collection:
         return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
     def image(self, row: int) -> PIL.Image.Image:
-        """Return a image in RGB, turned upright by its EXIF tag, transparency put on white.
+        """Return an image in RGB, turned upright by its EXIF tag, transparency put on white.
 
         Raises:
             AuditError: Where its pixels are damaged.

@@ -1,9 +1,9 @@
 """What the frozen networks make of images and captions, computed once: in memory, or in a folder that runs share.
 
-A latent is exact to keep when the crop is the same at every visit: with `--center_crop`, or where all images are
-square. Otherwise each visit draws a crop of its own, and the VAE runs at each visit: a few kept crops would be seen
+A latent is exact to keep when the crop is the same every time: with `--center_crop`, or where all images are
+square. Otherwise a sample has another crop each time, and the VAE runs every time: a few kept crops would be seen
 again and again, which is what the guard is there to prevent. Mean and log variance are kept, so that the latent itself
-is drawn again at each visit. Where images are flipped or moved, every view of each image is kept.
+is sampled again each time. Where images are flipped or moved, every view of each image is kept.
 
 Every batch that goes through a network here has the same size, the last one too, so that what is kept depends on the
 image or caption alone, not on what else was missing.
@@ -115,7 +115,7 @@ class CacheSpec(NamedTuple):
 
 
 def latents_are_exact(samples: Samples, config: TrainConfig) -> bool:
-    """Say whether every visit to a image sees the same crop."""
+    """Say whether an image is cropped the same way every time."""
     sizes = samples.sizes[samples.sample_ids]
     return config.center_crop or bool((sizes[:, 0] == sizes[:, 1]).all())
 
@@ -129,7 +129,7 @@ def refuse_inexact_cache(samples: Samples, config: TrainConfig) -> None:
     if config.cache_latents in {"memory", "disk"} and not latents_are_exact(samples, config):
         raise ConfigError(
             f"`--cache_latents {config.cache_latents}` needs `--center_crop` (or square images): with random crops "
-            "each visit has another latent; add `--center_crop`, or use `--cache_latents off`"
+            "an image has another latent each time; add `--center_crop`, or use `--cache_latents off`"
         )
 
 

@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     for name in LORA_ONLY:
         if getattr(arguments, name) is not None and not arguments.format.startswith("lora"):
-            parser.error(f"`--{name}` belongs to the formats lora-diffusers and lora-kohya; leave it out")
+            parser.error(f"`--{name}` belongs to the formats lora-diffusers and lora-kohya; omit it")
     # After parsing: `--help` and wrong flags need not wait for torch.
     from sd_memguard.console import configure_logging
     from sd_memguard.export.exporter import Exporter

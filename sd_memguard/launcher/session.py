@@ -46,7 +46,7 @@ from sd_memguard.proxies.lora import LoraProxies
 logger = logging.getLogger(__name__)
 
 RAM_SHARE = 0.5
-"""Share of the free memory that resting proxies may take before they go to files."""
+"""Share of the free memory that offloaded proxies may take before they go to files."""
 COPIES = 3
 """Weights and the two moments of AdamW."""
 LENGTH_FLAGS = ("max_train_steps", "num_train_epochs", "max_train_epochs", "output_dir")
@@ -197,7 +197,7 @@ class Session:
         plan = plan_loop(guard, loop)
         if guard.num_shards == 1:  # nothing is exchanged, and an EMA averages what it always does
             loop.options = replace(options, ema=None, models=())
-        elif self._rests_on_disk([*loop.models], guard.num_shards):
+        elif self._stores_on_disk([*loop.models], guard.num_shards):
             loop.options = replace(options, store_dir=Path(self.arguments.output_dir) / FOLDER / "proxies")
         plan.notices[:0] = notices
         guard.attachment, prepared = prepare(guard, accelerator, loop, objects, plan=plan, call=call)
@@ -234,14 +234,14 @@ class Session:
         except ValueError as error:  # more shards than samples
             raise ScriptError(str(error)) from error
 
-    def _rests_on_disk(self, models: list[nn.Module], num_shards: int) -> bool:
+    def _stores_on_disk(self, models: list[nn.Module], num_shards: int) -> bool:
         if self.command.proxy_store != "auto":
             return self.command.proxy_store == "disk"
         from sd_memguard.host_memory import available_memory  # which needs psutil
 
         trained = [p for model in models for p in model.parameters() if p.requires_grad]
-        resting = COPIES * num_shards * sum(p.numel() * p.element_size() for p in trained)
-        return resting > RAM_SHARE * available_memory()
+        offloaded = COPIES * num_shards * sum(p.numel() * p.element_size() for p in trained)
+        return offloaded > RAM_SHARE * available_memory()
 
     # Any other trainer.
 

@@ -43,7 +43,7 @@ class LowRank(NamedTuple):
 def add_adapter(unet: UNet2DConditionModel, rank: int, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Freeze the UNet in ``dtype``, add a float32 adapter (alpha = rank), and return the adapted weights in float32.
 
-    The factors are drawn as in diffusers' script (gaussian down, zero up), from an address of their own.
+    The factors are initialized as in diffusers' script (gaussian down, zero up), from an address of their own.
     """
     unet.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS)

@@ -27,7 +27,7 @@ class Augmenter(Protocol):
     """Makes batches of augmented copies."""
 
     def __call__(self, sample_ids: list[int], magnitude: int, address: Address) -> Any:
-        """Return a batch like the dataloader's, drawn at an address."""
+        """Return a batch like the dataloader's, for an address."""
 
 
 class GivenAugmenter:
@@ -60,7 +60,7 @@ class TransformAugmenter:
         self.dataset, self.collate, self.seed = dataset, collate, seed
 
     def __call__(self, sample_ids: list[int], magnitude: int, address: Address) -> Any:
-        """Return a batch; every sample has draws of its own."""
+        """Return a batch; every sample has random numbers of its own."""
         from torchvision.transforms import RandAugment
 
         randaugment = RandAugment(num_ops=NUM_OPERATIONS, magnitude=magnitude)
@@ -96,7 +96,7 @@ def find_augmenter(
 
 
 def _look(augmenter: TransformAugmenter, change: Callable[[Any], Any]) -> list[Tensor]:
-    """Return the images of the first sample under a change, always with the same draws."""
+    """Return the images of the first sample under a change, always with the same random numbers."""
     with seeded(0):
         return _images(augmenter.collate([augmenter.row(0, change)]))
 

@@ -49,7 +49,7 @@ class PlainBackend:
         """Do nothing."""
 
     def overflowed(self) -> bool:
-        """Return False: a step that was left out cannot be told from a batch that was accumulated."""
+        """Return False: a step that was skipped cannot be told from a batch that was accumulated."""
         return False
 
     def grad_scaler(self) -> Any:
@@ -95,7 +95,7 @@ class AccelerateBackend:
         self.accelerator.gradient_state._remove_dataloader(loader)
 
     def overflowed(self) -> bool:
-        """Say whether the gradient scaler has left out the step of a batch that closed its window."""
+        """Say whether the gradient scaler has skipped the step of a batch that closed its window."""
         return self.accelerator.scaler is not None and bool(self.accelerator.sync_gradients)
 
     def grad_scaler(self) -> Any:

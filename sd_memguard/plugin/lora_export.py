@@ -33,7 +33,7 @@ def whole_adapter(
 
     Args:
         proxies: the proxies to average.
-        adapter: the adapter's layers in the resident model.
+        adapter: the adapter's layers in the active model.
         weights: weight of each proxy.
         rank: rank of the factors; by default the adapter's rank times the number of proxies. All layers have this one,
             those that need less with zeros for the rest: what is saved is loaded by the rank in the adapter's config.
@@ -89,7 +89,7 @@ def best_factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
     Returns:
         down (rank, in) and up (out, rank), float64, with zeros beyond the rank of the change; the sum of the squares of
-        the singular values left out.
+        the singular values that are dropped.
     """
     left, values, right = torch.linalg.svd(change, full_matrices=False)
     root = values[:rank].sqrt()

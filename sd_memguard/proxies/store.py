@@ -1,4 +1,4 @@
-"""Where resting proxies wait: in RAM, or on disk as immutable safetensors files that checkpoints hard-link."""
+"""Where offloaded proxies wait: in RAM, or on disk as immutable safetensors files that checkpoints hard-link."""
 
 import logging
 import os

@@ -64,7 +64,7 @@ def check_joined(accelerator: Accelerator) -> None:
     if launched != accelerator.num_processes:
         raise ConfigError(
             f"{launched} processes were launched, but accelerate has joined {accelerator.num_processes}: each would "
-            "train the whole run by itself. Without GPUs start them with `ACCELERATE_USE_CPU=true torchrun "
+            "train the whole run alone. Without GPUs start them with `ACCELERATE_USE_CPU=true torchrun "
             "--nproc_per_node N` (`accelerate launch --cpu` starts one process, whatever `--num_processes` says)"
         )
 
@@ -108,7 +108,7 @@ class Ranks:
 
     @property
     def proxy_exchange(self) -> Exchange:
-        """The processes that share the proxies: all where each has its own shards, else this one by itself."""
+        """The processes that share the proxies: all where each has its own shards, else this one alone."""
         return self.exchange if self.by_shard else Exchange(alone=True)
 
     @property

@@ -75,7 +75,7 @@ class RunState:
         elif self.ranks.by_shard:
             self._write(temporary_folder(output_dir, step))
         else:
-            with self.aggregate():  # the resident weights rest in a store that the processes share
+            with self.aggregate():  # the active weights rest in a store that the processes share
                 pass
         self.ranks.exchange.wait("checkpoint")
         self.last_saved_step = step
@@ -133,7 +133,7 @@ class RunState:
             refuse_changes(state["config"], self.plan.shaping, folder)
         self.ensemble.load_state_dict(state["ensemble"])
         self.ensemble.load_proxies(folder / FOLDER / PROXIES_FOLDER, state["proxies"])
-        self.scalers.load(state["scalers"], self.proxies.resident)
+        self.scalers.load(state["scalers"], self.proxies.active)
         self.run_id, self.last_saved_step = state["run_id"], self.ensemble.progress.global_step
         logger.info("going on from %s", folder)
         before, now = state["config"]["max_train_steps"], self.config.max_train_steps

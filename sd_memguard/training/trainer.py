@@ -65,7 +65,7 @@ from sd_memguard.training.validation import RoundValidator
 logger = logging.getLogger(__name__)
 
 MAX_NONFINITE_STEPS = 5
-"""Steps in a row that may be left out for a loss or gradient that is not finite."""
+"""Steps in a row that may be skipped for a loss or gradient that is not finite."""
 MAX_OVERFLOWS = 25
 """The same under fp16: each time the scale of the gradients is halved, from 65,536 at the beginning."""
 
@@ -188,7 +188,7 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         self.ensemble = Ensemble(self.guard, self.proxies, self.schedule)
         self.records = RunRecords(plan.output_dir, writes=self.ranks.is_main)
-        self.scalers = ProxyScalers(accelerator.scaler, self.schedule.num_shards, self.proxies.resident)
+        self.scalers = ProxyScalers(accelerator.scaler, self.schedule.num_shards, self.proxies.active)
         self.state = RunState(plan, self.scalers, self.unet, self.ensemble, self.ranks)
         self.log = RunLog(accelerator, plan, self.state)
 
@@ -242,13 +242,13 @@ class Trainer:
         self._set_learning_rate()
         seen: list[Seen] = []
         for position in range(accumulation):
-            visits, batch = next(batches)
-            if not visits and not self.ranks.by_batch:
+            refs, batch = next(batches)
+            if not refs and not self.ranks.by_batch:
                 self.progress.unreadable_samples += self.plan.batch_size
                 continue
             with self.ranks.accumulates(self.model, last=position == accumulation - 1):
-                losses, timesteps = self._losses(batch, [sample_address(visit) for visit in visits])
-                sample_ids = torch.tensor([visit.sample_id for visit in visits], dtype=torch.int64)
+                losses, timesteps = self._losses(batch, [sample_address(ref) for ref in refs])
+                sample_ids = torch.tensor([ref.sample_id for ref in refs], dtype=torch.int64)
                 losses, timesteps, sample_ids = self.ranks.gather_batch(losses, timesteps, sample_ids)
                 self._count_forwards(len(sample_ids), dream=True)
                 self.progress.unreadable_samples += self.plan.batch_size - len(sample_ids)
@@ -299,7 +299,7 @@ class Trainer:
         if not addresses:
             return self._no_losses()
         latents, embeddings = batch
-        timesteps, noise, input_noise = self.noise_sampler.draw(addresses, latents.shape[1:], latents.device, purpose)
+        timesteps, noise, input_noise = self.noise_sampler.sample(addresses, latents.shape[1:], latents.device, purpose)
         return self.loss(self.model, latents, embeddings, timesteps, noise, input_noise, dream=dream), timesteps
 
     def _no_losses(self) -> tuple[Tensor, Tensor]:
@@ -318,12 +318,12 @@ class Trainer:
         """Clip the gradients and step, unless they are not finite, which the host learns in ``check_pending_norms``."""
         self.taken.append((self.progress.global_step + 1, seen, self.optimizer_step.step(scale)))
         if self.ema is not None:
-            self.check_pending_norms()  # the average does not take in what was left out
+            self.check_pending_norms()  # the average does not take in what was skipped
             if self.nonfinite_in_a_row == 0:
                 step_ema(self.ema, self.parameters, self.accelerator.device, offload=self.config.offload_ema)
 
     def check_pending_norms(self) -> None:
-        """Learn which of the steps taken since the last call were left out for a gradient that is not finite."""
+        """Learn which of the steps taken since the last call were skipped for a gradient that is not finite."""
         while self.taken:
             step, seen, norm = self.taken.pop(0)
             if not math.isfinite(float(norm.wait())):
@@ -332,16 +332,16 @@ class Trainer:
                 self.nonfinite_in_a_row = 0
 
     def skip_nonfinite_step(self, what: str, seen: list[Seen], step: int) -> None:
-        """Count a step that is left out, name its samples, and stop the run when that happens again and again."""
+        """Count a step that is skipped, name its samples, and stop the run when that happens again and again."""
         self.progress.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
         is_overflow = what == "gradient" and self.scalers.scaler is not None
         most = MAX_OVERFLOWS if is_overflow else MAX_NONFINITE_STEPS
         if is_overflow and self.nonfinite_in_a_row < most:
-            logger.info("step %d is left out: its gradient overflows in fp16, and the next is scaled by half", step)
+            logger.info("step %d is skipped: its gradient overflows in fp16, and the next is scaled by half", step)
         elif self.ranks.is_main or self.ranks.by_shard:  # those that share a batch all know
             named = describe_samples(seen, self.plan.samples)
-            logger.warning("step %d is left out: its %s is not finite (%s)", step, what, named)
+            logger.warning("step %d is skipped: its %s is not finite (%s)", step, what, named)
         if self.nonfinite_in_a_row >= most:
             raise NonFiniteError(
                 f"the {what} of {most} steps in a row was not finite, the last at step {step}; the "
@@ -410,7 +410,7 @@ class Trainer:
     # The end of the run.
 
     def finish(self) -> TrainResult:
-        """Write the pipeline, draw, upload, and say how it went."""
+        """Write the pipeline, generate, upload, and say how it went."""
         config, output_dir, progress = self.config, self.plan.output_dir, self.progress
         self._checkpoint_before_export()
         with self.state.aggregate() as unet:
@@ -425,7 +425,7 @@ class Trainer:
         exports = export_at_end(TrainedRun(output_dir, config, self.schedule.num_shards))
         summary = {**self._summary(), **exports.summary()}
         self.records.write_summary(summary)
-        shutil.rmtree(self.records.folder / PROXIES_FOLDER, ignore_errors=True)  # the resting ones, if on disk
+        shutil.rmtree(self.records.folder / PROXIES_FOLDER, ignore_errors=True)  # the offloaded ones, if on disk
         self.log.end(summary_text(summary, output_dir))
         if config.push_to_hub:
             push_to_hub(output_dir, config, summary)

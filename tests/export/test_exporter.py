@@ -266,7 +266,7 @@ def test_a_generated_image_too_far_off_is_refused(tiny, tmp_path, monkeypatch, f
     drawn = iter([torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([9.0, -9.0])])
     exporter = Exporter(read_run(tiny))
     with monkeypatch.context() as patch:
-        patch.setattr(exporter_module.check, "draw", lambda pipeline: next(drawn))
+        patch.setattr(exporter_module.check, "generate", lambda pipeline: next(drawn))
         exporter._generated_image, exporter._base_difference  # noqa: B018 (they are drawn here)
         with pytest.raises(ExportError, match=r"its generated image is .*% off the trained model's, and at most"):
             exporter.export(format, tmp_path / "out")
