@@ -11,13 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sd_memguard"
 
-BASE = {"errors", "settings", "config", "files", "host_memory"}
+BASE = {"errors", "settings", "config", "environment", "files", "host_memory"}
 CORE = {"core", "proxies", "distributed", "defaults", "sample_guard", *BASE}
 ENGINE = {*CORE, "ensemble", "plugin", "guard"}
 # The other parts that each part of the package may import. What is not listed stands on top and may import all.
 PARTS = {
     "errors": set(),
     "files": {"errors"},
+    "environment": set(),
     "host_memory": set(),
     "settings": {"errors"},
     "config": {"errors", "settings"},
@@ -31,7 +32,7 @@ PARTS = {
     "ensemble": {"core", "proxies", "sample_guard"},
     "plugin": {*CORE, "ensemble"},
     "guard": {*CORE, "ensemble", "plugin"},
-    "models": {"assets", "core", *BASE},
+    "models": {"assets", "core", "proxies", *BASE},
     "data": {"assets", "core", "distributed", "models", *BASE},
     "runs": {*ENGINE, "data", "models"},
     "export": {"runs", "models", "console", "distributed", *BASE},
@@ -45,6 +46,7 @@ PARTS = {
 LIBRARIES = {
     "errors": set(),
     "files": set(),
+    "environment": set(),
     "host_memory": {"psutil"},
     "settings": set(),
     "config": set(),

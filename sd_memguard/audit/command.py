@@ -46,7 +46,7 @@ from sd_memguard.audit.metrics.quality import MAX_QUALITY_IMAGES, Quality, quali
 from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD
 from sd_memguard.audit.metrics.statistics import summarize
 from sd_memguard.audit.metrics.verified import CopyDistance, choose_distance
-from sd_memguard.audit.models import ModelFiles, default_device, model_sha256, read_run
+from sd_memguard.audit.models import ModelFiles, default_device, model_sha256, read_run_records
 from sd_memguard.audit.reporting import write as records
 from sd_memguard.audit.reporting.page import write_report
 from sd_memguard.core.seeding import derive_seed, permutation
@@ -225,7 +225,7 @@ def audit_model(name: str, files: ModelFiles, setup: Setup) -> Audited:
     sha256 = model_sha256(files)
     load = cache(lambda: load_pipeline(files, setup.gallery.device))
     generated = generate_set(name, sha256, load, setup)
-    run, samples = read_run(files.base if files.addition is None else files.addition.parent)
+    run, samples = read_run_records(files.base if files.addition is None else files.addition.parent)
     source = {"name": name, "source": "model", "path": files.text, "sha256": sha256, "run": run}
     figures, pairs = _measure(source, generated, setup, samples)
     missing = {} if run else {"run": "no memguard/ with records of a run beside the model"}

@@ -140,7 +140,7 @@ def _load(files: ModelFiles) -> StableDiffusionPipeline:
     return pipeline
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any] | None, dict[str, list[Any]] | None]:
+def read_run_records(folder: Path) -> tuple[dict[str, Any] | None, dict[str, list[Any]] | None]:
     """Return what is known of the run that made a model: a summary for the report, and the columns of its samples.
 
     Args:

@@ -17,7 +17,7 @@ from sd_memguard.data.captions import Captions
 from sd_memguard.data.encoding_cache import Cache, embedding_cache, latent_caches
 from sd_memguard.data.samples import Samples
 from sd_memguard.data.transforms import PixelDataset, Preprocess, sample_address
-from sd_memguard.distributed import Exchange
+from sd_memguard.distributed import ProcessGroup
 from sd_memguard.models.encoders import Encoders
 
 __all__ = ["NOTHING", "Batch", "BatchSource", "Encoders", "sample_address"]
@@ -60,7 +60,7 @@ class BatchSource:
         progress: bool = False,
         cache: bool = True,
         num_samples_seen: int | None = None,
-        exchange: Exchange | None = None,
+        exchange: ProcessGroup | None = None,
     ) -> None:
         self.samples, self.encoders, self.seed, self.config = samples, encoders, seed, config
         self.preprocess = Preprocess(config, seed)
@@ -70,7 +70,7 @@ class BatchSource:
         self._latents: list[Cache] = []
         self._embeddings: Cache | None = None
         if cache:
-            crew = Exchange(alone=True) if exchange is None else exchange
+            crew = ProcessGroup(alone=True) if exchange is None else exchange
             self._latents = latent_caches(
                 samples, encoders, self.preprocess, config, crew, num_samples_seen=num_samples_seen, progress=progress
             )

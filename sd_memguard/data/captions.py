@@ -10,7 +10,6 @@ from sd_memguard.core.seeding import Address, draw_integers, draw_uniform
 from sd_memguard.data.encoding_store import KEY
 from sd_memguard.data.samples import Samples
 
-"""A content hash of 16 bytes in numpy."""
 _TEXTS_AT_ONCE = 10_000
 
 

@@ -12,6 +12,7 @@ from torchvision.transforms import InterpolationMode, RandAugment
 from torchvision.transforms import functional as TF  # noqa: N812 (torchvision's own convention)
 
 from sd_memguard.config import TrainConfig
+from sd_memguard.core.augmentation import NUM_OPERATIONS
 from sd_memguard.core.sampler import SampleRef
 from sd_memguard.core.seeding import Address, derive_seed, draw_integers, generator_for
 from sd_memguard.data.samples import SampleError, Samples
@@ -141,7 +142,7 @@ class Preprocess:
         # torchvision's transform uses the global generator alone: lend it a forked one.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, "augment", *address))
-            return RandAugment(num_ops=2, magnitude=magnitude)(image)
+            return RandAugment(num_ops=NUM_OPERATIONS, magnitude=magnitude)(image)
 
 
 class PixelDataset(Dataset[Tensor | str]):

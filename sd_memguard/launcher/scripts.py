@@ -1,11 +1,11 @@
 """What the launcher has to know of a script, and which cannot be guarded: known before torch is imported."""
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from sd_memguard.environment import configured_spreading, launched_processes
 from sd_memguard.errors import LoopError, UserError
 from sd_memguard.launcher.arguments import Command
 
@@ -65,18 +65,18 @@ def check_environment(num_shards: int | str) -> None:
     Raises:
         ScriptError: names it.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launched_processes()
     if world_size > 1 and num_shards not in ("auto", 1):
         raise ScriptError(
             f"{world_size} processes were launched, and the proxies of {num_shards} shards take turns in one: start "
             "the script with `accelerate launch --num_processes 1`, or give the guard `--num_shards 1`"
         )
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise ScriptError(
-                f"accelerate is configured for {name}, which spreads the weights that the guard exchanges between "
-                "shards; run `accelerate config` without it"
-            )
+    name = configured_spreading()
+    if name is not None:
+        raise ScriptError(
+            f"accelerate is configured for {name}, which spreads the weights that the guard exchanges between "
+            "shards; run `accelerate config` without it"
+        )
 
 
 def check_source(source: str, name: str) -> None:

@@ -12,10 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sd_memguard.core.augmentation import NUM_OPERATIONS
 from sd_memguard.core.seeding import Address, derive_seed
 
-NUM_OPERATIONS = 2
-"""Operations of RandAugment, as in the paper."""
 TRANSFORMS = ("transform", "image_transforms", "train_transforms")
 """Names under which datasets keep a torchvision `Compose`."""
 

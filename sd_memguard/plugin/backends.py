@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sd_memguard.environment import SPREADING
 from sd_memguard.errors import LoopError
-
-SPREADING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP", "XLA")
 
 
 class LoopBackend(Protocol):

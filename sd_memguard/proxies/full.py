@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sd_memguard.core.aggregation import distance, iterate_aggregate
-from sd_memguard.distributed import Exchange
+from sd_memguard.distributed import ProcessGroup
 from sd_memguard.proxies.store import LazyTensors, ProxyStore, apart
 from sd_memguard.proxies.swap import EmaState, copy_tensors, load_optimizer_tensors, optimizer_tensors
 
@@ -46,10 +46,10 @@ class FullProxies:
         num_shards: int,
         store: ProxyStore,
         ema: EmaState | None = None,
-        exchange: Exchange | None = None,
+        exchange: ProcessGroup | None = None,
     ) -> None:
         self.parameters, self.optimizer, self.num_shards, self.ema = dict(parameters), optimizer, num_shards, ema
-        self.exchange = Exchange(alone=True) if exchange is None else exchange
+        self.exchange = ProcessGroup(alone=True) if exchange is None else exchange
         self.own = range(self.exchange.rank, num_shards, self.exchange.size)
         self._store = store
         self._serial = 0
@@ -123,7 +123,7 @@ class FullProxies:
     def _roots(self, squares: list[list[float]]) -> list[float]:
         # An exact sum: a resumed run reads the tensors in another order.
         distances = [math.sqrt(math.fsum(parts)) for parts in squares]
-        return self.exchange.sum(torch.tensor(distances, dtype=torch.float64), "distances").tolist()
+        return self.exchange.all_reduce(torch.tensor(distances, dtype=torch.float64), "distances").tolist()
 
     @contextmanager
     def averaged(self, weights: Sequence[float]) -> Iterator[None]:
@@ -166,7 +166,8 @@ class FullProxies:
                     files[part] = f"{prefix}{self._entries[shard_index][part]}.safetensors"
                     if not (folder / files[part]).exists():
                         self._store.write(self._entries[shard_index][part], folder / files[part])
-        found = self.exchange.gather([(k, files, self._ema_steps[k]) for k, files in entries.items()], "index")
+        own = [(k, files, self._ema_steps[k]) for k, files in entries.items()]
+        found = self.exchange.all_gather_object(own, "index")
         rows = sorted((row for part in found for row in part), key=lambda row: row[0])
         return {
             "active": self.active,
@@ -234,7 +235,7 @@ class FullProxies:
             [weights[shard_index] for shard_index in self.own],
             names=list(self.parameters),  # a file may hold the tensors in another order than a model
             total=math.fsum(weights),
-            combine=lambda partial: self.exchange.sum(partial, f"mean of {part}"),
+            combine=lambda partial: self.exchange.all_reduce(partial, f"mean of {part}"),
         )
 
     def _states(self, part: str) -> list[Mapping[str, Tensor]]:

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sd_memguard.core.aggregation import aggregate
-from sd_memguard.distributed import Exchange
+from sd_memguard.distributed import ProcessGroup
 from sd_memguard.proxies.full import WEIGHTS, FullProxies
 from sd_memguard.proxies.store import ProxyStore
 from sd_memguard.proxies.swap import copy_tensors
@@ -53,7 +53,7 @@ class LoraProxies(FullProxies):
         base: Mapping[str, Tensor],
         master: Mapping[str, Tensor],
         scaling: float,
-        exchange: Exchange | None = None,
+        exchange: ProcessGroup | None = None,
     ) -> None:
         super().__init__(parameters, optimizer, num_shards, store, exchange=exchange)
         self.base, self.master, self.scaling = dict(base), dict(master), scaling
@@ -147,7 +147,7 @@ class LoraProxies(FullProxies):
             if shard_index in own:
                 flat = torch.cat([own[shard_index][name].detach().cpu().flatten() for name in self.parameters])
             owner = shard_index % self.exchange.size
-            factors.append(self._unflatten(self.exchange.copy_from(owner, flat, "factors")))
+            factors.append(self._unflatten(self.exchange.broadcast(owner, flat, "factors")))
         return factors
 
     def _unflatten(self, flat: Tensor) -> dict[str, Tensor]:

@@ -140,9 +140,9 @@ def make_store(plan: Plan, ranks: Ranks) -> ProxyStore:
     """
     folder = plan.output_dir / FOLDER / PROXIES_FOLDER
     offloaded = int(plan.sizes.offloaded * ranks.local_stores)
-    with ranks.exchange.agreed():
+    with ranks.exchange.raise_on_any_rank():
         in_ram = fits_in_ram(offloaded, plan.config)
-    if ranks.exchange.share(in_ram, "store"):
+    if ranks.exchange.broadcast_object(in_ram, "store"):
         return RamStore()
     if ranks.by_batch:
         return SharedDiskStore(folder, ranks.exchange)

@@ -21,7 +21,7 @@ from sd_memguard.core.progress import Progress
 from sd_memguard.core.sampler import SampleRef
 from sd_memguard.core.seeding import Address
 from sd_memguard.data.batches import Batch, BatchSource, Encoders, sample_address
-from sd_memguard.distributed import Exchange
+from sd_memguard.distributed import ProcessGroup
 from sd_memguard.ensemble import Ensemble
 from sd_memguard.export.exporter import export_at_end
 from sd_memguard.export.hub import push_to_hub
@@ -46,7 +46,7 @@ from sd_memguard.training.distributed_start import (
     leaving_together,
     main_alone,
     plan_together,
-    quiet,
+    silence_non_main,
     told_when_lost,
 )
 from sd_memguard.training.dry_run import describe_plan, vae_factor
@@ -87,8 +87,8 @@ def train(config: TrainConfig) -> TrainResult:
         Interrupted: a signal asked the run to stop; it has saved a checkpoint.
     """
     accelerator = make_accelerator(config) if launched_processes() > 1 else None
-    exchange = Exchange(accelerator.device if accelerator else "cpu")
-    quiet(exchange)
+    exchange = ProcessGroup(accelerator.device if accelerator else "cpu")
+    silence_non_main(exchange)
     plan = plan_together(config, exchange)
     accelerator = accelerator or make_accelerator(plan.config)
     if plan.config.dry_run:
@@ -98,7 +98,7 @@ def train(config: TrainConfig) -> TrainResult:
         return TrainResult(plan.output_dir, 0, {})
     with main_alone(exchange, run_lock(plan.output_dir)), explained_faults(plan.config):
         check_shared(plan.output_dir, exchange)
-        with exchange.agreed():
+        with exchange.raise_on_any_rank():
             summary = finished_summary(plan)
         if summary is not None:
             logger.info(
@@ -108,7 +108,7 @@ def train(config: TrainConfig) -> TrainResult:
             return TrainResult(plan.output_dir, summary["global_step"], summary)
         if exchange.is_main:
             remove_leftovers(plan.output_dir)
-        exchange.wait("plan")
+        exchange.barrier("plan")
         trainer = Trainer(plan, accelerator, exchange)
         trainer.resume()
         with (
@@ -130,9 +130,9 @@ class Trainer:
         exchange: the processes of the run; by default this one alone.
     """
 
-    def __init__(self, plan: Plan, accelerator: Accelerator, exchange: Exchange | None = None) -> None:
+    def __init__(self, plan: Plan, accelerator: Accelerator, exchange: ProcessGroup | None = None) -> None:
         config = plan.config
-        self.ranks = Ranks(exchange or Exchange(alone=True), plan.schedule.num_shards, config.train_batch_size)
+        self.ranks = Ranks(exchange or ProcessGroup(alone=True), plan.schedule.num_shards, config.train_batch_size)
         self.plan, self.config, self.schedule, self.accelerator = plan, config, plan.schedule, accelerator
         models = prepare_models(plan, accelerator)
         self.unet: UNet2DConditionModel = models.unet
@@ -204,7 +204,7 @@ class Trainer:
         progress = self.progress
         self.records.begin(self.plan.record)
         self.records.write_rounds(self.ensemble.rounds)
-        quiet(self.ranks.exchange, logging.WARNING)
+        silence_non_main(self.ranks.exchange, logging.WARNING)
         self.ranks.stop = stop
         self.rank_sync = RankSync(self.ranks, self.guard, progress, self.config.checkpointing_steps)
         while progress.round_index < self.schedule.num_rounds:

@@ -9,8 +9,9 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from sd_memguard.errors import ConfigError
-from sd_memguard.models.lora import LoraError, best_factors, diffusers_names, kohya_names, low_rank, smallest_rank
+from sd_memguard.models.lora import LoraError, diffusers_names, kohya_names, low_rank, smallest_rank
 from sd_memguard.proxies.full import WEIGHTS
+from sd_memguard.proxies.low_rank import best_factors
 from sd_memguard.training.build import make_accelerator
 from sd_memguard.training.plan import make_plan
 from sd_memguard.training.trainer import Trainer, train
