@@ -19,10 +19,10 @@ from torch import Tensor
 from sd_memguard.config import TrainConfig
 from sd_memguard.data.samples import BadSample, Checked, Samples
 from sd_memguard.distributed import ProcessGroup, ProcessLostError
+from sd_memguard.environment import launched_processes
 from sd_memguard.errors import UserError
 from sd_memguard.runs.folder import FOLDER, RunFolderError
 from sd_memguard.training.plan import Plan, VerifiedImages, make_plan
-from sd_memguard.training.ranks import launched_processes
 from sd_memguard.training.signals import Interrupted
 
 logger = logging.getLogger(__name__)

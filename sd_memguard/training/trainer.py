@@ -23,6 +23,7 @@ from sd_memguard.core.seeding import Address
 from sd_memguard.data.batches import Batch, BatchSource, Encoders, sample_address
 from sd_memguard.distributed import ProcessGroup
 from sd_memguard.ensemble import Ensemble
+from sd_memguard.environment import launched_processes
 from sd_memguard.export.exporter import export_at_end
 from sd_memguard.export.hub import push_to_hub
 from sd_memguard.export.pipeline_folder import write_pipeline
@@ -56,7 +57,7 @@ from sd_memguard.training.loss import DenoisingLoss, NoiseSampler, dream_exponen
 from sd_memguard.training.optimizer_step import ClippedStep, ProxyScalers
 from sd_memguard.training.plan import Plan, finished_summary
 from sd_memguard.training.progress_log import RunLog, summary_text
-from sd_memguard.training.ranks import Ranks, launched_processes
+from sd_memguard.training.ranks import Ranks
 from sd_memguard.training.run_state import RunState
 from sd_memguard.training.signals import ECHO, Interrupted, StopRequest
 from sd_memguard.training.sync import RankSync, Reason
