@@ -134,7 +134,7 @@ class Setting(NamedTuple):
 
 
 def settings_of(owner: type) -> tuple[Setting, ...]:
-    """The settings that the dataclass `owner` declares, in order; its other fields are left out."""
+    """The settings that the dataclass `owner` declares, in order; without its other fields."""
     annotations = get_type_hints(owner)
     return tuple(
         Setting(field.name, *_read_annotation(annotations[field.name]), field.default, **field.metadata["setting"])
