@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Two processes; the tests of a file stay together, since they share what a fixture has trained.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help install demo test lint types docs clean
+.PHONY: help install demo test test-all lint types docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv with the project and what the demo and the tests need
 
@@ -20,8 +22,11 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED) ## fine-tune the bundled model plain and guarded, and show what they copy: runs/demo/
 	$(BIN)/sd-memguard demo
 
-test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## run the everyday tests: every behavior once
+	$(PYTEST) -m 'not slow'
+
+test-all: $(INSTALLED) ## run all tests, also the slow ones: kills, processes, fuzzing, a browser
+	$(PYTEST)
 
 lint: $(INSTALLED) ## check style
 	$(BIN)/ruff check .

@@ -78,11 +78,11 @@ def main() -> None:
     args = parser.parse_args()
     extractor = make_extractor(args.extractor, args.extractor_weights, torch.device("cpu"))
     train = read_folder(demo_data_path(), "--train_data_dir")
-    unseen = read_folder(demo_heldout_path(), "--reference_data_dir")
+    heldout = read_folder(demo_heldout_path(), "--reference_data_dir")
     gallery = embed(extractor, [train.image(row) for row in train.distinct])
     others = best_matches(gallery, [gallery], 1, cosine, own=torch.arange(len(gallery))).scores[:, 0]
     near_duplicates = best_matches(
-        embed(extractor, [unseen.image(row) for row in unseen.distinct]), [gallery], 1, cosine
+        embed(extractor, [heldout.image(row) for row in heldout.distinct]), [gallery], 1, cosine
     )
     background = near_duplicates.scores[:, 0]
     threshold = choose_threshold(others, background)
@@ -92,7 +92,7 @@ def main() -> None:
         "rule": threshold.rule,
         "background": {str(q): round(percentile(background, q).item(), 3) for q in (50, 95, 99, 100)},
         "background_train": {str(q): round(percentile(others, q).item(), 3) for q in (50, 95, 99, 100)},
-        "unseen_above": above(background, high),
+        "heldout_above": above(background, high),
     }
     for name, change in CHANGES.items():
         copies = embed(extractor, [change(train.image(row)) for row in train.distinct[:NUM_COPIES]])

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 
 BATCH_SIZE = 16
-DRAWS_PER_IMAGE = 4
+NOISES_PER_IMAGE = 4
 
 
 class Encoded(NamedTuple):
@@ -48,13 +48,13 @@ def denoising_losses(unet: UNet2DConditionModel, encoded: Encoded) -> Tensor:
     unet.eval()
     generator = torch.Generator().manual_seed(20250101)
     losses = []
-    for quarter in range(DRAWS_PER_IMAGE):
+    for quarter in range(NOISES_PER_IMAGE):
         for latents, embeddings in zip(
             encoded.latents.split(BATCH_SIZE), encoded.embeddings.split(BATCH_SIZE), strict=True
         ):
             noise = torch.randn(latents.shape, generator=generator)
-            place = (torch.rand(len(latents), generator=generator) + quarter) / DRAWS_PER_IMAGE
+            place = (torch.rand(len(latents), generator=generator) + quarter) / NOISES_PER_IMAGE
             timesteps = (place * encoded.schedule.config.num_train_timesteps).long()
             noisy = encoded.schedule.add_noise(latents, noise, timesteps)
             losses.append((unet(noisy, timesteps, embeddings).sample - noise).square().mean(dim=(1, 2, 3)))
-    return torch.cat(losses).double().view(DRAWS_PER_IMAGE, -1).mean(0)
+    return torch.cat(losses).double().view(NOISES_PER_IMAGE, -1).mean(0)

@@ -118,7 +118,7 @@ def survive(
             shutil.rmtree(folder / "killed")
     finish(start(resumed, size))
     same = {name: (folder / "whole" / name).read_bytes() == (folder / "killed" / name).read_bytes() for name in RESULTS}
-    return {"kills": kills, "in_save": in_save, "begun_anew": early, "seconds": round(seconds, 1), "identical": same}
+    return {"kills": kills, "in_save": in_save, "restarted": early, "seconds": round(seconds, 1), "identical": same}
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
 
 class PeakMemory(threading.Thread):
-    """Samples a process's anonymous resident memory every 5 ms and keeps the highest value, in bytes.
+    """Samples a process's anonymous active memory every 5 ms and keeps the highest value, in bytes.
 
     Args:
         process: its number, or ``self``.

@@ -3,7 +3,7 @@
 Three ways to train the bundled model on the bundled images with the same seed and the same steps:
 
 - `one`: one process;
-- `shards`: two processes, each with two of the four shards by itself;
+- `shards`: two processes, each with two of the four shards;
 - `batch`: two processes, each with half of every batch of one shard after the other (plain training, one proxy).
 
 `one` is run both ways (four shards, and plain). All runs take turns, so that whatever else the machine does meets them
@@ -13,7 +13,7 @@ alike. Each process is pinned to a core of its own and trains on one thread.
 
 Steps are timed within the training loop, by the clock and by the processor time of the process: on a shared machine the
 clock also counts what others take. Bytes are counted where they are handed to torch.distributed; the gradients that DDP
-exchanges by itself are computed from their size. Linux only.
+exchanges alone are computed from their size. Linux only.
 """
 
 import argparse
@@ -35,14 +35,14 @@ SETTINGS = {
     "one batch": (1, "off", BATCH_SIZE),
     "two batch": (2, "off", BATCH_SIZE // 2),
 }
-"""Processes, guard, and samples per process and step of each arm."""
+"""Processes, guard, and samples per process and step of each variant."""
 SD15_WEIGHTS = 859_520_964
 """Parameters of Stable Diffusion 1.5's UNet."""
 
 
-def settings_of(arm: str, folder: Path) -> dict[str, Any]:
+def settings_of(variant: str, folder: Path) -> dict[str, Any]:
     """Return the settings of a run."""
-    _, memguard, batch_size = SETTINGS[arm]
+    _, memguard, batch_size = SETTINGS[variant]
     guard = {"num_shards": SHARDS, "steps_per_round": STEPS_PER_ROUND} if memguard == "on" else {}
     steps = SHARDS * STEPS_PER_ROUND * NUM_ROUNDS
     return {
@@ -110,9 +110,9 @@ def work(settings: dict[str, Any], rank: int, result: Path) -> None:
 # In the process that compares.
 
 
-def run(arm: str, folder: Path) -> list[dict[str, Any]]:
-    """Train one arm and return what each of its processes has measured."""
-    size, *_ = SETTINGS[arm]
+def run(variant: str, folder: Path) -> list[dict[str, Any]]:
+    """Train one variant and return what each of its processes has measured."""
+    size, *_ = SETTINGS[variant]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -124,13 +124,13 @@ def run(arm: str, folder: Path) -> list[dict[str, Any]]:
         if size > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
             environment |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "localhost"}
-        command = [sys.executable, "-m", "benchmarks.processes", "--output_dir", str(folder), "--worker", arm]
+        command = [sys.executable, "-m", "benchmarks.processes", "--output_dir", str(folder), "--worker", variant]
         with (folder.parent / f"{folder.name}-{rank}.log").open("w") as log:
             command += ["--rank", str(rank), "--result", str(file)]
             started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
     for process in started:
         if process.wait() != 0:
-            raise SystemExit(f"{arm} failed, see {folder}-*.log")
+            raise SystemExit(f"{variant} failed, see {folder}-*.log")
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -153,8 +153,8 @@ def total(process: dict[str, Any], kind: str, which: int) -> float:
     return sum(pair[which] for pair in process["times"][kind])
 
 
-def rows_of(arm: str, turns: list[list[dict[str, Any]]]) -> str:
-    """Return an arm's row of the table: medians over turns and processes."""
+def rows_of(variant: str, turns: list[list[dict[str, Any]]]) -> str:
+    """Return a variant's row of the table: medians over turns and processes."""
     together = [process for turn in turns for process in turn]
     fits = [max(total(process, "fit", 0) for process in turn) for turn in turns]
     processor = [max(total(process, "fit", 1) for process in turn) for turn in turns]
@@ -164,18 +164,18 @@ def rows_of(arm: str, turns: list[list[dict[str, Any]]]) -> str:
         f"{median(together, 'step', 1):.0f}",
         f"{statistics.median(fits):.1f}",
         f"{statistics.median(processor):.1f}",
-        f"{statistics.median(waits):.1%}" if "two shards" in arm else "",
+        f"{statistics.median(waits):.1%}" if "two shards" in variant else "",
     ]
-    return f"| {arm} | {' | '.join(numbers)} |"
+    return f"| {variant} | {' | '.join(numbers)} |"
 
 
 def report(results: dict[str, list[list[dict[str, Any]]]], differences: dict[str, float]) -> str:
     """Return the tables."""
     lines = [
-        "| arm | step, ms by the clock | step, ms of the processor | whole loop, s by the clock | of the processor "
+        "| variant | step, ms by the clock | step, ms of the processor | whole loop, s by the clock | of the processor "
         "(the slower process) | share of the loop spent waiting and merging at rank_sync |",
         "|---|---|---|---|---|---|",
-        *(rows_of(arm, turns) for arm, turns in results.items()),
+        *(rows_of(variant, turns) for variant, turns in results.items()),
         "",
     ]
     num_weights = results["two shards"][0][0]["num_weights"]
@@ -218,10 +218,10 @@ def outlook(results: dict[str, list[list[dict[str, Any]]]], num_weights: int) ->
 
 
 def main() -> None:
-    """Run all arms in turns and print the tables."""
+    """Run all variants in turns and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--turns", type=int, default=2, help="runs of each arm")
+    parser.add_argument("--turns", type=int, default=2, help="runs of each variant")
     parser.add_argument("--worker", choices=SETTINGS, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -229,14 +229,15 @@ def main() -> None:
     if args.worker:
         work(settings_of(args.worker, args.output_dir), args.rank, args.result)
         return
-    results: dict[str, list[list[dict[str, Any]]]] = {arm: [] for arm in SETTINGS}
+    results: dict[str, list[list[dict[str, Any]]]] = {variant: [] for variant in SETTINGS}
     folder = args.output_dir.absolute()
     for turn in range(args.turns):
-        for arm, rows in results.items():
+        for variant, rows in results.items():
             start = time.monotonic()
-            rows.append(run(arm, folder / f"{arm.replace(' ', '-')}-{turn}"))
+            rows.append(run(variant, folder / f"{variant.replace(' ', '-')}-{turn}"))
             print(
-                f"turn {turn + 1}, {arm}: {time.monotonic() - start:.0f} s, load {os.getloadavg()[0]:.1f}", flush=True
+                f"turn {turn + 1}, {variant}: {time.monotonic() - start:.0f} s, load {os.getloadavg()[0]:.1f}",
+                flush=True,
             )
     differences = {kind: difference(folder / f"one-{kind}-0", folder / f"two-{kind}-0") for kind in ("shards", "batch")}
     text = report(results, differences)

@@ -1,9 +1,9 @@
-"""What a checkpoint costs: seconds, and bytes on disk that no earlier file has, for resting proxies in RAM and on disk.
+"""What a checkpoint costs: seconds, and new bytes on disk, for offloaded proxies in RAM and on disk.
 
     python -m benchmarks.saving --output_dir runs/saving
 
 A UNet with the blocks of SD 1.5 and random weights trains with four full-weight proxies and saves after every step, so
-that each checkpoint shows what one more costs when another proxy has become the resident one: the most that the disk
+that each checkpoint shows what one more costs when another proxy has become the active one: the most that the disk
 store can cost. A proxy is its weights and AdamW's two moments; 40 GB of disk are needed.
 """
 

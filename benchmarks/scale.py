@@ -73,8 +73,8 @@ def make_samples(num_samples: int) -> Samples:
     return Samples("synthetic", num_samples, np.arange(num_samples), sizes, [], names, texts, no_images, groups)
 
 
-def record_visits(guard: MemorizationGuard, num_batches: int) -> None:
-    """Count batches of visits as a step does."""
+def record_samples(guard: MemorizationGuard, num_batches: int) -> None:
+    """Count batches of samples as a step does."""
     generator = torch.Generator().manual_seed(SEED)
     for _ in range(num_batches):
         ids = torch.randint(guard.plan.assignment.numel(), (BATCH,), generator=generator)
@@ -104,7 +104,7 @@ def main() -> None:
         "order of a shard's pass, 1000 steps of it",
         lambda: sampler.peek(guard.plan.members(0), 1000 * BATCH, SEED),
     )
-    stages.run("ledger: 1000 batches", lambda: record_visits(guard, 1000))
+    stages.run("ledger: 1000 batches", lambda: record_samples(guard, 1000))
     guard.ledger.skips[torch.rand(count, generator=torch.Generator().manual_seed(1)) < 0.1] += 1
     stages.run("redistribution", guard.redistribute)
     with tempfile.TemporaryDirectory() as folder:

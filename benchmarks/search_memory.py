@@ -24,7 +24,7 @@ NUM_CHECKED = 20
 
 
 class PeakMemory(threading.Thread):
-    """Samples this process's anonymous resident memory every 5 ms and keeps the highest value, in bytes."""
+    """Samples this process's anonymous active memory every 5 ms and keeps the highest value, in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

@@ -1,6 +1,7 @@
 """The step of this project beside the bare loop: UNet forward, backward, clipping and AdamW on ready latents.
 
-The arms train copies of one UNet from the same weights in one process and take turns, a few steps each (A B C A B C):
+The variants train copies of one UNet from the same weights in one process and take turns, a few steps each (A B C A B
+C):
 
 - bare: what no loop can do without, on latents and embeddings that lie ready on the device;
 - plain: `Trainer.step` with the guard off, caches on;
@@ -11,9 +12,9 @@ The arms train copies of one UNet from the same weights in one process and take 
     python -m benchmarks.step --size mid --output_dir runs/step-mid             # 142 million parameters
     python -m benchmarks.step --size sd15 --device cuda --mixed_precision bf16 --output_dir runs/step-sd15
 
-Extra steps on augmented copies are not in it: they are more training, not more work for the same. In the guarded arm
-thresholds are as in training; a step without a clean sample would be cheaper than a bare one, and is counted. The
-guard's own share is measured by itself: `weigh` and the counting, on losses of the run. `--profile` adds a table of
+Extra steps on augmented copies are not in it: they are more training, not more work for the same. In the guarded
+variant thresholds are as in training; a step without a clean sample would be cheaper than a bare one, and is counted.
+The guard's own share is measured apart: `weigh` and the counting, on losses of the run. `--profile` adds a table of
 torch.profiler over guarded steps. On the CPU, time is that of the processor in this process, on which other work on the
 machine has less of a hold than on the clock; on CUDA it is the clock.
 """
@@ -44,16 +45,16 @@ from sd_memguard.training.trainer import Trainer
 SIZES = {"bundled": (64, 16), "mid": (128, 2), "sd15": (512, 4)}
 """Resolution and batch size of each model."""
 BASE_CHANNELS = {"mid": 128, "sd15": 320}
-ARMS = ("bare", "plain", "guarded", "compiled")
+VARIANTS = ("bare", "plain", "guarded", "compiled")
 
 
-def make_trainer(arm: str, pipeline: Path, folder: Path, settings: argparse.Namespace) -> Trainer:
+def make_trainer(variant: str, pipeline: Path, folder: Path, settings: argparse.Namespace) -> Trainer:
     """Return a trainer that is ready for its first step."""
     resolution, batch_size = SIZES[settings.size]
     config = make_train_config(
         pretrained_model_name_or_path=str(pipeline),
         train_data_dir=str(demo_data_path()),
-        output_dir=str(folder / arm),
+        output_dir=str(folder / variant),
         resolution=settings.resolution or resolution,
         train_batch_size=settings.train_batch_size or batch_size,
         max_train_samples=64,
@@ -63,10 +64,10 @@ def make_trainer(arm: str, pipeline: Path, folder: Path, settings: argparse.Name
         steps_per_round=1000,
         learning_rate=1e-6,
         mixed_precision=settings.mixed_precision,
-        memguard="on" if arm in {"guarded", "compiled"} else "off",
+        memguard="on" if variant in {"guarded", "compiled"} else "off",
         cache_latents="memory",
         cache_text_embeddings="memory",
-        compile=arm == "compiled",
+        compile=variant == "compiled",
         seed=0,
     )
     plan = make_plan(config)
@@ -76,8 +77,8 @@ def make_trainer(arm: str, pipeline: Path, folder: Path, settings: argparse.Name
 def stepper(trainer: Trainer) -> Callable[[], None]:
     """Return a function that takes one step of the trainer."""
     size, members = trainer.config.train_batch_size, trainer.guard.plan.members(0)
-    visits = trainer.progress.samplers[0].peek(members, 2000 * size, 0)
-    batches = trainer.source.batches([visits[start : start + size] for start in range(0, len(visits), size)])
+    refs = trainer.progress.samplers[0].peek(members, 2000 * size, 0)
+    batches = trainer.source.batches([refs[start : start + size] for start in range(0, len(refs), size)])
 
     def step() -> None:
         trainer.step(batches, 1)
@@ -91,8 +92,8 @@ def stepper(trainer: Trainer) -> Callable[[], None]:
 def bare_stepper(trainer: Trainer) -> Callable[[], None]:
     """Return a function that takes one step of the bare loop on batches that are ready on the device."""
     device, size = trainer.accelerator.device, trainer.config.train_batch_size
-    visits = trainer.progress.samplers[0].peek(trainer.guard.plan.members(0), 8 * size, 0)
-    chunks = [visits[start : start + size] for start in range(0, len(visits), size)]
+    refs = trainer.progress.samplers[0].peek(trainer.guard.plan.members(0), 8 * size, 0)
+    chunks = [refs[start : start + size] for start in range(0, len(refs), size)]
     ready: list[tuple[Batch, Tensor, Tensor]] = []
     for _, batch in trainer.source.batches(chunks):
         noise = torch.randn_like(batch.latents)
@@ -159,8 +160,8 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, help="side of the images in pixels, of the size if not given")
     parser.add_argument("--train_batch_size", type=int, help="of the size if not given")
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
-    parser.add_argument("--compile", action="store_true", help="add the arm with a compiled UNet, which takes minutes")
-    parser.add_argument("--steps", type=int, default=2, help="steps of an arm in its turn")
+    parser.add_argument("--compile", action="store_true", help="add one with a compiled UNet, which takes minutes")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a variant in its turn")
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", action="store_true", help="print where the time of guarded steps goes")
@@ -174,16 +175,16 @@ def main() -> None:
         if settings.size in BASE_CHANNELS:
             pipeline = Path(folder) / "pipeline"
             make_pipeline(pipeline, BASE_CHANNELS[settings.size], real=settings.size == "sd15")
-        arms = ARMS if settings.compile else ARMS[:-1]
-        trainers = {arm: make_trainer(arm, pipeline, Path(folder), settings) for arm in arms}
+        variants = VARIANTS if settings.compile else VARIANTS[:-1]
+        trainers = {variant: make_trainer(variant, pipeline, Path(folder), settings) for variant in variants}
         device = trainers["bare"].accelerator.device
-        steps = {arm: (bare_stepper if arm == "bare" else stepper)(trainer) for arm, trainer in trainers.items()}
+        steps = {name: (bare_stepper if name == "bare" else stepper)(trainer) for name, trainer in trainers.items()}
         for step in steps.values():
             seconds_of(step, 2, device)  # allocations, and what is compiled
-        times: dict[str, list[float]] = {arm: [] for arm in arms}
+        times: dict[str, list[float]] = {variant: [] for variant in variants}
         for _ in range(settings.turns):
-            for arm, step in steps.items():
-                times[arm].append(seconds_of(step, settings.steps, device))
+            for variant, step in steps.items():
+                times[variant].append(seconds_of(step, settings.steps, device))
         guarded = trainers["guarded"]
         record = {
             "size": settings.size,
@@ -191,8 +192,8 @@ def main() -> None:
             "device": str(device),
             "batch_size": guarded.config.train_batch_size,
             "resolution": guarded.config.resolution,
-            "seconds": {arm: statistics.median(values) for arm, values in times.items()},
-            "ratios": {arm: ratios(times[arm], times["bare"]) for arm in arms},
+            "seconds": {variant: statistics.median(values) for variant, values in times.items()},
+            "ratios": {variant: ratios(times[variant], times["bare"]) for variant in variants},
             "guard_share": guard_seconds(guarded) / statistics.median(times["guarded"]),
             "empty_steps": guarded.progress.empty_steps,
         }
@@ -214,10 +215,10 @@ def ratios(times: list[float], against: list[float]) -> list[float]:
 def report(record: dict[str, Any]) -> str:
     """Return the figures as a table of Markdown."""
     what = f"{record['parameters'] / 1e6:.1f} M parameters, {record['resolution']} px, batch {record['batch_size']}"
-    lines = [f"{what}, on {record['device']}", "", "| arm | seconds per step | against bare, median (quartiles) |"]
+    lines = [f"{what}, on {record['device']}", "", "| variant | seconds per step | against bare, median (quartiles) |"]
     lines.append("|---|---|---|")
-    for arm, (low, middle, high) in record["ratios"].items():
-        lines.append(f"| {arm} | {record['seconds'][arm]:.4f} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
+    for variant, (low, middle, high) in record["ratios"].items():
+        lines.append(f"| {variant} | {record['seconds'][variant]:.4f} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
     lines += ["", f"the guard's own work: {record['guard_share']:.2%} of a guarded step"]
     lines.append(f"guarded steps without a clean sample, which take no optimizer step: {record['empty_steps']}")
     return "\n".join(lines)

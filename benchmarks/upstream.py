@@ -1,7 +1,7 @@
 """The same fine-tune by diffusers' `train_text_to_image.py` and by this project: how good, and how fast.
 
-Three arms train the bundled model on the bundled images with the same settings: upstream's script, this project with
-the guard off ("plain") and with it on ("guarded"). They take turns, once per seed. Then the UNet of each run is
+Three variants train the bundled model on the bundled images with the same settings: upstream's script, this project
+with the guard off ("plain") and with it on ("guarded"). They take turns, once per seed. Then the UNet of each run is
 measured on the 256 held-out images, at the same timesteps with the same noise, and by code of this file's own.
 
     python -m benchmarks.upstream --upstream_script train_text_to_image.py --output_dir runs/upstream
@@ -32,7 +32,7 @@ from sd_memguard.audit.images import load_images
 BATCH_SIZE, RESOLUTION = 16, 64
 STUDENT_T = {2: 4.30, 4: 2.78, 6: 2.45, 8: 2.31}
 """Two-sided 95 % quantile of Student's t by degrees of freedom."""
-ARMS = ("upstream", "plain", "guarded")
+VARIANTS = ("upstream", "plain", "guarded")
 
 
 class Run(NamedTuple):
@@ -43,8 +43,8 @@ class Run(NamedTuple):
     loop_rate: float
 
 
-def command(arm: str, upstream_script: Path, seed: int, steps: int, folder: Path) -> list[str]:
-    """Return the command of one run; every arm gets the same flags."""
+def command(variant: str, upstream_script: Path, seed: int, steps: int, folder: Path) -> list[str]:
+    """Return the command of one run; every variant gets the same flags."""
     flags = {
         "pretrained_model_name_or_path": tiny_sd_path(),
         "train_data_dir": demo_data_path(),
@@ -60,16 +60,16 @@ def command(arm: str, upstream_script: Path, seed: int, steps: int, folder: Path
         "seed": seed,
         "output_dir": folder,
     }
-    start = [str(upstream_script)] if arm == "upstream" else ["-m", "sd_memguard.train"]
-    own = {"upstream": [], "plain": ["--memguard=off"], "guarded": ["--memguard=on"]}[arm]
+    start = [str(upstream_script)] if variant == "upstream" else ["-m", "sd_memguard.train"]
+    own = {"upstream": [], "plain": ["--memguard=off"], "guarded": ["--memguard=on"]}[variant]
     return [sys.executable, *start, *(f"--{name}={value}" for name, value in flags.items()), "--center_crop", *own]
 
 
-def train(arm: str, upstream_script: Path, seed: int, steps: int, folder: Path, heldout: Encoded) -> Run:
-    """Train one arm in a process of its own and measure the result."""
+def train(variant: str, upstream_script: Path, seed: int, steps: int, folder: Path, heldout: Encoded) -> Run:
+    """Train one variant in a process of its own and measure the result."""
     start = time.monotonic()
     with (folder.parent / f"{folder.name}.log").open("w") as log:
-        run = command(arm, upstream_script, seed, steps, folder)
+        run = command(variant, upstream_script, seed, steps, folder)
         offline = os.environ | {"HF_HUB_OFFLINE": "1"}
         subprocess.run(run, stdout=log, stderr=subprocess.STDOUT, env=offline, check=True)
     seconds = time.monotonic() - start
@@ -104,27 +104,27 @@ def heldout_loss(folder: Path, heldout: Encoded) -> float:
 
 
 def compare(runs: dict[str, list[Run]], before: float) -> str:
-    """Return the tables: what each arm reached, and each of ours against upstream."""
+    """Return the tables: what each variant reached, and each of ours against upstream."""
     lines = [
-        "| arm | held-out loss, mean ± sd of the seeds | images/s, process | images/s, loop |",
+        "| variant | held-out loss, mean ± sd of the seeds | images/s, process | images/s, loop |",
         "|---|---|---|---|",
     ]
     lines.append(f"| (before) | {before:.5f} | | |")
-    for arm, row in runs.items():
+    for variant, row in runs.items():
         losses = [run.heldout_loss for run in row]
         rates = " | ".join(f"{statistics.median(rate):.1f}" for rate in list(zip(*row, strict=True))[1:])
-        lines.append(f"| {arm} | {statistics.mean(losses):.5f} ± {statistics.stdev(losses):.5f} | {rates} |")
+        lines.append(f"| {variant} | {statistics.mean(losses):.5f} ± {statistics.stdev(losses):.5f} | {rates} |")
     lines += [
         "",
         "| against upstream | loss, difference | its 95 % interval | rate, process | rate, loop |",
         "|---|---|---|---|---|",
     ]
-    for arm in ARMS[1:]:
-        difference, noise = loss_difference(runs[arm], runs["upstream"])
-        pairs = list(zip(runs[arm], runs["upstream"], strict=True))
+    for variant in VARIANTS[1:]:
+        difference, noise = loss_difference(runs[variant], runs["upstream"])
+        pairs = list(zip(runs[variant], runs["upstream"], strict=True))
         process = statistics.median(ours.process_rate / theirs.process_rate for ours, theirs in pairs)
         loop = statistics.median(ours.loop_rate / theirs.loop_rate for ours, theirs in pairs)
-        lines.append(f"| {arm} | {difference:+.5f} | ±{noise:.5f} | {process:.2f} | {loop:.2f} |")
+        lines.append(f"| {variant} | {difference:+.5f} | ±{noise:.5f} | {process:.2f} | {loop:.2f} |")
     return "\n".join([*lines, "", "Rates are medians over the seeds, ratios medians of the ratios within a seed."])
 
 
@@ -142,17 +142,18 @@ def main() -> None:
     parser.add_argument("--upstream_script", type=Path, required=True, help="a copy of diffusers' script")
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder: the runs, and upstream.json")
     parser.add_argument("--max_train_steps", type=int, default=150, help="optimizer steps of each run")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm, 2 or more")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant, 2 or more")
     settings = parser.parse_args()
     settings.output_dir.mkdir(parents=True)
     heldout = load_heldout()
     before = heldout_loss(tiny_sd_path(), heldout)
-    runs: dict[str, list[Run]] = {arm: [] for arm in ARMS}
+    runs: dict[str, list[Run]] = {variant: [] for variant in VARIANTS}
     for seed in range(settings.seeds):
-        for arm in ARMS:
-            folder = settings.output_dir.absolute() / f"{arm}-{seed}"
-            runs[arm].append(train(arm, settings.upstream_script, seed, settings.max_train_steps, folder, heldout))
-            print(arm, seed, runs[arm][-1], flush=True)
+        for variant in VARIANTS:
+            folder = settings.output_dir.absolute() / f"{variant}-{seed}"
+            run = train(variant, settings.upstream_script, seed, settings.max_train_steps, folder, heldout)
+            runs[variant].append(run)
+            print(variant, seed, runs[variant][-1], flush=True)
             record = {name: [run._asdict() for run in row] for name, row in runs.items()}
             (settings.output_dir / "upstream.json").write_text(
                 json.dumps({"before": before, **record}, indent=1) + "\n"

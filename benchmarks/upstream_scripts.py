@@ -125,11 +125,11 @@ def command_of(case: Case, work: Path, output: Path) -> list[str]:
     """Return the script's own flags."""
     data = {
         "images": ["--train_data_dir", "images", "--caption_column", "text", "--image_column", "image"],
-        "instance": ["--instance_data_dir", "instance", "--instance_prompt", "a image of sks emoji"],
+        "instance": ["--instance_data_dir", "instance", "--instance_prompt", "an image of sks emoji"],
     }
     data["prior"] = [
         *data["instance"],
-        *("--with_prior_preservation", "--class_data_dir", "class", "--class_prompt", "a image of an emoji"),
+        *("--with_prior_preservation", "--class_data_dir", "class", "--class_prompt", "an image of an emoji"),
         *("--num_class_images", str(NUM_IMAGES // 2)),
     ]
     common = {
@@ -202,7 +202,7 @@ def row_of(case: Case, examples: Path, work: Path) -> str:
     closing = next(line.split("memguard: ")[1] for line in text.splitlines() if "batches judged" in line)
     ledger = pq.read_table(folders["guarded"] / "memguard" / "samples.parquet").to_pydict()
     closing += (
-        f"; skipped {sum(ledger['skipped'])}, to augment {sum(ledger['augmented'])} of {sum(ledger['seen'])} visits"
+        f"; skipped {sum(ledger['skipped'])}, to augment {sum(ledger['augmented'])} of {sum(ledger['seen'])} samples"
     )
     cells = [
         f"`{Path(case.script).name}` {' '.join(case.flags)}".strip(),

@@ -1,15 +1,15 @@
 r"""Images per second in the loops of diffusers' `train_text_to_image.py` and of this project.
 
-Every arm trains the same model on the bundled images with the same settings, once with few steps and once with more;
-the difference of the two is the loop alone, without start-up, caches and export. The arms take turns. On the CPU what
-counts is the processor time of the process, in one thread, which other work on the machine hardly changes; with
-`--clock wall`, for a GPU, it is the clock.
+Every variant trains the same model on the bundled images with the same settings, once with few steps and once with
+more; the difference of the two is the loop alone, without start-up, caches and export. The variants take turns. On the
+CPU what counts is the processor time of the process, in one thread, which other work on the machine hardly changes;
+with `--clock wall`, for a GPU, it is the clock.
 
     python -m benchmarks.upstream_speed --upstream_script train_text_to_image.py --output_dir runs/upstream_speed
     python -m benchmarks.upstream_speed --upstream_script train_text_to_image.py --size sd15 --clock wall \
         --mixed_precision bf16 --train_batch_size 4 --output_dir runs/upstream_speed-sd15
 
-Images are those of the schedule: steps times batch size. The guarded arm's extra steps on augmented copies are more
+Images are those of the schedule: steps times batch size. The guarded variant's extra steps on augmented copies are more
 training than was asked for; its rate is given with and without the images of those.
 """
 
@@ -28,9 +28,9 @@ from benchmarks.memory_sd15 import make_pipeline
 from benchmarks.upstream import command
 from sd_memguard.assets import tiny_sd_path
 
-ARMS = ("upstream", "plain", "uncached", "guarded")
+VARIANTS = ("upstream", "plain", "uncached", "guarded")
 KEPT = ["--cache_latents=memory", "--cache_text_embeddings=memory"]
-"""By themselves, runs this short would keep nothing."""
+"""Automatically, runs this short would cache nothing."""
 FLAGS = {
     "plain": KEPT,
     "uncached": ["--cache_latents=off", "--cache_text_embeddings=off"],
@@ -45,9 +45,9 @@ class Run(NamedTuple):
     extra_steps: int
 
 
-def train(arm: str, settings: argparse.Namespace, pipeline: Path, seed: int, steps: int, folder: Path) -> Run:
-    """Train one arm in a process of its own."""
-    kind = {"uncached": "plain"}.get(arm, arm)
+def train(variant: str, settings: argparse.Namespace, pipeline: Path, seed: int, steps: int, folder: Path) -> Run:
+    """Train one variant in a process of its own."""
+    kind = {"uncached": "plain"}.get(variant, variant)
     common = [
         f"--pretrained_model_name_or_path={pipeline}",
         f"--resolution={512 if settings.size == 'sd15' else 64}",
@@ -55,7 +55,7 @@ def train(arm: str, settings: argparse.Namespace, pipeline: Path, seed: int, ste
         f"--mixed_precision={settings.mixed_precision}",
     ]
     # The last value of a flag counts.
-    arguments = [*command(kind, settings.upstream_script, seed, steps, folder), *common, *FLAGS.get(arm, [])]
+    arguments = [*command(kind, settings.upstream_script, seed, steps, folder), *common, *FLAGS.get(variant, [])]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     if settings.clock == "processor":
         environment["OMP_NUM_THREADS"] = "1"
@@ -65,7 +65,7 @@ def train(arm: str, settings: argparse.Namespace, pipeline: Path, seed: int, ste
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{arm} ended with {process.returncode}, see {log}")
+        raise RuntimeError(f"{variant} ended with {process.returncode}, see {log}")
     seconds = usage.ru_utime + usage.ru_stime if settings.clock == "processor" else time.perf_counter() - start
     extra = re.search(r"(\d+) extra steps", log.read_text())
     return Run(seconds, int(extra[1]) if extra else 0)
@@ -95,33 +95,35 @@ def main() -> None:
 
 
 def compare(settings: argparse.Namespace, pipeline: Path) -> None:
-    """Run the arms in turns and print the tables."""
+    """Run the variants in turns and print the tables."""
     few, more = settings.steps
-    rates: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    starts: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    rates: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    starts: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     with_extra: list[float] = []
     for turn in range(settings.turns):
-        for arm in ARMS:
+        for variant in VARIANTS:
             folder = settings.output_dir.absolute()
             short, long = (
-                train(arm, settings, pipeline, turn, steps, folder / f"{arm}-{turn}-{steps}") for steps in (few, more)
+                train(variant, settings, pipeline, turn, steps, folder / f"{variant}-{turn}-{steps}")
+                for steps in (few, more)
             )
             seconds, images = long.seconds - short.seconds, (more - few) * settings.train_batch_size
-            rates[arm].append(images / seconds)
-            starts[arm].append(short.seconds - few * seconds / (more - few))
-            if arm == "guarded":
+            rates[variant].append(images / seconds)
+            starts[variant].append(short.seconds - few * seconds / (more - few))
+            if variant == "guarded":
                 extra = (long.extra_steps - short.extra_steps) * settings.train_batch_size
                 with_extra.append((images + extra) / seconds)
-            print(f"{arm}: {rates[arm][-1]:.1f} images per second, {starts[arm][-1]:.0f} s around it", flush=True)
+            rate, start = rates[variant][-1], starts[variant][-1]
+            print(f"{variant}: {rate:.1f} images per second, {start:.0f} s around it", flush=True)
             record = {"rates": rates, "seconds_around": starts, "guarded_with_extra": with_extra}
             (settings.output_dir / "upstream_speed.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"Seconds by the {settings.clock}\n")
-    print("| arm | images per second, loop | against upstream | seconds around the loop |")
+    print("| variant | images per second, loop | against upstream | seconds around the loop |")
     print("|---|---|---|---|")
-    for arm in ARMS:
-        ratio = statistics.median(ours / theirs for ours, theirs in zip(rates[arm], rates["upstream"], strict=True))
-        rate, start = statistics.median(rates[arm]), statistics.median(starts[arm])
-        print(f"| {arm} | {rate:.1f} | {ratio:.2f} | {start:.0f} |")
+    for variant in VARIANTS:
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(rates[variant], rates["upstream"], strict=True))
+        rate, start = statistics.median(rates[variant]), statistics.median(starts[variant])
+        print(f"| {variant} | {rate:.1f} | {ratio:.2f} | {start:.0f} |")
     print(f"guarded, with the images of its extra steps: {statistics.median(with_extra):.1f}")
 
 

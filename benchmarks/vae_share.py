@@ -22,7 +22,7 @@ def main() -> None:
         with FlopCounterMode(display=False) as encoding, torch.no_grad():
             vae.encode(torch.empty(1, 3, SIDE, SIDE))
     counts = [counter.get_total_flops() / 1e12 for counter in (step, encoding)]
-    print(f"a image of {SIDE} px: UNet forward and backward {counts[0]:.2f} TFLOP, VAE encoder {counts[1]:.2f} TFLOP")
+    print(f"an image of {SIDE} px: UNet forward and backward {counts[0]:.2f} TFLOP, VAE encoder {counts[1]:.2f} TFLOP")
     print(f"so a step with the VAE takes {1 + counts[1] / counts[0]:.2f} times the operations")
 
 

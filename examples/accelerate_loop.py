@@ -40,7 +40,7 @@ class Images(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return a image, (3, 64, 64) in [-1, 1], and its caption's tokens."""
+        """Return an image, (3, 64, 64) in [-1, 1], and its caption's tokens."""
         image = Image.open(self.folder / self.rows[index]["file_name"]).convert("RGB")
         return {"pixel_values": self.transform(image), "input_ids": self.input_ids[index]}
 

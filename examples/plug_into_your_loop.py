@@ -1,7 +1,7 @@
 """The guard in a training loop of your own, in plain torch: the lines marked with `# guard` are all it takes.
 
 Fine-tunes the UNet of the bundled tiny Stable Diffusion for a few steps on its demo images: two shards train a proxy
-each, which are averaged in rounds, and samples whose loss is abnormally low are left out. Run it anywhere, on a CPU:
+each, which are averaged in rounds, and samples whose loss is abnormally low are skipped. Run it anywhere, on a CPU:
 
     python examples/plug_into_your_loop.py --steps 60
 """
@@ -67,7 +67,7 @@ def train(steps: int, num_images: int = 128) -> MemorizationGuard:
                 print(f"step {step:4d}: loss {losses.mean():.4f}, skipped {verdict.num_skipped} of {BATCH_SIZE}")
             if (step := step + 1) == steps:
                 break
-    with guard.averaged(unet):  # guard: what is drawn with or saved is the mean of the proxies
+    with guard.averaged(unet):  # guard: generate with the averaged weights, and save them
         pipeline("a smiling face", num_inference_steps=2, height=64, width=64)
     return guard
 

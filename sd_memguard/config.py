@@ -32,7 +32,7 @@ AFFINE_RULE = Rule("between 0 and 0.2", lambda share: 0 <= share <= 0.2)
 RANK = Rule("-1 or more", lambda rank: rank >= -1)
 SEED = (
     "Training",
-    "seed of every random draw; a run without one draws and records it",
+    "seed of everything random; a run without one chooses and records it",
     Rule("between 0 and 2**32 - 1", lambda seed: 0 <= seed < 2**32),
 )
 
@@ -182,17 +182,17 @@ class TrainConfig:
         "folder of images with metadata.jsonl, .csv or .parquet, or a .txt beside each; `bundled`: the demo set",
     )
     image_column: str = setting("image", "Data", "column of the images")
-    caption_column: str = setting("text", "Data", "column of the captions; a list of captions is drawn from")
+    caption_column: str = setting("text", "Data", "column of the captions; of a list one is chosen each time")
     max_train_samples: int | None = setting(None, "Data", "train on this many samples at most", POSITIVE_COUNT)
     on_bad_sample: Literal["error", "skip"] = setting(
-        "error", "Data", "stop with a list of unreadable samples, or leave them out"
+        "error", "Data", "stop with a list of unreadable samples, or train without them"
     )
     resolution: int = setting(512, "Data", "side of the square training images in pixels", MULTIPLE_OF_8)
     image_interpolation_mode: Literal[
         "bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"
     ] = setting("lanczos", "Data", "filter that resizes the images")
     center_crop: bool = setting(False, "Data", "crop the middle of each image rather than a random part")
-    random_flip: bool = setting(False, "Data", "mirror half of the images at random")
+    random_flip: bool = setting(False, "Data", "flip half of the images at random")
     caption_dropout: float = setting(0.0, "Data", "share of captions replaced by an empty one", PROBABILITY)
     cache_latents: Literal["auto", "memory", "disk", "off"] = setting(
         "auto", "Data", "compute the latents of the images once; auto: where that is exact, in memory, else on disk"
@@ -226,7 +226,7 @@ class TrainConfig:
 
     seed: int | None = setting(None, *SEED)
     train_batch_size: int = setting(16, "Training", "samples per device and forward pass", POSITIVE_COUNT)
-    num_train_epochs: int = setting(100, "Training", "passes over the data", POSITIVE_COUNT)
+    num_train_epochs: int = setting(100, "Training", "epochs over the dataset", POSITIVE_COUNT)
     max_train_steps: int | None = setting(
         None, "Training", "optimizer steps over all shards together, in place of num_train_epochs", POSITIVE_COUNT
     )
@@ -266,15 +266,15 @@ class TrainConfig:
         1.0, "Optimizer", "norm to which gradients are clipped", GREATER_THAN_ZERO, fix="`inf` turns clipping off"
     )
 
-    validation_prompts: tuple[str, ...] | None = setting(None, "Validation", "captions to draw while training")
+    validation_prompts: tuple[str, ...] | None = setting(None, "Validation", "prompts to generate from while training")
     validation_prompt: str | None = setting(
-        None, "Validation", "a caption to draw while training", by_proxy={"lora": None}
+        None, "Validation", "a prompt to generate from while training", by_proxy={"lora": None}
     )
     num_validation_images: int | None = setting(
         None, "Validation", "generated images of validation_prompt; 0: none", NOT_NEGATIVE, by_proxy={"lora": 4}
     )
     validation_epochs: int = setting(
-        None, "Validation", "draw every so many passes over the data", POSITIVE_COUNT, by_proxy={"full": 5, "lora": 1}
+        None, "Validation", "generate every so many epochs", POSITIVE_COUNT, by_proxy={"full": 5, "lora": 1}
     )
     validation_data_dir: str | None = setting(
         None, "Validation", "folder of captioned images not trained on, to measure the loss on; `bundled`: the demo's"
@@ -330,7 +330,7 @@ class TrainConfig:
                 self._set(declared.name, declared.by_proxy.get(self.proxy))
             elif self.proxy not in declared.by_proxy:
                 owner = " or ".join(f"`--proxy {proxy}`" for proxy in declared.by_proxy)
-                raise ConfigError(f"`--{declared.name}` belongs to {owner}, got `--proxy {self.proxy}`; leave it out")
+                raise ConfigError(f"`--{declared.name}` belongs to {owner}, got `--proxy {self.proxy}`; omit it")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -378,7 +378,7 @@ def _check_together(config: TrainConfig) -> None:
     if config.report_to != "tensorboard" and config.hub_token is not None:
         raise ConfigError(
             f"`--hub_token` must not be given together with `--report_to {config.report_to}`: trackers record the "
-            "command line, which would show the token to others; leave it out and run `hf auth login` once"
+            "command line, which would show the token to others; omit it and run `hf auth login` once"
         )
     if config.use_ema and config.proxy == "lora":
         raise ConfigError(

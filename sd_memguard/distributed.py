@@ -24,7 +24,7 @@ class RefusedElsewhere(SystemExit):
     """Another process has met a user's error and says it; this one ends with the same status, silently."""
 
 
-class Exchange:
+class ProcessGroup:
     """The processes of a run as seen by one of them; a process alone exchanges nothing and pays nothing.
 
     Every method but the properties is a collective: all processes call it, in the same order.
@@ -49,7 +49,7 @@ class Exchange:
         """Whether this process writes what is written once."""
         return self.rank == MAIN
 
-    def sum(self, tensor: Tensor, purpose: str) -> Tensor:
+    def all_reduce(self, tensor: Tensor, purpose: str) -> Tensor:
         """Return the sum of the processes' tensors, the same bits everywhere; the argument may be overwritten."""
         if self.size == 1:
             return tensor
@@ -58,7 +58,7 @@ class Exchange:
             dist.all_reduce(placed)
             return placed.to(tensor.device)
 
-    def stack(self, tensor: Tensor, purpose: str) -> Tensor:
+    def all_gather(self, tensor: Tensor, purpose: str) -> Tensor:
         """Return the processes' tensors, equal in shape, one after another: (size, ...)."""
         if self.size == 1:
             return tensor[None]
@@ -68,22 +68,22 @@ class Exchange:
             dist.all_gather(parts, placed)
             return torch.stack(parts).to(tensor.device)
 
-    def gather(self, value: Any, purpose: str) -> list[Any]:
+    def all_gather_object(self, value: Any, purpose: str) -> list[Any]:
         """Return the JSON value of each process, in the order of ranks."""
         if self.size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = self.stack(torch.tensor([len(text)]), purpose).flatten().tolist()
+        lengths = self.all_gather(torch.tensor([len(text)]), purpose).flatten().tolist()
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(text)] = text
-        rows = self.stack(padded, purpose)
+        rows = self.all_gather(padded, purpose)
         return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths, strict=True)]
 
-    def share(self, value: Any, purpose: str, source: int = MAIN) -> Any:
+    def broadcast_object(self, value: Any, purpose: str, source: int = MAIN) -> Any:
         """Return the JSON value of one process to all."""
-        return self.gather(value if self.rank == source else None, purpose)[source]
+        return self.all_gather_object(value if self.rank == source else None, purpose)[source]
 
-    def share_tensors(
+    def broadcast_tensors(
         self, tensors: Mapping[str, Tensor] | None, purpose: str, source: int = MAIN
     ) -> dict[str, Tensor]:
         """Return the named tensors of one process to all, on the CPU; the others give None."""
@@ -91,12 +91,12 @@ class Exchange:
             return dict(tensors or {})
         forms = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in (tensors or {}).items()]
         shared = {}
-        for name, dtype, shape in self.share(forms, purpose, source):
+        for name, dtype, shape in self.broadcast_object(forms, purpose, source):
             own = torch.empty(shape, dtype=getattr(torch, dtype)) if tensors is None else tensors[name].detach()
-            shared[name] = self.copy_from(source, own, purpose).cpu()
+            shared[name] = self.broadcast(source, own, purpose).cpu()
         return shared
 
-    def copy_from(self, source: int, tensor: Tensor, purpose: str) -> Tensor:
+    def broadcast(self, source: int, tensor: Tensor, purpose: str) -> Tensor:
         """Return the tensor of one process; the others give any of its shape and kind to write to."""
         if self.size == 1:
             return tensor
@@ -105,12 +105,12 @@ class Exchange:
             dist.broadcast(placed, source)
             return placed.to(tensor.device)
 
-    def wait(self, purpose: str) -> None:
+    def barrier(self, purpose: str) -> None:
         """Return when all processes have come here."""
-        int(self.sum(torch.zeros(1, dtype=torch.int32), purpose))
+        int(self.all_reduce(torch.zeros(1, dtype=torch.int32), purpose))
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def raise_on_any_rank(self) -> Iterator[None]:
         """End all processes when one of them meets a user's error in the block.
 
         Raises:
@@ -122,13 +122,13 @@ class Exchange:
             yield
         except UserError as caught:
             error = caught
-        failed = self.gather(error is not None, "agreement")
+        failed = self.all_gather_object(error is not None, "agreement")
         if error is not None:
             raise error
         if any(failed):
             # Not before it has spoken: a launcher stops the others as soon as one process ends.
             with suppress(ProcessLostError):
-                self.wait("agreement")
+                self.barrier("agreement")
             raise RefusedElsewhere(2)
 
     @contextmanager

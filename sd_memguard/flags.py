@@ -41,7 +41,7 @@ def parse_train_args(argv: Sequence[str], *, prog: str | None = None) -> TrainCo
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser of all flags; it leaves out what is not given, and leaves it to the settings to read values."""
+    """Return the parser of all flags; it omits what is not given, and leaves it to the settings to read values."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s --pretrained MODEL --train_data_dir FOLDER [flags]",

@@ -153,7 +153,7 @@ class MemorizationGuard(SampleGuard):
         """Train a plain torch loop under the guard, and return the dataloader to iterate over.
 
         Without a dataloader, one line guards a loop that stays as it is: samples whose loss is abnormally low for their
-        timestep are left out, by the gradient at the denoiser's output (docs/gate.md). A checkpoint of the loop's own
+        timestep are skipped, by the gradient at the denoiser's output (docs/gate.md). A checkpoint of the loop's own
         keeps ``state_dict()`` of the guard. With a dataloader there are the counts of each sample besides; several
         shards, their proxies and rounds need ``total_steps``, too.
 

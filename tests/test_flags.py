@@ -140,7 +140,7 @@ def test_unknown_flags_are_refused_with_the_nearest(capsys):
 def test_mistakes_print_one_line(capsys):
     printed = fails(capsys, *NEEDED, "--resolution", "100")
     assert printed == (
-        "error: `--resolution` must be a positive multiple of 8, got 100; leave it out for the default, which is 512\n"
+        "error: `--resolution` must be a positive multiple of 8, got 100; omit it for the default, which is 512\n"
     )
     assert fails(capsys, "--train_data_dir", "x").count("\n") == 1
 

@@ -8,7 +8,7 @@ import pytest
 from sd_memguard.errors import ConfigError
 from sd_memguard.host_memory import available_memory
 from sd_memguard.training import memory_estimate
-from sd_memguard.training.memory_estimate import rests_in_ram
+from sd_memguard.training.memory_estimate import fits_in_ram
 
 GB = 10**9
 
@@ -67,7 +67,7 @@ def test_without_limits_the_machine_s_memory_counts(system, tmp_path):
 
 def test_proxies_rest_on_disk_where_the_container_is_too_small(configure, monkeypatch):
     monkeypatch.setattr(memory_estimate, "available_memory", lambda: 4 * GB)
-    assert rests_in_ram(2 * GB, configure())
-    assert not rests_in_ram(3 * GB, configure())
+    assert fits_in_ram(2 * GB, configure())
+    assert not fits_in_ram(3 * GB, configure())
     with pytest.raises(ConfigError, match=r"5\.0 GB of memory .* 4\.0 GB are free"):
-        rests_in_ram(5 * GB, configure(proxy_store="ram"))
+        fits_in_ram(5 * GB, configure(proxy_store="ram"))

@@ -22,7 +22,7 @@ MOST_SECONDS = 60
 
 AVERAGE = """
 import sys, torch, torch.distributed as dist
-from sd_memguard.distributed import Exchange
+from sd_memguard.distributed import ProcessGroup
 from sd_memguard.proxies.full import FullProxies
 from sd_memguard.proxies.store import RamStore
 
@@ -32,7 +32,7 @@ torch.manual_seed(0)
 layer = torch.nn.Linear(64, 64).to(device)
 before = {name: p.detach().cpu().clone() for name, p in layer.named_parameters()}
 optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-proxies = FullProxies(dict(layer.named_parameters()), optimizer, 2, RamStore(), exchange=Exchange("cpu"))
+proxies = FullProxies(dict(layer.named_parameters()), optimizer, 2, RamStore(), exchange=ProcessGroup("cpu"))
 with torch.no_grad():
     for parameter in layer.parameters():
         parameter.add_(2.0 * rank)

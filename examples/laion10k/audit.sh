@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Audits both runs as the papers measure, with this project's measures beside them:
-#   audit.sh IMAGES UNSEEN WEIGHTS PLAIN GUARDED OUTPUT [more flags]
-# IMAGES are the 10,000 trained on, UNSEEN as many of LAION that were not; WEIGHTS is a folder with
+#   audit.sh IMAGES HELDOUT WEIGHTS PLAIN GUARDED OUTPUT [more flags]
+# IMAGES are the 10,000 trained on, HELDOUT as many of LAION that were not; WEIGHTS is a folder with
 # sscd_disc_large.torchscript.pt, pt_inception-2015-12-05-6726825d.pth and clip-vit-base-patch16/. Not run here.
 set -euo pipefail
 
 images=${1:?give the folder of the 10,000 images}
-unseen=${2:?give the folder of images not trained on}
+heldout=${2:?give the folder of images not trained on}
 weights=${3:?give the folder of the weights}
 plain=${4:?give the folder of the plain run}
 guarded=${5:?give the folder of the guarded run}
@@ -17,7 +17,7 @@ sd-memguard audit \
   --model plain="$plain" \
   --model guarded="$guarded" \
   --train_data_dir "$images" \
-  --reference_data_dir "$unseen" \
+  --reference_data_dir "$heldout" \
   --num_prompts 4000 \
   --num_images_per_prompt 1 \
   --num_inference_steps 50 \

@@ -62,21 +62,21 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    subject = parser.add_argument_group("what is audited, one or more")
+    audited = parser.add_argument_group("what is audited, one or more")
     help = "pipeline folder, whole checkpoint FILE.safetensors, FOLDER+LORA.safetensors, or `bundled`"
-    subject.add_argument("--model", action="append", default=[], metavar="[NAME=]DIR", help=help)
-    subject.add_argument("--images", action="append", default=[], metavar="[NAME=]DIR", help="images drawn already")
+    audited.add_argument("--model", action="append", default=[], metavar="[NAME=]DIR", help=help)
+    audited.add_argument("--images", action="append", default=[], metavar="[NAME=]DIR", help="generated images")
     images = parser.add_argument_group("images")
     images.add_argument("--train_data_dir", help="the training images: a folder, or `bundled`")
     images.add_argument("--dataset_name", help="the training images: a dataset on the hub or in a folder")
     images.add_argument("--reference_data_dir", help="like images not trained on: a folder, or `bundled`")
     images.add_argument("--image_column", default="image", help="of the dataset")
     images.add_argument("--caption_column", default="text", help="of the metadata or dataset")
-    help = "refuse training images that cannot be used, or pass over them, as training did"
+    help = "refuse training images that cannot be used, or ignore them, as training did"
     images.add_argument("--on_bad_sample", choices=("error", "skip"), default="error", help=help)
     generating = parser.add_argument_group("generation")
     generating.add_argument(
-        "--num_prompts", type=_count, default=64, help="captions of repeated and of single images, each"
+        "--num_prompts", type=_count, default=64, help="captions of duplicated and of unique images, each"
     )
     generating.add_argument("--num_images_per_prompt", type=_count, default=4, help="generated images of each caption")
     measuring = parser.add_argument_group("measuring")
@@ -87,8 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     generating.add_argument(
         "--resolution", type=_edge, help="edge of the generated images in pixels; default: the model's own"
     )
-    generating.add_argument("--seed", type=int, default=0, help="of every draw")
-    help = "most captions and images, trained on and unseen, each, for the measures without generated image; 0: none"
+    generating.add_argument("--seed", type=int, default=0, help="of everything random")
+    help = "most captions and images, trained on and held out, each, for measures without generated images; 0: none"
     measuring.add_argument("--num_probes", type=_whole, default=256, help=help)
     measuring.add_argument("--extractor", default="bundled", help="bundled, sscd, sscd-paper, dinov2 or clip")
     measuring.add_argument("--extractor_weights", help="file, folder or hub name of its weights")

@@ -78,7 +78,7 @@ def prepare_attributes(
         return f"no {FILE} in the folder of the training images"
     further = None if attributes_dir is None else read_folder(attributes_dir, "--attributes_dir", needs_captions=False)
     images, labels, keys = [], [], []
-    unseen: list[Values] = []
+    heldout: list[Values] = []
     for collection in (train, reference, further):
         found = None if collection is None else read_attributes(collection)
         if collection is None or found is None:
@@ -88,12 +88,12 @@ def prepare_attributes(
         images.append(as_images(torch.cat(gallery.extract(Thumbnails(), collection, rows))))
         labels += here
         keys += [collection.hashes[row] for row in rows]
-        unseen += here if collection is reference else []
+        heldout += here if collection is reference else []
     try:
         classifier = _kept_classifier(gallery, torch.cat(images), labels, keys, seed)
     except AuditError as error:
         return str(error)
-    return AttributeProbe(classifier, known, unseen)
+    return AttributeProbe(classifier, known, heldout)
 
 
 def _kept_classifier(
@@ -138,19 +138,19 @@ def read_attributes(images: Collection) -> list[Attributes | None] | None:
 
 
 def measure_attributes(
-    probe: AttributeProbe, subject: GeneratedSet, gallery: Gallery, seed: int
+    probe: AttributeProbe, audited: GeneratedSet, gallery: Gallery, seed: int
 ) -> dict[str, Any] | str:
     """Return the figures of a model's generated images, or the reason in words why there are none."""
-    if not subject.own_rows:
+    if not audited.own_rows:
         return "images were given, whose captions are not known"
-    own = [probe.train[row] or Attributes({}, {}) for row in subject.own_rows]
-    images = as_images(torch.cat(gallery.extract(Thumbnails(), subject.images, range(len(subject.images)))))
+    own = [probe.train[row] or Attributes({}, {}) for row in audited.own_rows]
+    images = as_images(torch.cat(gallery.extract(Thumbnails(), audited.images, range(len(audited.images)))))
     found = attribute_figures(
         probe.classifier, images, [one.named for one in own], [one.open for one in own], probe.held_out
     )
     estimates: dict[str, Any] = {}
     for name, values in found._asdict().items():
-        by_caption = values.unflatten(0, (-1, subject.per_caption))
+        by_caption = values.unflatten(0, (-1, audited.per_caption))
         by_caption = by_caption[~by_caption.isnan().any(1)]
         generator = generator_for(seed, f"bootstrap {name}")
         estimates[name] = bootstrap(by_caption, mean, generator) if len(by_caption) else None

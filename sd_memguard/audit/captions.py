@@ -1,4 +1,4 @@
-"""Which training captions to draw, so that what comes out says something about copying."""
+"""Which training captions to use as prompts, so that what comes out says something about copying."""
 
 from collections import Counter
 from typing import NamedTuple

@@ -57,7 +57,7 @@ class Collection:
         That of a row that is passed over is empty.
 
         Raises:
-            AuditError: Where a file is missing, unreadable or not a image; names the first ones.
+            AuditError: Where a file is missing, unreadable or not an image; names the first ones.
         """
         found: list[str] = []
         faults = {} if self.skipped is None else dict(self.skipped)
@@ -81,7 +81,7 @@ class Collection:
             more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
             text = f"{len(faults)} of {len(self)} images in {self.place} cannot be used: {told}{more}"
             if self.skipped is None:
-                raise AuditError(f"{text}; repair or remove them, or pass over them by `--on_bad_sample skip`")
+                raise AuditError(f"{text}; repair or remove them, or ignore them by `--on_bad_sample skip`")
             logger.warning("%s; they are passed over", text)
         return found
 
@@ -101,7 +101,7 @@ class Collection:
         return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
     def image(self, row: int) -> PIL.Image.Image:
-        """Return a image in RGB, turned upright by its EXIF tag, transparency put on white.
+        """Return an image in RGB, turned upright by its EXIF tag, transparency put on white.
 
         Raises:
             AuditError: Where its pixels are damaged.
@@ -142,7 +142,7 @@ def read_folder(
         flag: The flag that named it, for messages.
         caption_column: Column of the metadata that holds the caption, or a list of which the first counts.
         needs_captions: Refuse images without captions, otherwise they get an empty one.
-        on_bad_sample: Refuse rows that cannot be used, or pass over them; rows keep their numbers.
+        on_bad_sample: Refuse rows that cannot be used, or ignore them; rows keep their numbers.
 
     Raises:
         AuditError: No such folder, no images, no captions, or metadata that cannot be read.

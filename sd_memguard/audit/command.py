@@ -22,7 +22,7 @@ from sd_memguard.audit.captions import ChosenCaptions
 from sd_memguard.audit.collection import Collection
 from sd_memguard.audit.features.cache import Store
 from sd_memguard.audit.features.extractors import Extractor
-from sd_memguard.audit.generate import GenerationSettings, draw_into, load_pipeline
+from sd_memguard.audit.generate import GenerationSettings, generate_into, load_pipeline
 from sd_memguard.audit.inputs import Inputs, open_inputs
 from sd_memguard.audit.metrics.background import (
     Gallery,
@@ -46,7 +46,7 @@ from sd_memguard.audit.metrics.quality import MAX_QUALITY_IMAGES, Quality, quali
 from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD
 from sd_memguard.audit.metrics.statistics import summarize
 from sd_memguard.audit.metrics.verified import CopyDistance, choose_distance
-from sd_memguard.audit.models import ModelFiles, default_device, model_sha256, read_run
+from sd_memguard.audit.models import ModelFiles, default_device, model_sha256, read_run_records
 from sd_memguard.audit.reporting import write as records
 from sd_memguard.audit.reporting.page import write_report
 from sd_memguard.core.seeding import derive_seed, permutation
@@ -70,7 +70,7 @@ class Background(NamedTuple):
         copy_distance: Of a verified copy, None where nothing is verified.
         train_share: Share of ``train`` that would be copies.
         reference_share: Of ``reference``.
-        chosen: Training rows whose captions are drawn.
+        chosen: Training rows whose captions are the prompts.
     """
 
     positions: torch.Tensor
@@ -114,7 +114,7 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
     """Measure everything, write ``report.json``, ``pairs.parquet`` and ``background.parquet``, return the report.
 
     Raises:
-        AuditError: Before anything is drawn, where the input cannot be used.
+        AuditError: Before anything is generated, where the input cannot be used.
     """
     device = default_device()
     store = Store(settings.output_dir / "cache")
@@ -145,7 +145,7 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
 
 
 def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery) -> Background:
-    """Return how alike images are that nobody copied, the threshold, and the captions to draw."""
+    """Return how alike images are that nobody copied, the threshold, and the prompts."""
     train, distinct = inputs.train, inputs.train.distinct
     positions = background_positions(len(distinct), settings.seed)
     others = gallery.match_own(positions)
@@ -157,14 +157,14 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
         shares = [_share_of(matched, threshold.similarity) for matched in (others, reference)]
     else:
         trained = gallery.verify_own(positions[:MAX_VERIFIED]).distance
-        unseen = gallery.verify(inputs.reference).distance if inputs.reference is not None else None
+        heldout = gallery.verify(inputs.reference).distance if inputs.reference is not None else None
         copy_distance = (
             choose_distance(trained, "training images, beside the others,")
-            if unseen is None
-            else choose_distance(unseen, "images not trained on")
+            if heldout is None
+            else choose_distance(heldout, "images not trained on")
         )
         limit = copy_distance.distance
-        shares = [float("nan") if one is None else (one <= limit).float().mean().item() for one in (trained, unseen)]
+        shares = [float("nan") if one is None else (one <= limit).float().mean().item() for one in (trained, heldout)]
     chosen = ChosenCaptions([], [])
     if settings.models:
         # Twice as many as are used, so that near-duplicates can be dropped without comparing all images of a large set.
@@ -177,8 +177,8 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
         chosen = choose_rows(ChosenCaptions(*kinds), near_duplicates, settings.num_prompts)
         if not any(chosen):
             raise AuditError(
-                f"{train.place} has no caption to draw: each belongs to several images, or its image has a "
-                "look-alike; raise `--copy_threshold`, or draw yourself and give the images as `--images`"
+                f"{train.place} has no caption to use as prompt: each belongs to several images, or its image has a "
+                "near-duplicate; raise `--copy_threshold`, or generate images and give the images as `--images`"
             )
     return Background(positions, others, reference, threshold, copy_distance, shares[0], shares[1], chosen)
 
@@ -196,12 +196,12 @@ def choose_probes(settings: AuditSettings, inputs: Inputs) -> Probes | str:
         return "--num_probes 0"
     trained = [row for row in train.distinct if train.captions[row]]
     known = set(train.captions)
-    unseen = [row for row in reference.distinct if reference.captions[row] and reference.captions[row] not in known]
-    if not trained or not unseen:
+    heldout = [row for row in reference.distinct if reference.captions[row] and reference.captions[row] not in known]
+    if not trained or not heldout:
         return "the reference images have no captions that the training images have not"
     rows = [
         sorted(pool[number] for number in permutation(settings.seed, purpose, length=len(pool))[:count].tolist())
-        for purpose, pool in (("trained probes", trained), ("unseen probes", unseen))
+        for purpose, pool in (("trained probes", trained), ("heldout probes", heldout))
     ]
     return Probes(train, rows[0], reference, rows[1])
 
@@ -215,22 +215,22 @@ def prepare_quality(inputs: Inputs, gallery: Gallery) -> Quality:
 
     train = features_of(inputs.train, inputs.train.distinct[:MAX_QUALITY_IMAGES])
     reference = inputs.reference
-    unseen = None if reference is None else features_of(reference, reference.distinct[:MAX_QUALITY_IMAGES])
-    return Quality(extractor, features_of, train, unseen, inputs.clip)
+    heldout = None if reference is None else features_of(reference, reference.distinct[:MAX_QUALITY_IMAGES])
+    return Quality(extractor, features_of, train, heldout, inputs.clip)
 
 
 def audit_model(name: str, files: ModelFiles, setup: Setup) -> Audited:
-    """Draw with a model and measure generated images and model."""
+    """Generate with a model, and measure images and model."""
     settings, store = setup.settings, setup.gallery.store
     sha256 = model_sha256(files)
     load = cache(lambda: load_pipeline(files, setup.gallery.device))
-    subject = generate_set(name, sha256, load, setup)
-    run, samples = read_run(files.base if files.addition is None else files.addition.parent)
+    generated = generate_set(name, sha256, load, setup)
+    run, samples = read_run_records(files.base if files.addition is None else files.addition.parent)
     source = {"name": name, "source": "model", "path": files.text, "sha256": sha256, "run": run}
-    figures, pairs = _measure(source, subject, setup, samples)
+    figures, pairs = _measure(source, generated, setup, samples)
     missing = {} if run else {"run": "no memguard/ with records of a run beside the model"}
     probe = setup.attributes
-    attributes = probe if isinstance(probe, str) else measure_attributes(probe, subject, setup.gallery, settings.seed)
+    attributes = probe if isinstance(probe, str) else measure_attributes(probe, generated, setup.gallery, settings.seed)
     missing |= {"attributes": attributes} if isinstance(attributes, str) else {}
     figures["attributes"] = None if isinstance(attributes, str) else attributes
     figures["detection"] = figures["membership"] = None
@@ -245,11 +245,11 @@ def audit_model(name: str, files: ModelFiles, setup: Setup) -> Audited:
 
 
 def audit_images(name: str, images: Collection, setup: Setup) -> Audited:
-    """Measure images that somebody has drawn already."""
+    """Measure images that were generated elsewhere."""
     place = str(Path(images.place).resolve())
-    subject = GeneratedSet(replace(images, place=place), ["given"] * len(images), 1, [], [])
+    generated = GeneratedSet(replace(images, place=place), ["given"] * len(images), 1, [], [])
     source = {"name": name, "source": "images", "path": images.place, "sha256": images.sha256, "run": None}
-    figures, pairs = _measure(source, subject, setup, None)
+    figures, pairs = _measure(source, generated, setup, None)
     reason = "images were given, no model"
     unknown = ("detection", "membership", "attributes")
     missing = dict.fromkeys(("run", *unknown), reason)
@@ -257,19 +257,19 @@ def audit_images(name: str, images: Collection, setup: Setup) -> Audited:
 
 
 def _measure(
-    source: dict[str, Any], subject: GeneratedSet, setup: Setup, samples: dict[str, list[Any]] | None
+    source: dict[str, Any], generated: GeneratedSet, setup: Setup, samples: dict[str, list[Any]] | None
 ) -> tuple[dict[str, Any], pa.Table]:
     """Return what generated images alone tell, and their rows."""
     background, seed = setup.background, setup.settings.seed
     distance = None if background.copy_distance is None else background.copy_distance.distance
-    compared = compare(subject, setup.gallery, background.threshold.similarity, distance)
+    compared = compare(generated, setup.gallery, background.threshold.similarity, distance)
     figures = {
         **source,
-        "num_generated": len(subject.images),
-        "copies": copy_figures(subject, compared, seed),
-        "quality": quality_figures(subject, setup.quality, seed),
+        "num_generated": len(generated.images),
+        "copies": copy_figures(generated, compared, seed),
+        "quality": quality_figures(generated, setup.quality, seed),
     }
-    pairs = records.pair_table(source["name"], subject, compared, setup.inputs.train, samples)
+    pairs = records.pair_table(source["name"], generated, compared, setup.inputs.train, samples)
     return figures, pairs
 
 
@@ -285,7 +285,7 @@ def generate_set(name: str, sha256: str, load: Callable[[], StableDiffusionPipel
         settings.num_inference_steps, settings.guidance_scale, settings.resolution, settings.batch_size
     )
     store = setup.gallery.store
-    keys = draw_into(store, load, sha256, captions, seeds, generated_image, f"generated image with {name}")
+    keys = generate_into(store, load, sha256, captions, seeds, generated_image, f"generated image with {name}")
     files = [f"generated/{name}/{index:05}.png" for index in range(len(keys))]
     for key, file in zip(keys, files, strict=True):
         store.place_file(key, settings.output_dir / file)

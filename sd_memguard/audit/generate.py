@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 from sd_memguard.audit.features.cache import Store, digest
 from sd_memguard.audit.models import load_pipeline
 
-__all__ = ["GenerationSettings", "draw", "draw_into", "image_key", "load_pipeline"]
+__all__ = ["GenerationSettings", "draw", "generate_into", "image_key", "load_pipeline"]
 
 
 class GenerationSettings(NamedTuple):
-    """How captions are drawn; ``size`` is the edge in pixels, None the model's own."""
+    """How images are generated; ``size`` is the edge in pixels, None the model's own."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -47,24 +47,24 @@ def draw(
         num_inference_steps: DDIM steps (eta 0).
         guidance_scale: Weight of classifier-free guidance; 1 or less is none.
         size: Edge in pixels; default: the model's own.
-        batch_size: Images drawn at a time.
+        batch_size: Images generated at a time.
         description: Text of the progress bar.
 
     Returns:
         (N, H, W, 3) uint8.
     """
-    drawn = []
+    generated = []
     with tqdm(total=len(captions), desc=description, unit="image") as progress:
         for start in range(0, len(captions), batch_size):
             part = slice(start, start + batch_size)
             settings = GenerationSettings(num_inference_steps, guidance_scale, size, batch_size)
-            drawn.append(_draw_batch(pipeline, captions[part], seeds[part], settings))
-            progress.update(len(drawn[-1]))
-    return torch.cat(drawn)
+            generated.append(_generate_batch(pipeline, captions[part], seeds[part], settings))
+            progress.update(len(generated[-1]))
+    return torch.cat(generated)
 
 
 @torch.no_grad()
-def _draw_batch(
+def _generate_batch(
     pipeline: StableDiffusionPipeline, captions: Sequence[str], seeds: Sequence[int], settings: GenerationSettings
 ) -> Tensor:
     """Return (B, H, W, 3) uint8."""
@@ -93,7 +93,7 @@ def image_key(model_sha256: str, caption: str, seed: int, settings: GenerationSe
     )
 
 
-def draw_into(
+def generate_into(
     store: Store,
     load: Callable[[], StableDiffusionPipeline],
     model_sha256: str,
@@ -112,7 +112,7 @@ def draw_into(
         model_sha256: Of the model.
         captions: N prompts.
         seeds: N seeds of the initial noise.
-        settings: How to draw.
+        settings: How to generate.
         description: Text of the progress bar.
     """
     keys = [image_key(model_sha256, *pair, settings) for pair in zip(captions, seeds, strict=True)]
@@ -125,7 +125,7 @@ def draw_into(
     if missing:
         pipeline = load()
         for part in tqdm(missing, desc=description, unit="batch"):
-            images = _draw_batch(pipeline, captions[part], seeds[part], settings)
+            images = _generate_batch(pipeline, captions[part], seeds[part], settings)
             for key, image in zip(keys[part], images, strict=True):
                 store.keep_file(key, partial(Image.fromarray(image.numpy()).save, format="PNG"))
     return keys

@@ -23,7 +23,7 @@ class Images(NamedTuple):
 def load_images(folder: Path, size: int, caption_column: str = "text") -> Images:
     """Return the images of an imagefolder with ``metadata.jsonl``, each cropped at its center to size x size.
 
-    A row that names the image of an earlier row is a image of its own here, as it is in training.
+    A row that names the image of an earlier row is an image of its own here, as it is in training.
 
     Args:
         folder: Holds ``metadata.jsonl`` with ``file_name`` and a caption in every row.

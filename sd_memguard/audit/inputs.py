@@ -1,4 +1,4 @@
-"""Everything an audit reads, opened and checked before anything is drawn."""
+"""Everything an audit reads, opened and checked before anything is generated."""
 
 import logging
 from dataclasses import replace
@@ -75,10 +75,10 @@ def _open_reference(settings: AuditSettings, train: Collection) -> Collection | 
     common = set(reference.hashes) & set(train.hashes)
     if not common:
         return reference
-    logger.warning("%d images of --reference_data_dir are in the training set as well and left out", len(common))
+    logger.warning("%d images of --reference_data_dir are also in the training set, and are not used", len(common))
     kept = without(reference, common)
     if not len(kept):
-        raise AuditError(f"`--reference_data_dir` {folder} holds nothing but training images; name unseen ones")
+        raise AuditError(f"`--reference_data_dir` {folder} holds nothing but training images; name held-out ones")
     return kept
 
 

@@ -79,7 +79,7 @@ def _is_checkpoint(file: Path) -> bool:
 
 
 def model_sha256(files: ModelFiles) -> str:
-    """Return one hash of all that decides what the model draws: weights, configs and vocabulary."""
+    """Return one hash of all that decides what the model generates: weights, configs and vocabulary."""
     parts = [files.base]
     if files.base.is_dir():
         parts = [files.base / "model_index.json"]
@@ -94,9 +94,9 @@ def model_sha256(files: ModelFiles) -> str:
 
 
 def load_pipeline(model: Path | ModelFiles, device: torch.device | None = None) -> StableDiffusionPipeline:
-    """Return the pipeline of a model in float32 with a DDIM scheduler, ready to draw; asks no hub.
+    """Return the pipeline of a model in float32 with a DDIM scheduler, ready to generate; asks no hub.
 
-    The safety checker is left out: it blackens images, and a blackened copy would not be found.
+    The safety checker is not loaded: it blackens images, and a blackened copy would not be found.
 
     Args:
         model: A diffusers folder as ``save_pretrained`` writes it, in safetensors; or what ``find_model`` returns.
@@ -112,7 +112,7 @@ def load_pipeline(model: Path | ModelFiles, device: torch.device | None = None) 
         hint = "" if files.base.is_dir() else "; without a hub, name a folder with its configs first: FOLDER+FILE"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AuditError(f"`--model` {files.text} cannot be loaded: {reason}{hint}") from error
-    # PNDM's config need not mention clip_sample; DDIM would then clip the latents to [-1, 1] and draw garbage.
+    # PNDM's config need not mention clip_sample; DDIM would then clip the latents to [-1, 1] and generate garbage.
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device or default_device())
@@ -132,7 +132,7 @@ def _load(files: ModelFiles) -> StableDiffusionPipeline:
     pipeline = StableDiffusionPipeline.from_pretrained(str(files.base), use_safetensors=True, **options)
     if files.addition:
         pipeline.load_lora_weights(str(files.addition.parent), weight_name=files.addition.name)
-        # diffusers passes over a file of which it knows no key, with no more than a line in the log.
+        # diffusers ignores a file of which it knows no key, with no more than a line in the log.
         if not any(hasattr(part, "peft_config") for part in (pipeline.unet, pipeline.text_encoder)):
             raise ValueError(f"{files.addition.name} holds no LoRA weights for this pipeline")
         pipeline.fuse_lora()
@@ -140,7 +140,7 @@ def _load(files: ModelFiles) -> StableDiffusionPipeline:
     return pipeline
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any] | None, dict[str, list[Any]] | None]:
+def read_run_records(folder: Path) -> tuple[dict[str, Any] | None, dict[str, list[Any]] | None]:
     """Return what is known of the run that made a model: a summary for the report, and the columns of its samples.
 
     Args:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 AUGMENT_BASE = 5.0
 """Both the rate of the exponential and the largest magnitude (the authors' ``augment_base``)."""
+NUM_OPERATIONS = 2
+"""Operations of RandAugment, as in the paper."""
 
 
 def augment_strength(loss_ratio: Tensor, skip_threshold: float) -> Tensor:

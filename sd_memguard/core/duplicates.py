@@ -35,12 +35,12 @@ MAX_DISTANCE = 0.12
 MAX_BITS = 10
 """Hashes that differ in more bits are not looked at."""
 WINDOW = 16
-"""Neighbours in each order with which a image is compared."""
+"""Neighbours in each order with which an image is compared."""
 MAX_FAILURES = 64
-"""Comparisons in vain after which a image is left alone."""
+"""Comparisons in vain after which an image is left alone."""
 
 _MAX_MEMBER_DISTANCE = 0.05  # a member of a group that joins another may be a rougher version
-_MIN_CONTRAST = 4.0  # grey levels; below that a image counts as flat and its noise is not blown up
+_MIN_CONTRAST = 4.0  # grey levels; below that an image counts as flat and its noise is not blown up
 _MAX_BRIGHTER = 32.0  # grey levels by which one of two images of the same pattern may be brighter
 _MIN_COEFFICIENT = 2.0  # grey levels; a frequency as weak as this is noise, whatever its sign
 _MAX_SHIFT = 0.6  # pixels of the thumbnail, 5 % of its side: what a crop may shift, and stretch each half
@@ -133,7 +133,7 @@ def distances(first: Thumbnails, second: Thumbnails) -> npt.NDArray[np.float32]:
 def _aligned(difference: Pixels, mean: Pixels) -> npt.NDArray[np.float32]:
     """Return the root mean square of what a shift and stretch leave of the differences, (N,) float32.
 
-    To first order these add multiples of the gradients, and of the gradients times the place, to a image (Lucas and
+    To first order these add multiples of the gradients, and of the gradients times the place, to an image (Lucas and
     Kanade 1981); the multiples are those of least squares. Infinite where they would move a pixel too far.
 
     Args:
@@ -224,7 +224,7 @@ class _Leaders:
 
     def _merge_alike(self, targets: Ids, sources: Ids, alike: Callable[[Ids, Ids], npt.NDArray[np.bool_]]) -> None:
         """Let the sources' groups follow the targets, which they are like, where all their members are."""
-        # Nobody follows a image that itself begins to follow, and nobody follows two.
+        # Nobody follows an image that itself begins to follow, and nobody follows two.
         free = ~np.isin(targets, sources)
         sources, index = np.unique(sources[free], return_index=True)
         targets = targets[free][index]

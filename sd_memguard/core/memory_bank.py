@@ -82,7 +82,7 @@ class LossMemoryBank:
         return torch.where(due, ratio, torch.inf)
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Take a batch in, in batch order; losses that are not finite are left out.
+        """Take a batch in, in batch order; losses that are not finite are ignored.
 
         The closed form of the sequential rule: a loss that is followed by ``n`` more at its timestep in the same batch
         counts ``d^n``.

@@ -11,7 +11,7 @@ from sd_memguard.core.seeding import generator_for, permutation
 
 
 class SampleRef(NamedTuple):
-    """One sample in one epoch of its shard: the address of every random draw made for it."""
+    """One sample in one epoch of its shard: the address of every random number for it."""
 
     sample_id: int
     shard_index: int

@@ -15,7 +15,7 @@ def derive_seed(seed: int, purpose: str, *position: int) -> int:
     Args:
         seed: the seed of the run.
         purpose: what is drawn, e.g. ``"noise"``; draws for different purposes are independent.
-        *position: where the draw stands, e.g. shard, pass and sample.
+        *position: where the draw stands, e.g. shard, epoch and sample.
 
     >>> derive_seed(0, "noise", 1, 2) == derive_seed(0, "noise", 1, 2) != derive_seed(0, "noise", 2, 1)
     True

@@ -12,7 +12,7 @@ from sd_memguard.core.seeding import permutation
 
 NO_SHARD = -1
 EPOCHS_PER_SHARD = 30
-"""Passes over the images for each of which `auto` takes another shard."""
+"""Epochs over the images for each of which `auto` takes another shard."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ShardPlan:
     """Which shard each sample belongs to.
 
     Args:
-        assignment: (num_samples,) int16, the shard of each sample id; -1 for a sample left out of the training.
+        assignment: (num_samples,) int16, the shard of each sample id; -1 for a sample that is not trained on.
         num_shards: number of shards.
     """
 
@@ -55,19 +55,19 @@ class Moves(NamedTuple):
         ]
 
 
-def auto_num_shards(num_samples: int, passes: float | None = None) -> int:
+def auto_num_shards(num_samples: int, epochs: float | None = None) -> int:
     """Return the default number of shards: one for each 64 samples, at least 1 and at most 4.
 
     Smaller shards are memorized sooner (the time to memorize grows with their size, Bonnaire et al. 2025). Where the
-    length of the training is known, there is one for each `EPOCHS_PER_SHARD` passes at most: a short training gains
+    length of the training is known, there is one for each `EPOCHS_PER_SHARD` epochs at most: a short training gains
     nothing from an ensemble, of which each proxy takes a part of the steps (docs/results.md).
 
     Args:
         num_samples: different images.
-        passes: over them, that one model would take; unknown by default.
+        epochs: over them, that one model would take; unknown by default.
     """
     most = min(max(num_samples // 64, 1), 4)
-    return most if passes is None else min(most, max(math.ceil(passes / EPOCHS_PER_SHARD), 1))
+    return most if epochs is None else min(most, max(math.ceil(epochs / EPOCHS_PER_SHARD), 1))
 
 
 def lowest_of_group(groups: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""From visits to tensors: images become latents and captions embeddings, once in a cache or at each visit."""
+"""From samples to tensors: images become latents and captions embeddings, once in a cache or every time."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ from sd_memguard.data.captions import Captions
 from sd_memguard.data.encoding_cache import Cache, embedding_cache, latent_caches
 from sd_memguard.data.samples import Samples
 from sd_memguard.data.transforms import PixelDataset, Preprocess, sample_address
-from sd_memguard.distributed import Exchange
+from sd_memguard.distributed import ProcessGroup
 from sd_memguard.models.encoders import Encoders
 
 __all__ = ["NOTHING", "Batch", "BatchSource", "Encoders", "sample_address"]
@@ -33,11 +33,11 @@ class Batch(NamedTuple):
 
 
 NOTHING = Batch(torch.empty(0), torch.empty(0))
-"""The batch of no visits."""
+"""The batch of no samples."""
 
 
 class BatchSource:
-    """Makes batches of visits.
+    """Makes batches of samples.
 
     Args:
         samples: the captioned images.
@@ -60,7 +60,7 @@ class BatchSource:
         progress: bool = False,
         cache: bool = True,
         num_samples_seen: int | None = None,
-        exchange: Exchange | None = None,
+        exchange: ProcessGroup | None = None,
     ) -> None:
         self.samples, self.encoders, self.seed, self.config = samples, encoders, seed, config
         self.preprocess = Preprocess(config, seed)
@@ -70,33 +70,33 @@ class BatchSource:
         self._latents: list[Cache] = []
         self._embeddings: Cache | None = None
         if cache:
-            crew = Exchange(alone=True) if exchange is None else exchange
+            crew = ProcessGroup(alone=True) if exchange is None else exchange
             self._latents = latent_caches(
                 samples, encoders, self.preprocess, config, crew, num_samples_seen=num_samples_seen, progress=progress
             )
             self._embeddings = embedding_cache(self.captions, encoders, config, crew, progress=progress)
 
-    def batches(self, visits: Iterable[list[SampleRef]]) -> Iterator[tuple[list[SampleRef], Batch]]:
-        """Yield the batch of each list of visits, and the visits in it.
+    def batches(self, refs: Iterable[list[SampleRef]]) -> Iterator[tuple[list[SampleRef], Batch]]:
+        """Yield the batch of each list of samples, and the samples in it.
 
-        A image that was good when it was checked and cannot be read now is named once and left out of its batches;
+        An image that was good when it was checked and cannot be read now is named once and dropped from its batches;
         a batch may even be empty then.
         """
         if self.caches_latents:
-            for chunk in visits:
+            for chunk in refs:
                 yield chunk, self._batch(chunk, self._cached_moments(chunk))
             return
-        chunks = list(visits)
+        chunks = list(refs)
         loader = DataLoader(
             self.pixels,
             batch_sampler=chunks,
             num_workers=self.config.dataloader_num_workers,
             collate_fn=list,
             pin_memory=self.encoders.device.type == "cuda",
-            generator=torch.Generator(),  # else the loader draws its workers' seed from the global generator
+            generator=torch.Generator(),  # else the loader takes its workers' seed from the global generator
         )
         for chunk, pixels in zip(chunks, loader, strict=True):
-            kept = self._readable([visit.sample_id for visit in chunk], pixels)
+            kept = self._readable([ref.sample_id for ref in chunk], pixels)
             present = [chunk[position] for position in kept]
             yield present, self._batch(present, self._moments_at(kept, pixels)) if kept else NOTHING
 
@@ -139,8 +139,8 @@ class BatchSource:
         """Whether text embeddings come from a cache, so that the text encoder has nothing left to do."""
         return self._embeddings is not None
 
-    def _batch(self, visits: list[SampleRef], moments: Tensor) -> Batch:
-        return self._sampled([v.sample_id for v in visits], [sample_address(v) for v in visits], moments)
+    def _batch(self, refs: list[SampleRef], moments: Tensor) -> Batch:
+        return self._sampled([v.sample_id for v in refs], [sample_address(v) for v in refs], moments)
 
     def _sampled(self, sample_ids: list[int], addresses: list[Address], moments: Tensor, purpose: str = "") -> Batch:
         shape = (moments.shape[1] // 2, *moments.shape[2:])
@@ -153,11 +153,11 @@ class BatchSource:
             return self.encoders.embeddings([self.captions.text(number) for number in captions]).float()
         return to_device(self._embeddings.read(np.array(captions)), self.encoders.device).float()
 
-    def _cached_moments(self, visits: list[SampleRef]) -> Tensor:
-        rows = np.searchsorted(self.samples.sample_ids, [visit.sample_id for visit in visits])
+    def _cached_moments(self, refs: list[SampleRef]) -> Tensor:
+        rows = np.searchsorted(self.samples.sample_ids, [ref.sample_id for ref in refs])
         if len(self._latents) == 1:
             return to_device(self._latents[0].read(rows), self.encoders.device)
-        views = self.preprocess.draw_views([sample_address(visit) for visit in visits]).numpy()
+        views = self.preprocess.choose_views([sample_address(ref) for ref in refs]).numpy()
         moments = torch.cat([cache.read(rows[views == view]) for view, cache in enumerate(self._latents)])
         order = np.argsort(np.concatenate([np.flatnonzero(views == view) for view in range(len(self._latents))]))
         return to_device(moments[torch.from_numpy(order)], self.encoders.device)

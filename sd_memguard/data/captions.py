@@ -10,19 +10,18 @@ from sd_memguard.core.seeding import Address, draw_integers, draw_uniform
 from sd_memguard.data.encoding_store import KEY
 from sd_memguard.data.samples import Samples
 
-"""A content hash of 16 bytes in numpy."""
 _TEXTS_AT_ONCE = 10_000
 
 
 class Captions:
-    """Which caption is read at a visit: one of the sample's, or none at the rate of the caption dropout.
+    """Which caption a sample is seen with: one of the sample's, or none at the rate of the caption dropout.
 
     A caption is a number: its place among the different texts. Ten million of them take two numpy arrays and one of
     Arrow.
 
     Args:
         samples: the captioned images.
-        dropout: share of the visits without a caption.
+        dropout: share of the samples without a caption.
         seed: seed of the run.
     """
 
@@ -30,7 +29,7 @@ class Captions:
         self.sample_ids, self.dropout, self.seed = samples.sample_ids, dropout, seed
         lists = samples.caption_lists()
         encoded = lists.flatten().dictionary_encode()
-        # The empty caption is the last text, whether or not a visit may go without one.
+        # The empty caption is the last text, whether or not a sample may go without one.
         self.texts = pa.concat_arrays([encoded.dictionary, pa.array([""], encoded.dictionary.type)])
         self._codes = encoded.indices.to_numpy(zero_copy_only=False)
         self._starts = np.concatenate(([0], np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))))

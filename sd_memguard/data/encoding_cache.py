@@ -1,9 +1,9 @@
 """What the frozen networks make of images and captions, computed once: in memory, or in a folder that runs share.
 
-A latent is exact to keep when the crop is the same at every visit: with `--center_crop`, or where all images are
-square. Otherwise each visit draws a crop of its own, and the VAE runs at each visit: a few kept crops would be seen
+A latent is exact to keep when the crop is the same every time: with `--center_crop`, or where all images are
+square. Otherwise a sample has another crop each time, and the VAE runs every time: a few kept crops would be seen
 again and again, which is what the guard is there to prevent. Mean and log variance are kept, so that the latent itself
-is drawn again at each visit. Where images are flipped or moved, every view of each image is kept.
+is sampled again each time. Where images are flipped or moved, every view of each image is kept.
 
 Every batch that goes through a network here has the same size, the last one too, so that what is kept depends on the
 image or caption alone, not on what else was missing.
@@ -32,7 +32,7 @@ from sd_memguard.data.captions import Captions
 from sd_memguard.data.encoding_store import MISSING, EncodingStore
 from sd_memguard.data.samples import SampleError, Samples
 from sd_memguard.data.transforms import Preprocess, View
-from sd_memguard.distributed import Exchange
+from sd_memguard.distributed import ProcessGroup
 from sd_memguard.errors import UserError
 from sd_memguard.files import gigabytes, nearest_folder
 from sd_memguard.host_memory import available_memory
@@ -115,7 +115,7 @@ class CacheSpec(NamedTuple):
 
 
 def latents_are_exact(samples: Samples, config: TrainConfig) -> bool:
-    """Say whether every visit to a image sees the same crop."""
+    """Say whether an image is cropped the same way every time."""
     sizes = samples.sizes[samples.sample_ids]
     return config.center_crop or bool((sizes[:, 0] == sizes[:, 1]).all())
 
@@ -129,7 +129,7 @@ def refuse_inexact_cache(samples: Samples, config: TrainConfig) -> None:
     if config.cache_latents in {"memory", "disk"} and not latents_are_exact(samples, config):
         raise ConfigError(
             f"`--cache_latents {config.cache_latents}` needs `--center_crop` (or square images): with random crops "
-            "each visit has another latent; add `--center_crop`, or use `--cache_latents off`"
+            "an image has another latent each time; add `--center_crop`, or use `--cache_latents off`"
         )
 
 
@@ -140,19 +140,21 @@ def cache_folder(config: TrainConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd_memguard"
 
 
-def choose_place_together(need: CacheSpec, config: TrainConfig, exchange: Exchange) -> Literal["memory", "disk", "off"]:
+def choose_place_together(
+    need: CacheSpec, config: TrainConfig, exchange: ProcessGroup
+) -> Literal["memory", "disk", "off"]:
     """Return where a cache goes in all processes: where the main one has room for it.
 
     Raises:
         CacheError: see ``choose_place``.
     """
-    with exchange.agreed():
+    with exchange.raise_on_any_rank():
         place = choose_place(need, config)
-    shared: Literal["memory", "disk", "off"] = exchange.share(place, "cache")
+    shared: Literal["memory", "disk", "off"] = exchange.broadcast_object(place, "cache")
     return shared
 
 
-def own_part(rows: Rows, exchange: Exchange) -> Rows:
+def own_part(rows: Rows, exchange: ProcessGroup) -> Rows:
     """Return what this process computes for the disk: the processes of a machine, which share it, divide the work."""
     if exchange.size == 1:
         return rows
@@ -197,7 +199,7 @@ def latent_caches(
     encoders: Encoders,
     preprocess: Preprocess,
     config: TrainConfig,
-    exchange: Exchange,
+    exchange: ProcessGroup,
     *,
     num_samples_seen: int | None,
     progress: bool,
@@ -238,7 +240,7 @@ def latent_caches(
         "crop": "center",
         **_circumstances(encoders, batch),
     }
-    with exchange.agreed(), _named_faults("cache_latents", config):
+    with exchange.raise_on_any_rank(), _named_faults("cache_latents", config):
         folder = cache_folder(config)
         stores = [
             EncodingStore(folder, "latents", {**context, **_view_context(view, config)}, shape, encoders.dtype)
@@ -259,7 +261,7 @@ def latent_caches(
 
 
 def embedding_cache(
-    captions: Captions, encoders: Encoders, config: TrainConfig, exchange: Exchange, *, progress: bool
+    captions: Captions, encoders: Encoders, config: TrainConfig, exchange: ProcessGroup, *, progress: bool
 ) -> Cache | None:
     """Return the embeddings of all captions by their numbers, None without cache. All processes call it together."""
     need = CacheSpec("cache_text_embeddings", len(captions.texts), encoders.embedding_shape, encoders.dtype)
@@ -277,7 +279,7 @@ def embedding_cache(
         **_circumstances(encoders, CAPTIONS_AT_ONCE),
     }
 
-    with exchange.agreed(), _named_faults("cache_text_embeddings", config):
+    with exchange.raise_on_any_rank(), _named_faults("cache_text_embeddings", config):
         store = EncodingStore(cache_folder(config), "captions", context, need.shape, need.dtype)
         keys = captions.keys()
         todo = own_part(np.flatnonzero(store.find(keys) == MISSING), exchange)
@@ -347,7 +349,7 @@ def _in_full(encode: Callable[[Tensor], Tensor], pixels: Tensor, batch: int) -> 
 
 
 def _found(
-    store: EncodingStore, keys: npt.NDArray[np.bytes_], num_computed: int, what: str, exchange: Exchange
+    store: EncodingStore, keys: npt.NDArray[np.bytes_], num_computed: int, what: str, exchange: ProcessGroup
 ) -> DiskCache:
     if exchange.size > 1:
         store.refresh()

@@ -1,6 +1,6 @@
 """Captioned images from a folder, with metadata or with caption files.
 
-The folder is read here rather than by `imagefolder`, which drops images that the metadata leave out, ignores `.txt`
+The folder is read here rather than by `imagefolder`, which drops images that the metadata do not list, ignores `.txt`
 captions and fails as a whole on one bad caption.
 """
 
@@ -245,7 +245,7 @@ def _metadata_row(file: str, record: Record, keys: list[str], caption_column: st
     fault = f"{fault} (`{caption_column}`, {where})" if fault else ""
     name = next((record.values[key] for key in keys if record.values.get(key)), None)
     if not isinstance(name, str):
-        return Row(where, caption, f"`{keys[0]}` must name a image, got {shortened(name)}", fault)
+        return Row(where, caption, f"`{keys[0]}` must name an image, got {shortened(name)}", fault)
     path = _relative_path(posixpath.dirname(file), name)
     if path is None:
         rule = f"`{keys[0]}` must be a path inside the data folder, relative to the metadata file"

@@ -24,7 +24,7 @@ class DatasetImages:
         self._rows = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
     def read(self, row: int) -> Mapping[str, object]:
-        """Return the bytes of a image, or its path where the dataset stores no more."""
+        """Return the bytes of an image, or its path where the dataset stores no more."""
         stored: Mapping[str, object] | None = self._rows[row][self._column]
         if stored is None or (stored["bytes"] is None and stored["path"] is None):
             raise ImageError(f"has no image in `{self._column}`")

@@ -1,4 +1,4 @@
-"""What makes a sample usable: a caption with words in it and a image that decodes."""
+"""What makes a sample usable: a caption with words in it and an image that decodes."""
 
 import hashlib
 import io
@@ -35,7 +35,7 @@ class SampleError(UserError):
     """The captioned images cannot be used as they are.
 
     Attributes:
-        bad: every bad sample, also those that the message leaves out; empty where the fault is not in single samples.
+        bad: every bad sample, also those that the message does not name; empty where no single sample is at fault.
     """
 
     def __init__(self, message: str, bad: Sequence[BadSample] = ()) -> None:
@@ -133,7 +133,7 @@ def decode_image(stored: Mapping[str, object]) -> PIL.Image.Image:
     except ImageError:
         raise
     except PIL.UnidentifiedImageError as error:
-        raise ImageError("is not a image that Pillow can read; convert it to PNG or JPEG") from error
+        raise ImageError("is not an image that Pillow can read; convert it to PNG or JPEG") from error
     except PIL.Image.DecompressionBombError as error:
         raise ImageError(f"has too many pixels: {error}") from error
     except Exception as error:  # decoders meet broken bytes with almost any exception: each one names a bad image
@@ -219,7 +219,7 @@ def check_images(
 
 
 def _look_at(stored: Mapping[str, object], cache: CheckCache | None, *, with_thumbnail: bool) -> GoodImage:
-    """Return what is known of a image, which is decoded where nothing is."""
+    """Return what is known of an image, which is decoded where nothing is."""
     if cache is None:
         return _decoded(stored, with_thumbnail)
     try:

@@ -21,7 +21,7 @@ from sd_memguard.data.encoding_store import KEY, MISSING, EncodingStore
 from sd_memguard.errors import UserError
 
 VERSIONED = ("datasets", "pillow")
-"""Libraries that decide what a image is once it is decoded."""
+"""Libraries that decide what an image is once it is decoded."""
 _SIZE_BYTES = 8
 
 

@@ -157,8 +157,8 @@ def load_samples(
         cache_dir: where downloads are kept.
         image_column: column of the images; in a folder, `image` stands for the column `file_name`.
         caption_column: column of a caption or a list of captions.
-        max_train_samples: use this many rows, drawn with `seed`: the rows that the upstream script draws.
-        seed: of that draw.
+        max_train_samples: use this many rows, chosen by `seed`: the rows that the upstream script chooses.
+        seed: of that choice.
         on_bad_sample: refuse the data, or drop the bad samples and keep the ids of the others.
         find_duplicates: group the near-identical images.
         duplicates_flip: count flipped images as near-identical.
@@ -201,7 +201,7 @@ def _report_bad(name: str, bad: list[BadSample], num_samples: int, on_bad_sample
     if len(bad) == num_samples:
         raise SampleError(bad_samples_message(name, bad, num_samples, "No sample is left; repair them."), bad)
     if on_bad_sample == "error":
-        advice = "Repair or remove them, or leave them out with `--on_bad_sample skip`."
+        advice = "Repair or remove them, or train without them by `--on_bad_sample skip`."
         raise SampleError(bad_samples_message(name, bad, num_samples, advice), bad)
     advice = f"Training goes on with the other {num_samples - len(bad)}."
     logger.warning("%s", bad_samples_message(name, bad, num_samples, advice))
@@ -213,7 +213,7 @@ def _choose_rows(num_rows: int, max_train_samples: int | None, seed: int) -> npt
         return np.arange(num_rows)
     if max_train_samples < 1:
         raise SampleError(
-            f"`--max_train_samples` must be at least 1, got {max_train_samples}; raise it or leave it out"
+            f"`--max_train_samples` must be at least 1, got {max_train_samples}; raise it or omit it"
         )
     if max_train_samples > num_rows:
         logger.warning(

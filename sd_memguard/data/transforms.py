@@ -12,6 +12,7 @@ from torchvision.transforms import InterpolationMode, RandAugment
 from torchvision.transforms import functional as TF  # noqa: N812 (torchvision's own convention)
 
 from sd_memguard.config import TrainConfig
+from sd_memguard.core.augmentation import NUM_OPERATIONS
 from sd_memguard.core.sampler import SampleRef
 from sd_memguard.core.seeding import Address, derive_seed, draw_integers, generator_for
 from sd_memguard.data.samples import SampleError, Samples
@@ -21,7 +22,7 @@ NUM_AFFINE_VARIANTS = 8
 
 
 class View(NamedTuple):
-    """A way in which a image is seen: by which of its affine maps, and whether flipped."""
+    """A way in which an image is seen: by which of its affine maps, and whether flipped."""
 
     map: int
     flip: bool
@@ -37,7 +38,7 @@ class Preprocess:
 
     def __init__(self, config: TrainConfig, seed: int) -> None:
         self.resolution, self.center_crop, self.random_flip = config.resolution, config.center_crop, config.random_flip
-        self.random_affine = float(config.random_affine)  # `auto` is settled by now
+        self.random_affine = float(config.random_affine)  # `auto` is resolved by now
         self.interpolation = InterpolationMode[config.image_interpolation_mode.upper()]
         self.seed = seed
         maps, flips = (
@@ -51,23 +52,23 @@ class Preprocess:
 
         Args:
             image: the image.
-            key: hash of its file, by which its affine maps are drawn: they are the same in every run.
-            address: of the visit, by which crop and view are drawn.
+            key: hash of its file, by which its affine variants are chosen: they are the same in every run.
+            address: of the sample, by which crop and view are chosen.
             magnitude: of RandAugment, of 30; None for the image as it is.
         """
         image = self.resize(image)
         if magnitude is not None:
             image = self._augment(image, address, magnitude)
-        view = self.views[int(self.draw_views([address])[0])]
+        view = self.views[int(self.choose_views([address])[0])]
         return self._seen(image, key, self._place(image, address), view)
 
     def centered(self, image: Image, key: bytes, view: View) -> Tensor:
-        """Return the middle of a image in one view, (3, resolution, resolution) in [-1, 1]."""
+        """Return the middle of an image in one view, (3, resolution, resolution) in [-1, 1]."""
         image = self.resize(image)
         return self._seen(image, key, self._middle(image), view)
 
     def fixed(self, image: Image) -> Tensor:
-        """Return the middle of a image as it is, (3, resolution, resolution) in [-1, 1]."""
+        """Return the middle of an image as it is, (3, resolution, resolution) in [-1, 1]."""
         return self.normalize(TF.center_crop(self.resize(image), [self.resolution]), flip=False)
 
     def resize(self, image: Image) -> Image:
@@ -79,7 +80,7 @@ class Preprocess:
         tensor = TF.pil_to_tensor(image).float() / 127.5 - 1
         return tensor.flip(-1) if flip else tensor
 
-    def draw_views(self, addresses: list[Address]) -> Tensor:
+    def choose_views(self, addresses: list[Address]) -> Tensor:
         """Return in which of the views images are seen, (B,) int64."""
         flips = maps = torch.zeros(len(addresses), dtype=torch.int64)
         if self.random_flip:
@@ -114,45 +115,45 @@ class Preprocess:
     def _move(self, image: Image, left: int, top: int, moved_by: Sequence[float]) -> Image:
         """Return the square at a place, translated, rotated and scaled about its middle.
 
-        What lies around it in the image comes in, and beyond the image its mirror image: no corner is left empty,
-        which a model would learn to draw.
+        What lies around it in the image comes in, and beyond the image its reflection: no corner is left empty,
+        which a model would learn to generate.
         """
         side = self.resolution
-        right, down, turn, zoom = moved_by
+        right, down, rotation, scale = moved_by
         margin = math.ceil(_reach(self.random_affine) * side) + 2  # what bicubic interpolation takes in
         around = TF.crop(TF.pad(image, [margin], padding_mode="reflect"), top, left, *[side + 2 * margin] * 2)
         moved = TF.affine(
             around,
-            angle=math.degrees(2 * turn),
+            angle=math.degrees(2 * rotation),
             translate=[round(right * side), round(down * side)],
-            scale=1 + 2 * zoom,
+            scale=1 + 2 * scale,
             shear=[0.0],
             interpolation=InterpolationMode.BICUBIC,
         )
         return TF.center_crop(moved, [side])
 
     def _map(self, key: bytes, number: int) -> list[float]:
-        """Return by which share of its side the edge of a image moves: to the right, down, by a turn, by a zoom."""
+        """Return by which share of its side the edge of an image moves: to the right, down, by rotation, by scale."""
         generator = generator_for(0, "affine", int.from_bytes(key), number)
         shares: list[float] = ((2 * torch.rand(4, generator=generator) - 1) * self.random_affine).tolist()
         return shares
 
     def _augment(self, image: Image, address: Address, magnitude: int) -> Image:
-        # torchvision's transform draws from the global generator alone: lend it a forked one.
+        # torchvision's transform uses the global generator alone: lend it a forked one.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, "augment", *address))
-            return RandAugment(num_ops=2, magnitude=magnitude)(image)
+            return RandAugment(num_ops=NUM_OPERATIONS, magnitude=magnitude)(image)
 
 
 class PixelDataset(Dataset[Tensor | str]):
-    """The images of visits as tensors, for a DataLoader with workers; of one that cannot be read, the reason."""
+    """The images of samples as tensors, for a DataLoader with workers; of one that cannot be read, the reason."""
 
     def __init__(self, samples: Samples, preprocess: Preprocess) -> None:
         self.samples, self.preprocess = samples, preprocess
 
-    def __getitem__(self, visit: SampleRef) -> Tensor | str:
-        """Return the image of one visit, (3, resolution, resolution), or why there is none."""
-        return self.read(visit.sample_id, sample_address(visit))
+    def __getitem__(self, ref: SampleRef) -> Tensor | str:
+        """Return the image of one sample, (3, resolution, resolution), or why there is none."""
+        return self.read(ref.sample_id, sample_address(ref))
 
     def read(self, sample_id: int, address: Address, magnitude: int | None = None) -> Tensor | str:
         """Return the image at an address, by RandAugment where there is a magnitude."""
@@ -163,12 +164,12 @@ class PixelDataset(Dataset[Tensor | str]):
         return self.preprocess(image, key, address, magnitude)
 
 
-def sample_address(visit: SampleRef) -> Address:
-    """Return the address of a visit's draws."""
-    return (visit.shard_index, visit.epoch_index, visit.sample_id)
+def sample_address(ref: SampleRef) -> Address:
+    """Return the address of a sample's random numbers."""
+    return (ref.shard_index, ref.epoch_index, ref.sample_id)
 
 
 def _reach(share: float) -> float:
     """Return how far beyond a square, in its sides, the source of a pixel can lie under the largest affine map."""
-    turn, zoom = 2 * share, 1 - 2 * share
-    return (0.5 + share) * (math.cos(turn) + math.sin(turn)) / zoom - 0.5
+    rotation, scale = 2 * share, 1 - 2 * share
+    return (0.5 + share) * (math.cos(rotation) + math.sin(rotation)) / scale - 0.5

@@ -18,15 +18,15 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     for name in LORA_ONLY:
         if getattr(arguments, name) is not None and not arguments.format.startswith("lora"):
-            parser.error(f"`--{name}` belongs to the formats lora-diffusers and lora-kohya; leave it out")
+            parser.error(f"`--{name}` belongs to the formats lora-diffusers and lora-kohya; omit it")
     # After parsing: `--help` and wrong flags need not wait for torch.
     from sd_memguard.console import configure_logging
     from sd_memguard.export.exporter import Exporter
-    from sd_memguard.runs.trained_run import read_run
+    from sd_memguard.runs.trained_run import read_trained_run
 
     configure_logging()
     with exit_on_user_error():
-        export = Exporter(read_run(arguments.run, arguments.pretrained_model_name_or_path)).export(
+        export = Exporter(read_trained_run(arguments.run, arguments.pretrained_model_name_or_path)).export(
             arguments.format,
             arguments.output,
             dtype=arguments.dtype,

@@ -46,7 +46,7 @@ def base_license(config: TrainConfig) -> dict[str, Any]:
         else:
             data = ModelCard.load(folder / "README.md").data
     except Exception as error:  # no card, or whatever the hub's client meets on its way there
-        logger.warning("the licence of the base model is not known, and the card leaves it out: %s", error)
+        logger.warning("the licence of the base model is not known, and the card does not name it: %s", error)
         return {}
     known = {} if data is None else data.to_dict()
     return {name: known[name] for name in ("license", "license_name", "license_link") if known.get(name)}
@@ -71,15 +71,15 @@ def model_card(repository: str, config: TrainConfig, summary: dict[str, Any]) ->
         "augment threshold": guard.augment_threshold,
         "memory bank": f"{guard.bank_mode}, decay {guard.bank_decay}",
         "redistributed share": guard.redistribute_fraction,
-        "visits skipped": f"{summary['skipped_fraction']:.1%}",
-        "visits augmented": f"{summary['augmented_fraction']:.1%}",
+        "samples skipped": f"{summary['skipped_fraction']:.1%}",
+        "samples augmented": f"{summary['augmented_fraction']:.1%}",
         "optimizer steps": f"{summary['global_step']} + {summary['extra_steps']} on augmented copies",
         "batch size": config.train_batch_size * config.gradient_accumulation_steps,
         "learning rate": config.learning_rate,
         "resolution": config.resolution,
     }
     if summary["heldout_loss"] is not None:
-        rows["denoising loss, trained on / unseen"] = f"{summary['train_loss']:.4f} / {summary['heldout_loss']:.4f}"
+        rows["denoising loss, trained on / held out"] = f"{summary['train_loss']:.4f} / {summary['heldout_loss']:.4f}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     guarded = "with" if config.memguard == "on" else "without"
     return ModelCard(

@@ -1,4 +1,4 @@
-"""What was exported, loaded again as its users will load it: are the weights the ones meant, does it draw the same?"""
+"""What was exported, loaded again as its users will load it: are the weights right, does it generate the same?"""
 
 import hashlib
 from collections.abc import Iterator

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sd_memguard.errors import UserError
 from sd_memguard.inspection.contact_sheet import contact_sheet, image_folder, image_loader
-from sd_memguard.inspection.plots import NothingToDrawError, bank_figure, fractions_figure, gap_figure, moves_figure
+from sd_memguard.inspection.plots import NothingToPlotError, bank_figure, fractions_figure, gap_figure, moves_figure
 from sd_memguard.inspection.summary import format_summary, memory_prone_rows, ranking_sentences
 from sd_memguard.runs.folder import FOLDER, RunFolder, read_run
 
@@ -42,7 +42,7 @@ class InspectSettings:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Tell the story of a run and draw its images.
+    """Print the summary of a run and plot its records.
 
     Args:
         argv: arguments; by default those of the command line.
@@ -54,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = read_run(settings.run)
     folder = image_folder(run, settings.train_data_dir)
     _print(format_summary(run, settings.num_images, _terminal_width()))
-    written, left_out = draw_images(run, folder, settings)
+    written, missing = write_images(run, folder, settings)
     if written:
         _print(f"\nWrote to {settings.output_dir}: {', '.join(written)}")
-    for reason in left_out:
-        _print(f"Not drawn: {reason}")
+    for reason in missing:
+        _print(f"Not plotted: {reason}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> InspectSettings:
@@ -81,13 +81,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def draw_images(run: RunFolder, folder: Path | None, settings: InspectSettings) -> tuple[list[str], list[str]]:
+def write_images(run: RunFolder, folder: Path | None, settings: InspectSettings) -> tuple[list[str], list[str]]:
     """Write the contact sheet and the plots, and return what was written and why something was not.
 
     Raises:
         UserError: the output folder cannot be written.
     """
-    written, left_out = [], []
+    written, missing = [], []
     try:
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         rows = memory_prone_rows(run, settings.num_images)
@@ -96,19 +96,19 @@ def draw_images(run: RunFolder, folder: Path | None, settings: InspectSettings) 
             sheet = contact_sheet(rows, load, ranking_sentences(run, len(rows)))
             sheet.save(settings.output_dir / CONTACT_SHEET, optimize=True)
             written.append(CONTACT_SHEET)
-            left_out += [] if folder else [f"the training images, {_where_they_were(run)}"]
+            missing += [] if folder else [f"the training images, {_where_they_were(run)}"]
         else:
-            why = "no round has ended yet" if run.samples is None else "no visit was skipped or augmented"
-            left_out.append(f"{CONTACT_SHEET}, since {why}")
+            why = "no round has ended yet" if run.samples is None else "no sample was skipped or augmented"
+            missing.append(f"{CONTACT_SHEET}, since {why}")
         for name, make in PLOTS.items():
             try:
                 make(run).savefig(settings.output_dir / name)
                 written.append(name)
-            except NothingToDrawError as reason:
-                left_out.append(str(reason))
+            except NothingToPlotError as reason:
+                missing.append(str(reason))
     except OSError as error:
         raise UserError(f"`--output_dir` {settings.output_dir} cannot be written: {error.strerror}") from error
-    return written, left_out
+    return written, missing
 
 
 def _where_they_were(run: RunFolder) -> str:

@@ -54,7 +54,7 @@ def image_loader(folder: Path) -> Load:
 def contact_sheet(rows: Sequence[dict[str, Any]], load: Load | None, note: Sequence[str]) -> Image.Image:
     """Return the images in rows of five, each with its rank, skip ratio, counts, file and caption.
 
-    A image that cannot be read is an empty frame with its file's name and the reason.
+    An image that cannot be read is an empty frame with its file's name and the reason.
 
     Args:
         rows: rows of ``samples.parquet``, the first image first.
@@ -73,13 +73,13 @@ def contact_sheet(rows: Sequence[dict[str, Any]], load: Load | None, note: Seque
             font=_font(13),
         )
     for index, row in enumerate(rows):
-        _draw_image(sheet, draw, image_box(index), row["file"], load)
-        _draw_words(draw, image_box(index), index + 1, row)
+        _paste_image(sheet, draw, image_box(index), row["file"], load)
+        _write_caption(draw, image_box(index), index + 1, row)
     return sheet
 
 
 def image_box(index: int) -> tuple[int, int, int, int]:
-    """Return left, top, right and bottom of the square in which a image stands."""
+    """Return left, top, right and bottom of the square in which an image stands."""
     left = MARGIN + index % COLUMNS * (IMAGE + GAP)
     top = HEADER + index // COLUMNS * (IMAGE + TEXT_HEIGHT + GAP)
     return left, top, left + IMAGE, top + IMAGE
@@ -92,7 +92,7 @@ def fitted(image: Image.Image) -> Image.Image:
     return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _draw_image(
+def _paste_image(
     sheet: Image.Image, draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], file: str, load: Load | None
 ) -> None:
     left, top, right, bottom = box
@@ -113,12 +113,12 @@ def _draw_image(
     sheet.paste(image, corner)
 
 
-def _draw_words(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], rank: int, row: dict[str, Any]) -> None:
+def _write_caption(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], rank: int, row: dict[str, Any]) -> None:
     left, _, _, bottom = box
-    left_out = row["skipped"] + row["augmented"]
+    unclean = row["skipped"] + row["augmented"]
     y = bottom + 7
     draw.text((left, y), f"{rank}.  {row['skip_ratio']:.0%}", fill=INK, font=_font(15, bold=True))
-    counts = f"{left_out} of {row['seen']} visits"
+    counts = f"{unclean} of {row['seen']} times"
     draw.text((left + IMAGE, y + 2), counts, fill=MUTED, font=_font(12), anchor="ra")
     y += LINE_HEIGHT + 3
     for line in _wrapped(one_line(row["caption"], 200), 13, IMAGE, CAPTION_LINES):

@@ -19,7 +19,7 @@ INK, MUTED, GRID = "#23262b", "#60656c", "#dfdfdf"
 MAX_ROUNDS_NUMBERED = 16
 
 
-class NothingToDrawError(ValueError):
+class NothingToPlotError(ValueError):
     """There are no numbers for this plot; the message says why and how to get them."""
 
 
@@ -27,13 +27,13 @@ def bank_figure(run: RunFolder) -> Figure:
     """Return the memory bank over the timesteps, a line for each proxy.
 
     Raises:
-        NothingToDrawError: the run kept no banks, or nothing was visited yet.
+        NothingToPlotError: the run kept no banks, or nothing was seen yet.
     """
     if not any(np.isfinite(bank.mean).any() for bank in run.banks):
-        raise NothingToDrawError("bank.png, since there is no memory bank on disk")
+        raise NothingToPlotError("bank.png, since there is no memory bank on disk")
     figure, (axes,) = _figure(1, f"What loss is usual at each timestep, after round {len(run.rounds)}", _bank_note(run))
     for k, bank in enumerate(run.banks):
-        # A timestep that nothing came near is a gap in the line; zeros cannot be drawn on a logarithmic scale.
+        # A timestep that nothing came near is a gap in the line; zeros cannot be shown on a logarithmic scale.
         axes.plot(np.where(bank.mean > 0, bank.mean, np.nan), label=f"proxy {k}", **_style(k))
     axes.set(xlabel="timestep (more noise to the right)", ylabel="memory bank: mean loss", yscale="log")
     axes.set_xlim(0, max(len(bank.mean) for bank in run.banks) - 1)
@@ -45,7 +45,7 @@ def _bank_note(run: RunFolder) -> str:
     if not run.is_guarded:
         return "The guard was off: the bank decided nothing."
     skip, augment = run.config.get("skip_threshold") or 0, run.config.get("augment_threshold") or 0
-    note = f"A visit below {skip} of its proxy's line is skipped" if skip else "Nothing is skipped"
+    note = f"A sample below {skip} of its proxy's line is skipped" if skip else "Nothing is skipped"
     note += f", below {augment} augmented" if augment > skip > 0 else ""
     covered = [shard.get("bank_coverage") for row in run.rounds[-1:] for shard in row["shards"]]
     known = [value for value in covered if value is not None]
@@ -53,20 +53,20 @@ def _bank_note(run: RunFolder) -> str:
 
 
 def fractions_figure(run: RunFolder) -> Figure:
-    """Return the skipped and the augmented share of the visits over the rounds, a line for each shard.
+    """Return the skipped and the augmented share of the samples over the rounds, a line for each shard.
 
     Raises:
-        NothingToDrawError: the guard was off, or no round has ended.
+        NothingToPlotError: the guard was off, or no round has ended.
     """
     if not run.is_guarded:
-        raise NothingToDrawError("fractions.png, since the guard was off and nothing is skipped or augmented")
+        raise NothingToPlotError("fractions.png, since the guard was off and nothing is skipped or augmented")
     if not run.rounds:
-        raise NothingToDrawError("fractions.png, since no round has ended yet")
+        raise NothingToPlotError("fractions.png, since no round has ended yet")
     last = run.rounds[-1]
-    title = "In round {}, {:.0%} of the visits were skipped and {:.0%} augmented".format(
+    title = "In round {}, {:.0%} of the samples were skipped and {:.0%} augmented".format(
         last["round"], *(round_mean(last, name) or 0 for name in ("skipped_fraction", "augmented_fraction"))
     )
-    figure, panels = _figure(2, title, "Shares of each shard's visits; the others were trained on as they are.")
+    figure, panels = _figure(2, title, "Shares of each shard's samples; the others were trained on as they are.")
     rounds = [row["round"] for row in run.rounds]
     for axes, kind in zip(panels, ("skipped", "augmented"), strict=True):
         for k in range(run.num_shards):
@@ -75,7 +75,7 @@ def fractions_figure(run: RunFolder) -> Figure:
         axes.set_title(kind, loc="left", fontsize=11, color=INK)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    panels[0].set_ylabel("share of visits")
+    panels[0].set_ylabel("share of samples")
     _legend(panels[1], run.num_shards)
     return figure
 
@@ -87,14 +87,14 @@ def _over_rounds(run: RunFolder, shard_index: int, name: str) -> list[float]:
 
 
 def gap_figure(run: RunFolder) -> Figure:
-    """Return the loss on images trained on and on unseen ones over the rounds, and what lies between.
+    """Return the loss on images trained on and on held-out ones over the rounds, and what lies between.
 
     Raises:
-        NothingToDrawError: it was not measured.
+        NothingToPlotError: it was not measured.
     """
     probed = [row for row in run.rounds if None not in (row.get("train_loss"), row.get("heldout_loss"))]
     if not probed:
-        raise NothingToDrawError(f"heldout_gap.png: the held-out gap was {NO_GAP}")
+        raise NothingToPlotError(f"heldout_gap.png: the held-out gap was {NO_GAP}")
     last = probed[-1]
     gap = last["heldout_loss"] - last["train_loss"]
     figure, (axes,) = _figure(
@@ -106,7 +106,7 @@ def gap_figure(run: RunFolder) -> Figure:
     rounds = [row["round"] for row in probed]
     curves = {name: np.array([row[name] for row in probed]) for name in ("heldout_loss", "train_loss")}
     axes.fill_between(rounds, curves["train_loss"], curves["heldout_loss"], color=GRID, linewidth=0)
-    for (name, values), label, index in zip(curves.items(), ("unseen", "trained on"), (1, 0), strict=True):
+    for (name, values), label, index in zip(curves.items(), ("held out", "trained on"), (1, 0), strict=True):
         errors = [row.get(f"{name}_error") or 0.0 for row in probed]
         style: dict[str, Any] = {**_style(index), "marker": "o", "capsize": 3, "elinewidth": 0.7}
         axes.errorbar(rounds, values, yerr=errors, label=label, **style)
@@ -128,11 +128,11 @@ def moves_figure(run: RunFolder) -> Figure:
     """Return the moves between shards in each redistribution, and how often the samples have moved.
 
     Raises:
-        NothingToDrawError: no redistribution has taken place.
+        NothingToPlotError: no redistribution has taken place.
     """
     rounds = [row for row in run.rounds if row["kind"] == "redistribute"]
     if not rounds:
-        raise NothingToDrawError(f"moves.png, since {_no_moves(run)}")
+        raise NothingToPlotError(f"moves.png, since {_no_moves(run)}")
     counts = {(move["source"], move["target"], row["round"]): move["count"] for row in rounds for move in row["moves"]}
     pairs = sorted({(source, target) for source, target, _ in counts}) or [(0, 1)]
     matrix = np.array([[counts.get((*pair, row["round"]), 0) for row in rounds] for pair in pairs])
@@ -152,7 +152,7 @@ def _no_moves(run: RunFolder) -> str:
 
 
 def _matrix(axes: Axes, matrix: np.ndarray, names: list[str], rounds: list[int]) -> None:
-    """Draw counts as shades, with the numbers on them while there is room."""
+    """Show counts as shades, with the numbers on them while there is room."""
     axes.imshow(matrix, cmap="Blues", vmin=0, vmax=max(int(matrix.max()), 1) * 1.25, aspect="auto")
     axes.set_title("samples moved, from shard to shard", loc="left", fontsize=11, color=INK)
     axes.set(xlabel="after round", yticks=range(len(names)), yticklabels=names)
@@ -173,7 +173,7 @@ def _matrix(axes: Axes, matrix: np.ndarray, names: list[str], rounds: list[int])
 
 
 def _moved_samples(axes: Axes, run: RunFolder) -> None:
-    """Draw how many samples have moved how often."""
+    """Show how many samples have moved how often."""
     moves = run.samples["moves"].to_numpy() if run.samples is not None else np.zeros(0, dtype=np.int64)
     heights = np.bincount(moves) if len(moves) else np.zeros(1, dtype=np.int64)
     bars = axes.bar(range(len(heights)), heights, color=COLOURS[0], width=0.7)

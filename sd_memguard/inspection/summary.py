@@ -1,4 +1,4 @@
-"""The story of a run in words: what was trained on what, round by round, how it ended, its memory-prone images."""
+"""The summary of a run in words: what was trained on what, round by round, how it ended, its memory-prone images."""
 
 import textwrap
 from typing import Any
@@ -17,7 +17,7 @@ MISSING, INDENT = "-", " " * 11
 
 
 def format_summary(run: RunFolder, num_images: int, width: int) -> str:
-    """Return the story of a run.
+    """Return the summary of a run.
 
     Args:
         run: what it has written down.
@@ -47,7 +47,7 @@ def _heading(run: RunFolder) -> list[str]:
 
 
 def _settings(run: RunFolder, width: int) -> list[str]:
-    """Return what was trained on what, a line for each subject."""
+    """Return what was trained on what, a line for each part."""
     config = run.config
     get = config.get
     batch = (get("train_batch_size") or 1) * (get("gradient_accumulation_steps") or 1)
@@ -140,7 +140,7 @@ def _ending(run: RunFolder) -> list[str]:
     """Return what it ended with, or where it stands."""
     if not run.rounds:
         return []
-    lines = ["How it ended" if run.is_finished else "Where it stands", *_gap_lines(run), *_visit_lines(run)]
+    lines = ["How it ended" if run.is_finished else "Where it stands", *_gap_lines(run), *_sample_lines(run)]
     empty, nonfinite = (_total(run, name) for name in ("empty_steps", "nonfinite_steps"))
     lines.append(f"  steps    {empty} without a clean sample, {nonfinite} not finite")
     if "lora_rank" in run.summary:
@@ -162,7 +162,7 @@ def _gap_lines(run: RunFolder) -> list[str]:
     last, lowest = probed[-1], min(probed, key=lambda row: row["heldout_loss"])
     gap = last["heldout_loss"] - last["train_loss"]
     text = f"  gap      {gap:+.4f}: loss {last['train_loss']:.4f} on images trained on, "
-    text += f"{last['heldout_loss']:.4f} on unseen ones"
+    text += f"{last['heldout_loss']:.4f} on held-out ones"
     if lowest is not last:
         text += f" (lowest after round {lowest['round']}: {lowest['heldout_loss']:.4f})"
     return [text]
@@ -172,17 +172,17 @@ NO_GAP = "not measured: it needs images that are not trained on, `--validation_d
 """Why there is no held-out gap."""
 
 
-def _visit_lines(run: RunFolder) -> list[str]:
+def _sample_lines(run: RunFolder) -> list[str]:
     if run.samples is None:
         return []
     seen, skipped, augmented = (int(np.sum(run.samples[name].to_numpy())) for name in ("seen", "skipped", "augmented"))
     if not run.is_guarded or seen == 0:
-        return [f"  visits   {seen:,}"]
+        return [f"  samples  {seen:,}"]
     extra = sum(row["extra_steps"] for row in run.rounds)
     left = run.summary.get("augment_queue_left")
     queue = f", {left} left in the queues" if left is not None else ""
     return [
-        f"  visits   {seen:,}: {skipped / seen:.1%} skipped, {augmented / seen:.1%} augmented "
+        f"  samples  {seen:,}: {skipped / seen:.1%} skipped, {augmented / seen:.1%} augmented "
         f"({extra} extra steps on the copies{queue})"
     ]
 
@@ -193,7 +193,7 @@ def memory_prone_table(run: RunFolder, num_images: int, width: int) -> list[str]
         return []
     prone = memory_prone_rows(run, num_images)
     if not prone:
-        return ["Memory-prone images: none, no visit was skipped or augmented."]
+        return ["Memory-prone images: none, no sample was skipped or augmented."]
     header = ["", "skip ratio", "seen", "skipped", "augmented", "moves", "shard"]
     numbers = [
         [str(number), _percent(row["skip_ratio"]), *(str(row[name]) for name in header[2:])]
@@ -232,10 +232,10 @@ def ranking_sentences(run: RunFolder, num_listed: int) -> list[str]:
     rate = unclean.sum() / seen.sum()
     sentences = [
         "skip ratio = (skipped + augmented) / seen; ranked by (skipped + augmented) / (seen + 1), ties by sample id",
-        f"{num_reached:,} of {len(seen):,} images rank as high as the last one here; if every visit were left out at "
+        f"{num_reached:,} of {len(seen):,} images rank as high as the last one here; if every sample were skipped at "
         f"the mean rate of {rate:.0%}, chance would put {expected:,.1f} there",
     ]
-    times = f"a image was seen {np.median(seen):g} times (median)"
+    times = f"an image was seen {np.median(seen):g} times (median)"
     if expected >= num_reached:
         sentences.append(f"so this list says nothing yet: {times}")
     elif expected > num_reached / 2:

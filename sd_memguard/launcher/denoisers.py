@@ -9,7 +9,7 @@ layers, as sd-scripts, OneTrainer and ai-toolkit do. Where another module is tra
 
 import gc
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,38 +35,6 @@ DENOISER = re.compile(
 """Names of denoisers' classes. ``Transformer2DModel`` alone is a block of UNets and of ControlNets."""
 NOT_DENOISERS = re.compile(r"DualTransformer2DModel|\w*ControlNet\w*")
 
-REFUSED_SOURCES: Mapping[str, str] = {
-    r"^\s*(import|from) (jax|flax)\b": "it trains with Flax, and the guard is for torch",
-    r"\bcolossalai\b|\bORTModule\b|\btorch_xla\b": (
-        "it trains through another engine than torch's (ColossalAI, ONNX Runtime, XLA), where no hook sees a gradient"
-    ),
-    r"\blogsigmoid\b": (
-        "it trains on preferences between pairs of images (DPO, ORPO): its loss is no squared error of one image, so a "
-        "row of the gradient does not say how well an image is known"
-    ),
-    r"\bteacher_(unet|transformer)\b|\bpretrained_teacher_model\b": (
-        "it distils a teacher: its loss compares two models' outputs and says nothing of how well an image is known"
-    ),
-    r"\bCustomDiffusion\w*Processor\w*\b": (
-        "its loss is averaged over a mask of each image (custom diffusion), so that images of small masks would be "
-        "taken for well known ones"
-    ),
-    r"\bdisc(riminator|_optimizer|r_optimizer)\b|\boptimizer_D\b": "it trains against a discriminator",
-}
-"""Patterns of a script's source, and why a script with it cannot be guarded."""
-
-REFUSED_FLAGS: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "loss_type": (
-        ("huber", "smooth_l1", "l1", "huber_scheduled"),
-        "a sample's gradient then does not say how well it is known; use `--loss_type l2`",
-    ),
-    "use_lpl": (
-        (True,),
-        "it adds a loss on the features of the VAE, by which samples would be judged, too; leave it out",
-    ),
-}
-"""Flags of scripts, their values, and why a script cannot be guarded under them."""
-
 
 def is_denoiser(module: Any, classes: Sequence[str] = ()) -> bool:
     """Return whether a module is of a denoiser's class, or derives from one.
@@ -79,30 +47,6 @@ def is_denoiser(module: Any, classes: Sequence[str] = ()) -> bool:
     if classes:
         return not names.isdisjoint(classes)
     return any(DENOISER.fullmatch(name) and not NOT_DENOISERS.fullmatch(name) for name in names)
-
-
-def check_source(source: str, name: str) -> None:
-    """Refuse a script by its source, before it loads anything.
-
-    Raises:
-        LoopError: says why.
-    """
-    for pattern, reason in REFUSED_SOURCES.items():
-        if re.search(pattern, source, re.MULTILINE):
-            raise LoopError(f"{name} cannot be guarded: {reason}")
-
-
-def check_flags(arguments: Any) -> None:
-    """Refuse flags of a script, by what it has parsed.
-
-    Raises:
-        LoopError: names the flag, and says why and what to do.
-    """
-    for flag, (values, reason) in REFUSED_FLAGS.items():
-        value = getattr(arguments, flag, None)
-        if value is not None and value in values:
-            shown = f"--{flag}" if value is True else f"--{flag} {value}"
-            raise LoopError(f"`{shown}` cannot be used under the guard: {reason}")
 
 
 def find_denoisers(classes: Sequence[str] = ()) -> list[nn.Module]:

@@ -1,15 +1,59 @@
-"""What the launcher has to know of a script: the processes it runs in, its length, how it caches."""
+"""What the launcher has to know of a script, and which cannot be guarded: known before torch is imported."""
 
 import math
-import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from sd_memguard.errors import UserError
+from sd_memguard.environment import configured_spreading, launched_processes
+from sd_memguard.errors import LoopError, UserError
+from sd_memguard.launcher.arguments import Command
+
+REFUSED_SOURCES: Mapping[str, str] = {
+    r"^\s*(import|from) (jax|flax)\b": "it trains with Flax, and the guard is for torch",
+    r"\bcolossalai\b|\bORTModule\b|\btorch_xla\b": (
+        "it trains through another engine than torch's (ColossalAI, ONNX Runtime, XLA), where no hook sees a gradient"
+    ),
+    r"\blogsigmoid\b": (
+        "it trains on preferences between pairs of images (DPO, ORPO): its loss is no squared error of one image, so a "
+        "row of the gradient does not say how well an image is known"
+    ),
+    r"\bteacher_(unet|transformer)\b|\bpretrained_teacher_model\b": (
+        "it distils a teacher: its loss compares two models' outputs and says nothing of how well an image is known"
+    ),
+    r"\bCustomDiffusion\w*Processor\w*\b": (
+        "its loss is averaged over a mask of each image (custom diffusion), so that images of small masks would be "
+        "taken for well known ones"
+    ),
+    r"\bdisc(riminator|_optimizer|r_optimizer)\b|\boptimizer_D\b": "it trains against a discriminator",
+}
+"""Patterns of a script's source, and why a script with it cannot be guarded."""
+
+REFUSED_FLAGS: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "loss_type": (
+        ("huber", "smooth_l1", "l1", "huber_scheduled"),
+        "a sample's gradient then does not say how well it is known; use `--loss_type l2`",
+    ),
+    "use_lpl": (
+        (True,),
+        "it adds a loss on the features of the VAE, by which samples would be judged, too; leave it out",
+    ),
+}
+"""Flags of scripts, their values, and why a script cannot be guarded under them."""
 
 
 class ScriptError(UserError):
     """A script, or a flag of it, that cannot be run under the guard."""
+
+
+def check_script(command: Command) -> None:
+    """Refuse what can be told before the script runs.
+
+    Raises:
+        UserError: says why.
+    """
+    check_environment(command.guard.num_shards)
+    check_source(command.script.read_text(encoding="utf-8"), command.script.name)
 
 
 def check_environment(num_shards: int | str) -> None:
@@ -21,18 +65,42 @@ def check_environment(num_shards: int | str) -> None:
     Raises:
         ScriptError: names it.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launched_processes()
     if world_size > 1 and num_shards not in ("auto", 1):
         raise ScriptError(
             f"{world_size} processes were launched, and the proxies of {num_shards} shards take turns in one: start "
             "the script with `accelerate launch --num_processes 1`, or give the guard `--num_shards 1`"
         )
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise ScriptError(
-                f"accelerate is configured for {name}, which spreads the weights that the guard exchanges between "
-                "shards; run `accelerate config` without it"
-            )
+    name = configured_spreading()
+    if name is not None:
+        raise ScriptError(
+            f"accelerate is configured for {name}, which spreads the weights that the guard exchanges between "
+            "shards; run `accelerate config` without it"
+        )
+
+
+def check_source(source: str, name: str) -> None:
+    """Refuse a script by its source, before it loads anything.
+
+    Raises:
+        LoopError: says why.
+    """
+    for pattern, reason in REFUSED_SOURCES.items():
+        if re.search(pattern, source, re.MULTILINE):
+            raise LoopError(f"{name} cannot be guarded: {reason}")
+
+
+def check_flags(arguments: Any) -> None:
+    """Refuse flags of a script, by what it has parsed.
+
+    Raises:
+        LoopError: names the flag, and says why and what to do.
+    """
+    for flag, (values, reason) in REFUSED_FLAGS.items():
+        value = getattr(arguments, flag, None)
+        if value is not None and value in values:
+            shown = f"--{flag}" if value is True else f"--{flag} {value}"
+            raise LoopError(f"`{shown}` cannot be used under the guard: {reason}")
 
 
 def caches_by_step(source: str, arguments: Any) -> bool:

@@ -30,15 +30,13 @@ from sd_memguard.errors import LoopError
 from sd_memguard.guard import MemorizationGuard
 from sd_memguard.launcher.arguments import Command
 from sd_memguard.launcher.denoisers import (
-    check_flags,
-    check_source,
     find_denoisers,
     find_trained_denoiser,
     trained_parameters,
     watch_calls,
 )
 from sd_memguard.launcher.records import BareRecords, data_dir, find_script_duplicates, sample_table
-from sd_memguard.launcher.scripts import ScriptError, caches_by_step, check_environment, total_steps
+from sd_memguard.launcher.scripts import ScriptError, caches_by_step, check_flags, check_script, total_steps
 from sd_memguard.plugin.attach import Attachment, Loop, LoopOptions, plan_loop, prepare
 from sd_memguard.plugin.backends import AccelerateBackend, PlainBackend, plain_optimizer
 from sd_memguard.plugin.checkpoint import FOLDER
@@ -48,7 +46,7 @@ from sd_memguard.proxies.lora import LoraProxies
 logger = logging.getLogger(__name__)
 
 RAM_SHARE = 0.5
-"""Share of the free memory that resting proxies may take before they go to files."""
+"""Share of the free memory that offloaded proxies may take before they go to files."""
 COPIES = 3
 """Weights and the two moments of AdamW."""
 LENGTH_FLAGS = ("max_train_steps", "num_train_epochs", "max_train_epochs", "output_dir")
@@ -97,8 +95,7 @@ class Session:
             UserError: it cannot be run under the guard, or something in it was not what the guard relies on.
         """
         command = self.command
-        check_environment(command.guard.num_shards)
-        check_source(self.source, command.script.name)
+        check_script(command)
         sys.argv = [str(command.script), *command.arguments]
         sys.path.insert(0, str(command.script.resolve().parent))
         with self._patches(), watch_calls(self._on_call, command.denoisers):
@@ -200,7 +197,7 @@ class Session:
         plan = plan_loop(guard, loop)
         if guard.num_shards == 1:  # nothing is exchanged, and an EMA averages what it always does
             loop.options = replace(options, ema=None, models=())
-        elif self._rests_on_disk([*loop.models], guard.num_shards):
+        elif self._stores_on_disk([*loop.models], guard.num_shards):
             loop.options = replace(options, store_dir=Path(self.arguments.output_dir) / FOLDER / "proxies")
         plan.notices[:0] = notices
         guard.attachment, prepared = prepare(guard, accelerator, loop, objects, plan=plan, call=call)
@@ -223,9 +220,10 @@ class Session:
             if config.num_shards not in ("auto", 1):
                 raise ScriptError(f"`--num_shards {config.num_shards}` cannot be had: {reason}")
             config = replace(config, num_shards=1)
+            why = reason.partition(";")[0]
             notice = (
-                f"which sample is which is not known, since {reason}. Samples are skipped by their loss, but not "
-                "counted, and near-duplicates count each: `sd-memguard check` finds them before training"
+                f"which sample is which is not known, since {why}. Samples are skipped by their loss, but not counted, "
+                "and near-duplicates count each: `sd-memguard check` finds them before training"
             )
             return MemorizationGuard(config), [] if config.is_neutral else [notice]
         dataset = dataloader.dataset
@@ -236,14 +234,14 @@ class Session:
         except ValueError as error:  # more shards than samples
             raise ScriptError(str(error)) from error
 
-    def _rests_on_disk(self, models: list[nn.Module], num_shards: int) -> bool:
+    def _stores_on_disk(self, models: list[nn.Module], num_shards: int) -> bool:
         if self.command.proxy_store != "auto":
             return self.command.proxy_store == "disk"
         from sd_memguard.host_memory import available_memory  # which needs psutil
 
         trained = [p for model in models for p in model.parameters() if p.requires_grad]
-        resting = COPIES * num_shards * sum(p.numel() * p.element_size() for p in trained)
-        return resting > RAM_SHARE * available_memory()
+        offloaded = COPIES * num_shards * sum(p.numel() * p.element_size() for p in trained)
+        return offloaded > RAM_SHARE * available_memory()
 
     # Any other trainer.
 

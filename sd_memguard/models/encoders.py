@@ -45,7 +45,7 @@ class Encoders:
         return moments
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return scaled latents drawn with the given noise (B, C, h, w), the mean without."""
+        """Return scaled latents sampled with the given noise (B, C, h, w), the mean without."""
         distribution = DiagonalGaussianDistribution(moments)
         latents = distribution.mean if noise is None else distribution.mean + distribution.std * noise
         scaled: Tensor = latents * self.vae.config.scaling_factor
@@ -66,7 +66,7 @@ class Encoders:
 
     @property
     def moments_shape(self) -> tuple[int, int]:
-        """Channels of the moments, and by how much the VAE shrinks a image's side."""
+        """Channels of the moments, and by how much the VAE shrinks an image's side."""
         config = self.vae.config
         return 2 * config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
 

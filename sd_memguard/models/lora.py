@@ -8,11 +8,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor
-from torch.nn.functional import pad
 from tqdm import tqdm
 
 from sd_memguard.core.seeding import derive_seed
 from sd_memguard.errors import UserError
+from sd_memguard.proxies.low_rank import best_factors
 
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 """The projections of the attention layers, as in diffusers' LoRA script."""
@@ -43,7 +43,7 @@ class LowRank(NamedTuple):
 def add_adapter(unet: UNet2DConditionModel, rank: int, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Freeze the UNet in ``dtype``, add a float32 adapter (alpha = rank), and return the adapted weights in float32.
 
-    The factors are drawn as in diffusers' script (gaussian down, zero up), from an address of their own.
+    The factors are initialized as in diffusers' script (gaussian down, zero up), from an address of their own.
     """
     unet.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS)
@@ -131,23 +131,6 @@ def singular_squares(matrix: Tensor) -> Tensor:
     """Return the squares of the singular values of a matrix in float64, largest first."""
     short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     return torch.linalg.eigvalsh(short @ short.T).clamp_min(0).flip(0)
-
-
-def best_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the (rank, in) and (out, rank) factors nearest to an (out, in) matrix in float64, both of one scale.
-
-    They come from the eigenvectors of the smaller of ``M M^T`` and ``M^T M``, many times quicker than an SVD of the
-    long matrices of convolutions. In float64 that loses singular values below 1e-8 of the largest one.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        down, up = best_factors(matrix.T, rank)
-        return up.T, down.T
-    left = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].flip(1)
-    right = left.T @ matrix
-    root = right.norm(dim=1).sqrt()
-    down, up = right / root.clamp_min(1e-150)[:, None], left * root
-    padding = rank - len(root)
-    return pad(down, (0, 0, 0, padding)), pad(up, (0, padding))
 
 
 def smallest_rank(spectra: Sequence[Tensor], lost: float, error: float, rounding: float = 0.0) -> int:

@@ -91,7 +91,7 @@ def _download(name: str, config: TrainConfig) -> Path:
 def _unavailable(name: str, error: Exception) -> ModelError:
     way_out = "give the path of a diffusers folder, or the name of a hub model that has safetensors"
     if name in GONE:
-        way_out = f"that name is gone from the hub: give its mirror, `{GONE[name]}`"
+        way_out = f"that name is gone from the hub: use `{GONE[name]}`"
     return ModelError(
         f"`--pretrained_model_name_or_path` {name!r} is no folder here and could not be had from the hub ({error}); "
         f"{way_out}"
@@ -158,7 +158,7 @@ def _check_prediction(folder: Path, config: TrainConfig) -> None:
     if config.dream_training and predicted == "v_prediction":
         raise ConfigError(
             f"`--dream_training` is not defined for v-prediction, which {folder} is of by its scheduler's config; "
-            "leave it out"
+            "omit it"
         )
 
 

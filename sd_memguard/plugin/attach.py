@@ -81,10 +81,10 @@ class LoopPlan:
 
 
 def plan_loop(guard: SampleGuard, loop: Loop) -> LoopPlan:
-    """Check a loop, settle the number of shards, and say what the guard will do; nothing in the loop is changed.
+    """Check a loop, resolve the number of shards, and say what the guard will do; nothing in the loop is changed.
 
     With one shard the loop keeps its own order, unless duplicates have to count as one image, or augmented copies have
-    to be trained, and its batches can be formed anew.
+    to be trained, and its batches can be formed again.
 
     Raises:
         LoopError: something in the loop is not what the guard relies on.

@@ -12,10 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sd_memguard.core.augmentation import NUM_OPERATIONS
 from sd_memguard.core.seeding import Address, derive_seed
 
-NUM_OPERATIONS = 2
-"""Operations of RandAugment, as in the paper."""
 TRANSFORMS = ("transform", "image_transforms", "train_transforms")
 """Names under which datasets keep a torchvision `Compose`."""
 
@@ -27,7 +26,7 @@ class Augmenter(Protocol):
     """Makes batches of augmented copies."""
 
     def __call__(self, sample_ids: list[int], magnitude: int, address: Address) -> Any:
-        """Return a batch like the dataloader's, drawn at an address."""
+        """Return a batch like the dataloader's, for an address."""
 
 
 class GivenAugmenter:
@@ -60,7 +59,7 @@ class TransformAugmenter:
         self.dataset, self.collate, self.seed = dataset, collate, seed
 
     def __call__(self, sample_ids: list[int], magnitude: int, address: Address) -> Any:
-        """Return a batch; every sample has draws of its own."""
+        """Return a batch; every sample has random numbers of its own."""
         from torchvision.transforms import RandAugment
 
         randaugment = RandAugment(num_ops=NUM_OPERATIONS, magnitude=magnitude)
@@ -96,7 +95,7 @@ def find_augmenter(
 
 
 def _look(augmenter: TransformAugmenter, change: Callable[[Any], Any]) -> list[Tensor]:
-    """Return the images of the first sample under a change, always with the same draws."""
+    """Return the images of the first sample under a change, always with the same random numbers."""
     with seeded(0):
         return _images(augmenter.collate([augmenter.row(0, change)]))
 

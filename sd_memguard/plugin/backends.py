@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sd_memguard.environment import SPREADING
 from sd_memguard.errors import LoopError
-
-SPREADING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP", "XLA")
 
 
 class LoopBackend(Protocol):
@@ -49,7 +48,7 @@ class PlainBackend:
         """Do nothing."""
 
     def overflowed(self) -> bool:
-        """Return False: a step that was left out cannot be told from a batch that was accumulated."""
+        """Return False: a step that was skipped cannot be told from a batch that was accumulated."""
         return False
 
     def grad_scaler(self) -> Any:
@@ -95,7 +94,7 @@ class AccelerateBackend:
         self.accelerator.gradient_state._remove_dataloader(loader)
 
     def overflowed(self) -> bool:
-        """Say whether the gradient scaler has left out the step of a batch that closed its window."""
+        """Say whether the gradient scaler has skipped the step of a batch that closed its window."""
         return self.accelerator.scaler is not None and bool(self.accelerator.sync_gradients)
 
     def grad_scaler(self) -> Any:

@@ -47,7 +47,7 @@ def announce(driver: LoopDriver, checkpoint: Path) -> None:
     folder = checkpoint / FOLDER
     if not (folder / f"{STATE}.json").is_file():
         if driver.schedule.num_shards == 1:
-            logger.warning("%s was written without the guard: its memory bank and its counts begin anew", checkpoint)
+            logger.warning("%s was written without the guard: its bank and counts start from zero", checkpoint)
             return
         raise LoopError(
             f"{checkpoint} was written without the guard (no {FOLDER}/ in it), so that shards, proxies and memory "

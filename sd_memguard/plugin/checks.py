@@ -33,7 +33,7 @@ def why_unnumbered(dataloader: Any) -> str | None:
     found = next((name for name in ORDERS_ITSELF if hasattr(dataset, name)), None)
     if found is not None:
         return (
-            f"the dataset ({type(dataset).__name__}, with `{found}`) puts its samples in another order by itself, so "
+            f"the dataset ({type(dataset).__name__}, with `{found}`) puts its samples in another order of its own, so "
             "that a number is another image in each epoch; attach the guard without a dataloader"
         )
     return None
@@ -82,7 +82,7 @@ def check_order(dataloader: DataLoader) -> None:
         whole = not sampler.replacement and sampler.num_samples == len(dataloader.dataset)  # type: ignore[arg-type]
     if not whole:
         raise LoopError(
-            f"the dataloader draws its samples by {type(sampler).__name__}, which the guard would replace by a plain "
+            f"the dataloader samples by {type(sampler).__name__}, which the guard would replace by a plain "
             "permutation; use `shuffle=True` and leave weights or subsets to the dataset, or set `num_shards=1`"
         )
 

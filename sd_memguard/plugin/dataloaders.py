@@ -1,7 +1,7 @@
 """Dataloaders that take the place of the loop's own: the same batches, with `sample_id` in those that are dicts.
 
 `GuardedLoader` goes shard by shard and drives the rounds; `LabelledLoader`, for one shard, keeps the order and the
-batches that the loop has chosen. Neither draws from the global generator.
+batches that the loop has chosen. Neither uses the global generator.
 """
 
 from collections.abc import Callable, Iterator, MutableMapping
@@ -151,7 +151,7 @@ class GuardedLoader(WatchedLoader):
     """Batches of one shard at a time, all of the full size, for as many batches as an epoch had before.
 
     An epoch that a checkpoint has interrupted is brought to its end first. With several worker processes, random
-    transforms of the dataset draw from the workers' generators, which no checkpoint holds.
+    transforms of the dataset use the workers' generators, which no checkpoint holds.
 
     Args:
         loader: the loop's loader.

@@ -3,7 +3,7 @@ r"""The row gate: guards a loop whose loss is not seen, by the gradient that rea
 A hook on the denoiser's output tensor is called in the backward pass with :math:`g = \partial L / \partial y`, one row
 :math:`g_i` for each sample. The gate computes each sample's loss from its row, asks a judge for weights, and passes on
 the rows with those weights, zero for a sample to skip. Everything trained lies behind the output, the denoiser and the
-text encoders alike, so a row of zeros is a sample left out of every gradient. The loss itself, as the script computes
+text encoders alike, so a row of zeros is a sample skipped in every gradient. The loss itself, as the script computes
 and logs it, stays as it is.
 
 **The loss of a row.** Let the loss be any squared error, weighted by the timestep alone, of anything affine in the
@@ -30,7 +30,7 @@ weights that differ between samples of one timestep, and for further terms of th
 skipped for all of them, but judged by their sum). ``docs/gate.md`` lists what is refused, said, or left to the user.
 
 **What is passed on.** The gradient of a step shall be the mean over the samples that were kept in all its accumulated
-batches, as if the others had never been drawn: kept rows are multiplied by samples / kept, counted over the window of
+batches, as if the others had never been sampled: kept rows are multiplied by samples / kept, counted over the window of
 accumulation and all processes. The gradients accumulated so far are rescaled whenever a batch changes that share, so
 that they are right when the loop clips them. A window without any kept sample is no step: its gradients are set to
 None, so that neither weight decay nor momentum moves a weight.
@@ -496,7 +496,7 @@ class RowGate:
         if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in parameters):
             raise LoopError(
                 "the optimizer takes its steps within the backward pass (fused backward), parameter by parameter, so "
-                "that a step without any sample to train on cannot be left out; turn that off"
+                "that a step without any sample to train on cannot be skipped; turn that off"
             )
 
     # The step.
@@ -535,7 +535,7 @@ class RowGate:
         return closed
 
     def _watch_zero_grad(self, optimizer: Optimizer) -> Callable[..., None]:
-        """Forget the window where its gradients are thrown away, as after a step that a ``GradScaler`` has left out."""
+        """Forget the window where its gradients are thrown away, as after a step that a ``GradScaler`` has skipped."""
         plain = optimizer.zero_grad
 
         @functools.wraps(plain)  # accelerate looks at its signature

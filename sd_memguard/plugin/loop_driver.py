@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 AUGMENTED = "augmented"
 """What the gate hands back with a batch of augmented copies."""
-TOO_MANY_SKIPPED, FIRST_SAMPLES = 0.6, 500
+TOO_MANY_SKIPPED, FIRST_SAMPLES = 0.7, 500
 """Share of a run's first samples skipped at which the loss falls faster than the memory bank follows."""
 
 
@@ -302,7 +302,7 @@ class LoopDriver:
                 logger.warning(
                     "%.0f%% of the first %d samples were skipped: the loss falls faster than the memory bank follows, "
                     "as in training from scratch; lower `skip_threshold` or `bank_decay`, or guard the run once the "
-                    "loss has settled",
+                    "loss is stable",
                     *(100 * share, self.samples_judged),
                 )
 
@@ -314,7 +314,7 @@ class LoopDriver:
         if any(not math.isclose(a, b, rel_tol=1e-5) for a, b in zip(self._loop_rates, expected, strict=True)):
             raise LoopError(
                 f"at step {step} the learning rate is {self._loop_rates}, where `lr_scheduler` is at {expected} if it "
-                "is stepped once after each optimizer step; do so, or leave it out of `prepare` or `attach`, and the "
+                "is stepped once after each optimizer step; do so, or omit it of `prepare` or `attach`, and the "
                 "learning rate is the loop's affair"
             )
 

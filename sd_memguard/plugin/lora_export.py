@@ -8,13 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.functional import pad
 
 from sd_memguard.plugin.trainable import Adapter
 from sd_memguard.proxies.lora import LoraProxies
+from sd_memguard.proxies.low_rank import best_factors
 from sd_memguard.proxies.swap import copy_tensors
 
 
@@ -33,7 +31,7 @@ def whole_adapter(
 
     Args:
         proxies: the proxies to average.
-        adapter: the adapter's layers in the resident model.
+        adapter: the adapter's layers in the active model.
         weights: weight of each proxy.
         rank: rank of the factors; by default the adapter's rank times the number of proxies. All layers have this one,
             those that need less with zeros for the rest: what is saved is loaded by the rank in the adapter's config.
@@ -50,12 +48,11 @@ def whole_adapter(
             change = merged.double() - adapter.original[layer].double()
             device = own[layer][0].device
             # Apple's GPUs know no float64.
-            down, up, left_out = best_factors(
-                change.to("cpu" if device.type == "mps" else device) / adapter.scaling, wanted
-            )
+            change = change.to("cpu" if device.type == "mps" else device)
+            down, up = best_factors(change / adapter.scaling, wanted)
             for module, factor, weight in zip(modules, (down, up), own[layer], strict=True):
                 module.weight = Parameter(factor.to(weight).contiguous(), requires_grad=weight.requires_grad)
-            missed += left_out * adapter.scaling**2
+            missed += float((change - adapter.scaling * up @ down).square().sum())
             total += float(change.square().sum())
         copy_tensors(adapter.original, proxies.base)
         yield Fit(wanted, (missed / total) ** 0.5 if total else 0.0)
@@ -78,21 +75,3 @@ def _set_rank(adapter: Adapter, rank: int, restored: ExitStack) -> None:
         for values, value in ((module.r, rank), (module.lora_alpha, alpha)):
             restored.callback(values.__setitem__, adapter.name, values[adapter.name])
             values[adapter.name] = value
-
-
-def best_factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the factors of a rank whose product is nearest to a change, and the square of what it misses.
-
-    Args:
-        change: (out, in) float64.
-        rank: largest rank.
-
-    Returns:
-        down (rank, in) and up (out, rank), float64, with zeros beyond the rank of the change; the sum of the squares of
-        the singular values left out.
-    """
-    left, values, right = torch.linalg.svd(change, full_matrices=False)
-    root = values[:rank].sqrt()
-    padding = rank - len(root)
-    down, up = pad(root[:, None] * right[:rank], (0, 0, 0, padding)), pad(left[:, :rank] * root, (0, padding))
-    return down, up, float(values[rank:].square().sum())

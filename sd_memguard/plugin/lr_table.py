@@ -31,7 +31,7 @@ def tabulate(lr_scheduler: Any, optimizer: Optimizer, steps: int) -> LRTable:
     if not isinstance(schedule, LRScheduler) or isinstance(schedule, ReduceLROnPlateau):
         raise LoopError(
             f"`lr_scheduler` must be one of torch's that depends on the step alone, got {type(schedule).__name__}: a "
-            "proxy needs the learning rate of steps that are yet to come; use another schedule, or leave it out and "
+            "proxy needs the learning rate of steps that are yet to come; use another schedule, or omit it and "
             "set the learning rate in the loop"
         )
     saved = copy.deepcopy(schedule.state_dict())

@@ -1,4 +1,4 @@
-"""Full-weight proxies: one model and one optimizer state are resident, whatever the number of shards is."""
+"""Full-weight proxies: one model and one optimizer state are active, whatever the number of shards is."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sd_memguard.core.aggregation import distance, iterate_aggregate
-from sd_memguard.distributed import Exchange
+from sd_memguard.distributed import ProcessGroup
 from sd_memguard.proxies.store import LazyTensors, ProxyStore, apart
 from sd_memguard.proxies.swap import EmaState, copy_tensors, load_optimizer_tensors, optimizer_tensors
 
@@ -21,20 +21,20 @@ WEIGHTS, EMA, OPTIMIZER = "weights", "ema", "optimizer"
 
 
 class FullProxies:
-    """K proxies of one model, of which one is resident and the others rest in a store.
+    """K proxies of one model, of which one is active and the others rest in a store.
 
-    A proxy is three parts: ``weights``, ``ema`` (where there is one) and ``optimizer``. Each resting part is an entry
-    of the store; after an aggregation all resting proxies share one entry of weights. The resident one has none, so
+    A proxy is three parts: ``weights``, ``ema`` (where there is one) and ``optimizer``. Each offloaded part is an entry
+    of the store; after an aggregation all offloaded proxies share one entry of weights. The active one has none, so
     that the store holds K - 1 proxies, and during a switch one part more.
 
     With several processes, process r of n has the proxies r, r + n, r + 2n, ... and never sees the others: a mean is a
     sum of partial sums, exchanged some tensors at a time. All processes call each method that speaks of all proxies.
 
     Args:
-        parameters: the trained parameters of the resident model by name.
+        parameters: the trained parameters of the active model by name.
         optimizer: the plain torch optimizer over them.
         num_shards: number of proxies.
-        store: where the resting ones wait; unused with one proxy.
+        store: where the offloaded ones wait; unused with one proxy.
         ema: the EMA of the parameters, in their order.
         exchange: the processes that share the proxies; by default there is one.
     """
@@ -46,19 +46,19 @@ class FullProxies:
         num_shards: int,
         store: ProxyStore,
         ema: EmaState | None = None,
-        exchange: Exchange | None = None,
+        exchange: ProcessGroup | None = None,
     ) -> None:
         self.parameters, self.optimizer, self.num_shards, self.ema = dict(parameters), optimizer, num_shards, ema
-        self.exchange = Exchange(alone=True) if exchange is None else exchange
+        self.exchange = ProcessGroup(alone=True) if exchange is None else exchange
         self.own = range(self.exchange.rank, num_shards, self.exchange.size)
         self._store = store
         self._serial = 0
-        self.resident = self.own[0]
+        self.active = self.own[0]
         self._ema_steps = [0] * num_shards
         self._entries: list[dict[str, str]] = [{} for _ in range(num_shards)]
         if num_shards > 1:
             for part in self.averaged_parts:
-                self._share(part, self._resident_part(part))
+                self._share(part, self._active_part(part))
             for shard_index in self.own[1:]:
                 self._replace(shard_index, OPTIMIZER, self._put(OPTIMIZER, {}))
 
@@ -68,17 +68,17 @@ class FullProxies:
         return (WEIGHTS,) if self.ema is None else (WEIGHTS, EMA)
 
     def activate(self, shard_index: int) -> None:
-        """Make a proxy the resident one; the present one goes to the store."""
-        if shard_index == self.resident:
+        """Make a proxy the active one; the present one goes to the store."""
+        if shard_index == self.active:
             return
         for part in (*self.averaged_parts, OPTIMIZER):
-            self._replace(self.resident, part, self._put(part, self._resident_part(part)))
+            self._replace(self.active, part, self._put(part, self._active_part(part)))
             self._load(part, self._store.get(self._entries[shard_index][part]))
             self._release(self._entries[shard_index].pop(part))
         if self.ema is not None:
-            self._ema_steps[self.resident] = self.ema.optimization_step
+            self._ema_steps[self.active] = self.ema.optimization_step
             self.ema.optimization_step = self._ema_steps[shard_index]
-        self.resident = shard_index
+        self.active = shard_index
 
     def aggregate(self, weights: Sequence[float], part: str = WEIGHTS) -> dict[str, Tensor]:
         """Return the weighted mean of a part over the proxies as they are now, on the CPU."""
@@ -93,14 +93,14 @@ class FullProxies:
         if self.num_shards == 1:
             return [0.0]
         squares: list[list[float]] = [[] for _ in range(self.num_shards)]
-        resident = self._resident_part(WEIGHTS)
+        active = self._active_part(WEIGHTS)
         for name, mean in self._compared_means(weights, squares):
-            resident[name].copy_(mean)
-        self._share(WEIGHTS, resident)
+            active[name].copy_(mean)
+        self._share(WEIGHTS, active)
         if self.ema is not None:
-            resident = self._resident_part(EMA)
-            self._load_aggregate(EMA, weights, resident)
-            self._share(EMA, resident)
+            active = self._active_part(EMA)
+            self._load_aggregate(EMA, weights, active)
+            self._share(EMA, active)
         return self._roots(squares)
 
     def distances(self, weights: Sequence[float]) -> list[float]:
@@ -123,11 +123,11 @@ class FullProxies:
     def _roots(self, squares: list[list[float]]) -> list[float]:
         # An exact sum: a resumed run reads the tensors in another order.
         distances = [math.sqrt(math.fsum(parts)) for parts in squares]
-        return self.exchange.sum(torch.tensor(distances, dtype=torch.float64), "distances").tolist()
+        return self.exchange.all_reduce(torch.tensor(distances, dtype=torch.float64), "distances").tolist()
 
     @contextmanager
     def averaged(self, weights: Sequence[float]) -> Iterator[None]:
-        """Put what would be exported (the mean of the EMA, else of the weights) in the resident model for a while.
+        """Put what would be exported (the mean of the EMA, else of the weights) in the active model for a while.
 
         With several processes only the main one holds it.
         """
@@ -139,9 +139,9 @@ class FullProxies:
                 pass
             yield
             return
-        key = self._put(WEIGHTS, self._resident_part(WEIGHTS))  # on disk that takes no memory
+        key = self._put(WEIGHTS, self._active_part(WEIGHTS))  # on disk that takes no memory
         try:
-            self._load_aggregate(self.averaged_parts[-1], weights, self._resident_part(WEIGHTS))
+            self._load_aggregate(self.averaged_parts[-1], weights, self._active_part(WEIGHTS))
             yield
         finally:
             self._load(WEIGHTS, self._store.get(key))
@@ -154,22 +154,23 @@ class FullProxies:
         """
         prefix = f"process-{self.exchange.rank}-" if self.exchange.size > 1 else ""
         if self.ema is not None:
-            self._ema_steps[self.resident] = self.ema.optimization_step
+            self._ema_steps[self.active] = self.ema.optimization_step
         entries: dict[int, dict[str, str]] = {}
         for shard_index in self.own:
             files = entries[shard_index] = {}
             for part in (*self.averaged_parts, OPTIMIZER):
-                if shard_index == self.resident:
-                    files[part] = f"{prefix}resident-{part}.safetensors"
-                    save_file(apart(self._resident_part(part)), folder / files[part])
+                if shard_index == self.active:
+                    files[part] = f"{prefix}active-{part}.safetensors"
+                    save_file(apart(self._active_part(part)), folder / files[part])
                 else:
                     files[part] = f"{prefix}{self._entries[shard_index][part]}.safetensors"
                     if not (folder / files[part]).exists():
                         self._store.write(self._entries[shard_index][part], folder / files[part])
-        found = self.exchange.gather([(k, files, self._ema_steps[k]) for k, files in entries.items()], "index")
+        own = [(k, files, self._ema_steps[k]) for k, files in entries.items()]
+        found = self.exchange.all_gather_object(own, "index")
         rows = sorted((row for part in found for row in part), key=lambda row: row[0])
         return {
-            "resident": self.resident,
+            "active": self.active,
             "entries": [files for _, files, _ in rows],
             "ema_steps": [steps for *_, steps in rows],
         }
@@ -188,11 +189,11 @@ class FullProxies:
                 f"this run has {self.num_shards} with {sorted(parts)}"
             )
         adopted: dict[str, str] = {}
-        self.resident = index["resident"] if index["resident"] in self.own else self.own[0]
+        self.active = index["active"] if index["active"] in self.own else self.own[0]
         if self.num_shards > 1:
-            self._forget(self.resident)
+            self._forget(self.active)
             for shard_index in self.own:
-                if shard_index == self.resident:
+                if shard_index == self.active:
                     continue
                 for part, file in entries[shard_index].items():
                     if file not in adopted:
@@ -201,11 +202,11 @@ class FullProxies:
                     self._replace(shard_index, part, adopted[file])
         self._ema_steps = list(index["ema_steps"])
         if self.ema is not None:
-            self.ema.optimization_step = self._ema_steps[self.resident]
-        for part, file in entries[self.resident].items():
+            self.ema.optimization_step = self._ema_steps[self.active]
+        for part, file in entries[self.active].items():
             self._load(part, LazyTensors(folder / file))
 
-    def _resident_part(self, part: str) -> dict[str, Tensor]:
+    def _active_part(self, part: str) -> dict[str, Tensor]:
         if part == OPTIMIZER:
             return optimizer_tensors(self.parameters, self.optimizer)
         if part == EMA and self.ema is not None:
@@ -216,12 +217,12 @@ class FullProxies:
         if part == OPTIMIZER:
             load_optimizer_tensors(tensors, self.parameters, self.optimizer)
         else:
-            copy_tensors(tensors, self._resident_part(part))
+            copy_tensors(tensors, self._active_part(part))
 
     @torch.no_grad()
     def _load_aggregate(self, part: str, weights: Sequence[float], target: Mapping[str, Tensor]) -> None:
         """Copy the aggregate of a part into tensors, one at a time: at no time is there a second model."""
-        # A target may be the resident state itself: each of its tensors was read when its mean arrives.
+        # A target may be the active state itself: each of its tensors was read when its mean arrives.
         for name, mean in self._means(part, weights):
             target[name].copy_(mean)
 
@@ -234,7 +235,7 @@ class FullProxies:
             [weights[shard_index] for shard_index in self.own],
             names=list(self.parameters),  # a file may hold the tensors in another order than a model
             total=math.fsum(weights),
-            combine=lambda partial: self.exchange.sum(partial, f"mean of {part}"),
+            combine=lambda partial: self.exchange.all_reduce(partial, f"mean of {part}"),
         )
 
     def _states(self, part: str) -> list[Mapping[str, Tensor]]:
@@ -242,8 +243,8 @@ class FullProxies:
         return [self._state(shard_index, part) for shard_index in self.own]
 
     def _state(self, shard_index: int, part: str) -> Mapping[str, Tensor]:
-        if shard_index == self.resident:
-            return self._resident_part(part)
+        if shard_index == self.active:
+            return self._active_part(part)
         return self._store.get(self._entries[shard_index][part])
 
     def _new_key(self, part: str) -> str:
@@ -256,11 +257,11 @@ class FullProxies:
         return key
 
     def _share(self, part: str, tensors: Mapping[str, Tensor]) -> None:
-        """Give all resting proxies the same part."""
-        resting = [shard_index for shard_index in self.own if shard_index != self.resident]
-        if resting:
+        """Give all offloaded proxies the same part."""
+        offloaded = [shard_index for shard_index in self.own if shard_index != self.active]
+        if offloaded:
             key = self._put(part, tensors)
-            for shard_index in resting:
+            for shard_index in offloaded:
                 self._replace(shard_index, part, key)
 
     def _replace(self, shard_index: int, part: str, key: str) -> None:
@@ -271,7 +272,7 @@ class FullProxies:
             self._release(old)
 
     def _forget(self, shard_index: int) -> None:
-        """Drop the entries of a proxy that is about to be resident."""
+        """Drop the entries of a proxy that is about to be active."""
         while self._entries[shard_index]:
             self._release(self._entries[shard_index].popitem()[1])
 

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sd_memguard.core.aggregation import aggregate
-from sd_memguard.distributed import Exchange
+from sd_memguard.distributed import ProcessGroup
 from sd_memguard.proxies.full import WEIGHTS, FullProxies
 from sd_memguard.proxies.store import ProxyStore
 from sd_memguard.proxies.swap import copy_tensors
@@ -30,15 +30,15 @@ BASE_FILE = "base.safetensors"
 
 
 class LoraProxies(FullProxies):
-    """K LoRA adapters on one base, of which one is resident.
+    """K LoRA adapters on one base, of which one is active.
 
     Args:
-        parameters: the factors of the resident adapter, named ``<layer>.lora_A.default.weight`` (rank, in) and
+        parameters: the factors of the active adapter, named ``<layer>.lora_A.default.weight`` (rank, in) and
             ``<layer>.lora_B.default.weight`` (out, rank) as peft does.
         optimizer: the plain torch optimizer over them.
         num_shards: number of proxies.
-        store: where the resting ones wait.
-        base: the weight of each adapted layer in the resident model, (out, in), in whatever precision.
+        store: where the offloaded ones wait.
+        base: the weight of each adapted layer in the active model, (out, in), in whatever precision.
         master: the same weights in float32 on the CPU; changed here by every averaging.
         scaling: the factor ``s`` of the adapter, alpha / rank.
         exchange: the processes that share the proxies; by default there is one.
@@ -53,7 +53,7 @@ class LoraProxies(FullProxies):
         base: Mapping[str, Tensor],
         master: Mapping[str, Tensor],
         scaling: float,
-        exchange: Exchange | None = None,
+        exchange: ProcessGroup | None = None,
     ) -> None:
         super().__init__(parameters, optimizer, num_shards, store, exchange=exchange)
         self.base, self.master, self.scaling = dict(base), dict(master), scaling
@@ -91,7 +91,7 @@ class LoraProxies(FullProxies):
 
     @contextmanager
     def averaged(self, weights: Sequence[float]) -> Iterator[None]:
-        """Put the mean of the merged proxies in the resident model for a while (of the main process)."""
+        """Put the mean of the merged proxies in the active model for a while (of the main process)."""
         if self.num_shards == 1:
             yield
             return
@@ -102,7 +102,7 @@ class LoraProxies(FullProxies):
         own = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
         mean = aggregate(factors, weights)
         try:
-            # The base first: the residuals need the resident factors as they are.
+            # The base first: the residuals need the active factors as they are.
             for layer, residual in self._residuals(factors, weights, mean):
                 copy_tensors({layer: (self.master[layer].double() + residual).float()}, {layer: self.base[layer]})
             copy_tensors(mean, self.parameters)
@@ -147,7 +147,7 @@ class LoraProxies(FullProxies):
             if shard_index in own:
                 flat = torch.cat([own[shard_index][name].detach().cpu().flatten() for name in self.parameters])
             owner = shard_index % self.exchange.size
-            factors.append(self._unflatten(self.exchange.copy_from(owner, flat, "factors")))
+            factors.append(self._unflatten(self.exchange.broadcast(owner, flat, "factors")))
         return factors
 
     def _unflatten(self, flat: Tensor) -> dict[str, Tensor]:

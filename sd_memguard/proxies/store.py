@@ -1,4 +1,4 @@
-"""Where resting proxies wait: in RAM, or on disk as immutable safetensors files that checkpoints hard-link."""
+"""Where offloaded proxies wait: in RAM, or on disk as immutable safetensors files that checkpoints hard-link."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd_memguard.distributed import Exchange
+from sd_memguard.distributed import ProcessGroup
 from sd_memguard.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -148,20 +148,20 @@ class SharedDiskStore(DiskStore):
         exchange: the processes.
     """
 
-    def __init__(self, folder: Path, exchange: Exchange) -> None:
+    def __init__(self, folder: Path, exchange: ProcessGroup) -> None:
         self._exchange = exchange
-        with exchange.agreed():
+        with exchange.raise_on_any_rank():
             super().__init__(folder)
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors to a file."""
         if self._exchange.is_main:
             super().put(key, tensors)
-        self._exchange.wait("store")
+        self._exchange.barrier("store")
 
     def drop(self, key: str) -> None:
         """Remove the file, when no process reads it any more."""
-        self._exchange.wait("store")
+        self._exchange.barrier("store")
         if self._exchange.is_main:
             super().drop(key)
 
@@ -169,7 +169,7 @@ class SharedDiskStore(DiskStore):
         """Hard-link the file, or copy it where the file system has no links."""
         if self._exchange.is_main:
             super().adopt(key, path)
-        self._exchange.wait("store")
+        self._exchange.barrier("store")
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Reading the resident model's state out and copying another proxy's in, in place.
+"""Reading the active model's state out and copying another proxy's in, in place.
 
 Parameters, optimizer tensors and EMA shadows keep their storage, so that optimizers, compiled modules and references to
 them stay valid across a switch.

@@ -103,7 +103,7 @@ def temporary_folder(output_dir: Path, global_step: int) -> Path:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a run that was killed has left: a checkpoint half written, and resting proxies on disk."""
+    """Remove what a run that was killed has left: a checkpoint half written, and offloaded proxies on disk."""
     shutil.rmtree(output_dir / FOLDER / PROXIES_FOLDER, ignore_errors=True)
     for folder in output_dir.glob(f"{TEMPORARY_PREFIX}{PREFIX}*"):
         shutil.rmtree(folder)
@@ -207,7 +207,7 @@ def verify_checkpoint(folder: Path, within: str = "") -> None:
 def refuse_changes(saved: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
     """Compare the settings of a checkpoint with those of this run.
 
-    A run that drew its seed takes the saved one with ``--seed``.
+    A run that chose its seed takes the saved one with ``--seed``.
 
     Raises:
         CheckpointError: names the settings that differ.

@@ -34,10 +34,10 @@ class RunFolderError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """A proxy's memory bank: the mean loss at each timestep (NaN where never visited) and the visits, both (T,)."""
+    """A proxy's memory bank, (T,) each: mean loss (NaN where nothing was seen) and times seen at each timestep."""
 
     mean: npt.NDArray[np.float32]
-    visits: npt.NDArray[np.int64]
+    times_seen: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def read_run(path: Path) -> RunFolder:
         try:
             return read(file)
         except (OSError, ValueError, KeyError, pa.ArrowException, safetensors.SafetensorError) as error:
-            notices.append(f"{FOLDER}/{name} is damaged and left out ({type(error).__name__}: {error})")
+            notices.append(f"{FOLDER}/{name} is damaged and ignored ({type(error).__name__}: {error})")
             return missing
 
     rounds, broken = attempt(ROUNDS, _read_rounds, ([], None), "the first round has not ended yet.")
@@ -162,4 +162,4 @@ def _read_samples(file: Path) -> pa.Table:
 
 def _read_banks(file: Path, num_shards: int) -> list[Bank]:
     tensors = safetensors.numpy.load_file(file)
-    return [Bank(tensors[f"shard_{k}.mean"], tensors[f"shard_{k}.visits"]) for k in range(num_shards)]
+    return [Bank(tensors[f"shard_{k}.mean"], tensors[f"shard_{k}.times_seen"]) for k in range(num_shards)]

@@ -20,7 +20,7 @@ def run_lock(output_dir: Path) -> Iterator[None]:
     """Hold the run folder for the block, so that no other run writes there.
 
     The lock is the operating system's (`flock`), which frees it when the process ends, however it ends: what a dead
-    run leaves behind is no lock. It holds between machines as far as their shared file system passes `flock` on
+    run leaves behind is no lock. It holds between machines as far as their shared file system supports `flock`
     (NFS 4 does). Who holds it is written beside it, for the message.
 
     Raises:

@@ -11,12 +11,12 @@ Counts = npt.NDArray[np.integer]
 def memory_prone_order(seen: Counts, unclean: Counts) -> npt.NDArray[np.int64]:
     """Return the positions of the samples, most memory-prone first, none that was never skipped or augmented.
 
-    Ranked by unclean visits / (visits + 1), so that one visit out of one does not outrank nine out of ten; ties keep
+    Ranked by unclean / (seen + 1), so that one out of one does not outrank nine out of ten; ties keep
     their order.
 
     Args:
-        seen: (N,) visits of each sample.
-        unclean: (N,) visits that were skipped or augmented.
+        seen: (N,) how often each sample was seen.
+        unclean: (N,) how often it was skipped or augmented.
     """
     score = memory_prone_score(seen, unclean)
     order = np.argsort(-score, kind="stable")
@@ -24,27 +24,27 @@ def memory_prone_order(seen: Counts, unclean: Counts) -> npt.NDArray[np.int64]:
 
 
 def memory_prone_score(seen: Counts, unclean: Counts) -> npt.NDArray[np.float64]:
-    """Return unclean visits / (visits + 1), (N,)."""
+    """Return unclean / (seen + 1), (N,)."""
     return np.asarray(unclean) / (np.asarray(seen) + 1.0)
 
 
 def expected_by_chance(seen: Counts, unclean: Counts, score: float) -> float:
-    """Return how many samples would reach a score if each visit of each sample were unclean at the same rate.
+    """Return how many samples would reach a score if each sample were unclean at the same rate each time.
 
-    The rate is the mean over all visits, and visits are taken as independent: a sample seen n times is unclean
+    The rate is the mean over all samples seen, which are taken as independent: a sample seen n times is unclean
     Binomial(n, rate) times. A list whose last score as many samples reach by chance as in fact is noise.
 
     Args:
-        seen: (N,) visits of each sample.
-        unclean: (N,) visits that were skipped or augmented.
+        seen: (N,) how often each sample was seen.
+        unclean: (N,) how often it was skipped or augmented.
         score: of the sample in question, see ``memory_prone_score``.
     """
     rate = float(np.sum(unclean)) / max(int(np.sum(seen)), 1)
     expected = 0.0
-    for visits, num_samples in zip(*np.unique(seen, return_counts=True), strict=True):
+    for times, num_samples in zip(*np.unique(seen, return_counts=True), strict=True):
         # A hair below, so that the score of a sample itself is reached in spite of rounding.
-        least = math.ceil(score * (int(visits) + 1) - 1e-9)
-        expected += int(num_samples) * _binomial_tail(int(visits), rate, least)
+        least = math.ceil(score * (int(times) + 1) - 1e-9)
+        expected += int(num_samples) * _binomial_tail(int(times), rate, least)
     return expected
 
 

@@ -78,7 +78,7 @@ class TrainedRun:
         return read_config((self.folder if part == UNET else self.parts[0]) / part)
 
 
-def read_run(folder: Path, pretrained: str | None = None) -> TrainedRun:
+def read_trained_run(folder: Path, pretrained: str | None = None) -> TrainedRun:
     """Return the run that was written to a folder.
 
     Args:

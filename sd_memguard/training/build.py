@@ -19,7 +19,7 @@ from sd_memguard.proxies.full import FullProxies
 from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore, SharedDiskStore
 from sd_memguard.runs.folder import FOLDER, PROXIES_FOLDER
-from sd_memguard.training.memory_estimate import rests_in_ram
+from sd_memguard.training.memory_estimate import fits_in_ram
 from sd_memguard.training.plan import Plan
 from sd_memguard.training.ranks import Ranks, check_joined, check_launch, process_handlers
 
@@ -134,15 +134,15 @@ def make_proxies(
 
 
 def make_store(plan: Plan, ranks: Ranks) -> ProxyStore:
-    """Return where resting proxies wait: those of this process, or all where the processes train one at a time.
+    """Return where offloaded proxies wait: those of this process, or all where the processes train one at a time.
 
     A store on disk that the processes share is written by the main one.
     """
     folder = plan.output_dir / FOLDER / PROXIES_FOLDER
-    resting = int(plan.sizes.resting * ranks.local_stores)
-    with ranks.exchange.agreed():
-        in_ram = rests_in_ram(resting, plan.config)
-    if ranks.exchange.share(in_ram, "store"):
+    offloaded = int(plan.sizes.offloaded * ranks.local_stores)
+    with ranks.exchange.raise_on_any_rank():
+        in_ram = fits_in_ram(offloaded, plan.config)
+    if ranks.exchange.broadcast_object(in_ram, "store"):
         return RamStore()
     if ranks.by_batch:
         return SharedDiskStore(folder, ranks.exchange)

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from sd_memguard.config import TrainConfig
 from sd_memguard.data.samples import BadSample, Checked, Samples
-from sd_memguard.distributed import Exchange, ProcessLostError
+from sd_memguard.distributed import ProcessGroup, ProcessLostError
+from sd_memguard.environment import launched_processes
 from sd_memguard.errors import UserError
 from sd_memguard.runs.folder import FOLDER, RunFolderError
 from sd_memguard.training.plan import Plan, VerifiedImages, make_plan
-from sd_memguard.training.ranks import launched_processes
 from sd_memguard.training.signals import Interrupted
 
 logger = logging.getLogger(__name__)
@@ -31,13 +31,13 @@ TOKEN = "processes"
 """File of the run folder by which the processes find out whether they see the same one."""
 
 
-def quiet(exchange: Exchange, level: int = logging.ERROR) -> None:
+def silence_non_main(exchange: ProcessGroup, level: int = logging.ERROR) -> None:
     """Leave it to the main process to say what all of them find; from ``level`` on the others speak, too."""
     if not exchange.is_main:
         logging.getLogger("sd_memguard").setLevel(level)
 
 
-def plan_together(config: TrainConfig, exchange: Exchange) -> Plan:
+def plan_together(config: TrainConfig, exchange: ProcessGroup) -> Plan:
     """Return the plan of a run, with the images checked and models downloaded by the main process first.
 
     Raises:
@@ -47,13 +47,13 @@ def plan_together(config: TrainConfig, exchange: Exchange) -> Plan:
     if exchange.size == 1:
         return make_plan(config)
     plan: Plan | None = None
-    with exchange.agreed():
+    with exchange.raise_on_any_rank():
         if exchange.is_main:
             plan = make_plan(config, exchange.size)
-    seed = exchange.share(None if plan is None else plan.seed, "plan")
+    seed = exchange.broadcast_object(None if plan is None else plan.seed, "plan")
     train = _share_checked(None if plan is None else plan.samples, exchange)
     heldout = _share_checked(plan.heldout if plan is not None else None, exchange)
-    with exchange.agreed():
+    with exchange.raise_on_any_rank():
         if plan is None:
             assert train is not None
             plan = make_plan(replace(config, seed=seed), exchange.size, VerifiedImages(train, heldout))
@@ -61,14 +61,14 @@ def plan_together(config: TrainConfig, exchange: Exchange) -> Plan:
     return plan
 
 
-def _share_checked(samples: Samples | None, exchange: Exchange) -> Checked | None:
+def _share_checked(samples: Samples | None, exchange: ProcessGroup) -> Checked | None:
     """Return what the main process knows of its samples, None where it has none."""
     tensors: dict[str, Tensor] | None = None
     if exchange.is_main:
         arrays = {} if samples is None else {"sizes": samples.sizes, "groups": samples.groups}
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
-    shared = exchange.share_tensors(tensors, "plan")
-    bad = exchange.share([] if samples is None else samples.bad, "plan")
+    shared = exchange.broadcast_tensors(tensors, "plan")
+    bad = exchange.broadcast_object([] if samples is None else samples.bad, "plan")
     if "sizes" not in shared:
         return None
     groups = shared["groups"].numpy() if "groups" in shared else None
@@ -76,10 +76,10 @@ def _share_checked(samples: Samples | None, exchange: Exchange) -> Checked | Non
 
 
 @contextmanager
-def main_alone(exchange: Exchange, work: AbstractContextManager[Any]) -> Iterator[None]:
+def main_alone(exchange: ProcessGroup, work: AbstractContextManager[Any]) -> Iterator[None]:
     """Enter a context in the main process only; where that is refused, all processes end."""
     with ExitStack() as stack:
-        with exchange.agreed():
+        with exchange.raise_on_any_rank():
             if exchange.is_main:
                 stack.enter_context(work)
         yield
@@ -96,7 +96,7 @@ def told_when_lost() -> Iterator[None]:
 
 
 @contextmanager
-def leaving_together(exchange: Exchange) -> Iterator[None]:
+def leaving_together(exchange: ProcessGroup) -> Iterator[None]:
     """Take the process group down at the end of a run, when all processes have come there.
 
     After an error it stays: taking it down is collective under NCCL, and the others do not come.
@@ -107,7 +107,7 @@ def leaving_together(exchange: Exchange) -> Iterator[None]:
     except Interrupted as error:  # all of them are, by agreement
         stopped = error
     if exchange.size > 1:
-        exchange.wait("end")
+        exchange.barrier("end")
         torch.distributed.destroy_process_group()
     if stopped is not None:
         raise stopped
@@ -137,7 +137,7 @@ def hard_exit() -> Iterator[None]:
         os._exit(int(error.code or 0) if isinstance(error, SystemExit) else code)
 
 
-def check_shared(output_dir: Path, exchange: Exchange) -> None:
+def check_shared(output_dir: Path, exchange: ProcessGroup) -> None:
     """Refuse an output folder that is not the same one for all processes: each writes its part of a checkpoint there.
 
     Raises:
@@ -146,11 +146,11 @@ def check_shared(output_dir: Path, exchange: Exchange) -> None:
     if exchange.size == 1:
         return
     file = output_dir / FOLDER / TOKEN
-    token = exchange.share(secrets.token_hex(8), "plan")
+    token = exchange.broadcast_object(secrets.token_hex(8), "plan")
     if exchange.is_main:
         file.write_text(token, encoding="utf-8")
-    exchange.wait("plan")
-    with exchange.agreed():
+    exchange.barrier("plan")
+    with exchange.raise_on_any_rank():
         if not file.is_file() or file.read_text(encoding="utf-8") != token:
             raise RunFolderError(
                 f"`--output_dir` {output_dir} on {socket.gethostname()} (process {exchange.rank}) is not the folder "

@@ -20,10 +20,10 @@ TIMED_STEPS = 3
 
 
 def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
-    """Return the plan as text: samples, rounds, passes, memory, disk and, from a few timed steps, time."""
+    """Return the plan as text: samples, rounds, epochs, memory, disk and, from a few timed steps, time."""
     config, schedule = plan.config, plan.schedule
     sizes = plan.sizes
-    resident = sizes.proxy + sizes.trained + (0 if config.rank is None else sizes.model)
+    active = sizes.proxy + sizes.trained + (0 if config.rank is None else sizes.model)
     seconds = time_step(plan, accelerator)
     at_once = plan.num_processes // batch_slices(plan.num_processes, schedule.num_shards)
     kinds = [schedule.kind(index) for index in range(schedule.num_rounds)]
@@ -36,10 +36,10 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
         "optimizer steps": f"{schedule.total_steps:,} over all proxies, {plan.effective_batch_size} images each",
         "rounds": f"{rounds_text(schedule)} "
         f"({kinds.count('average')} average, {kinds.count('redistribute')} redistribute)",
-        "passes": f"{epochs_per_round(plan):.1f} over a shard per round",
-        "memory": f"{gigabytes(resident)} for UNet weights, gradients and optimizer on {accelerator.device}, "
+        "epochs": f"{epochs_per_round(plan):.1f} over a shard per round",
+        "memory": f"{gigabytes(active)} for UNet weights, gradients and optimizer on {accelerator.device}, "
         "and activations",
-        "resting proxies": f"{gigabytes(sizes.resting)} in the proxy store",
+        "offloaded proxies": f"{gigabytes(sizes.offloaded)} in the proxy store",
         "disk": f"{gigabytes(sizes.result + sizes.num_checkpoints * sizes.checkpoint)} at most: the model and "
         f"{sizes.num_checkpoints} checkpoint(s)",
         "time": f"about {seconds * schedule.total_steps / at_once / 3600:.2f} h at {seconds:.2f} s per step "
@@ -89,5 +89,5 @@ def time_step(plan: Plan, accelerator: Accelerator) -> float:
 
 
 def vae_factor(plan: Plan) -> int:
-    """Return by how much the VAE shrinks a image's side."""
+    """Return by how much the VAE shrinks an image's side."""
     return 2 ** (len(read_config(plan.pipeline / "vae")["block_out_channels"]) - 1)

@@ -12,12 +12,12 @@ from sd_memguard.core.seeding import Address, draw_integers, draw_normal
 
 
 class NoiseSampler:
-    """What is drawn for each sample: timestep, noise, and where asked for a noise offset and an input perturbation.
+    """Samples timesteps and noise, and where asked for a noise offset and an input perturbation.
 
     Args:
         seed: seed of the run.
         num_timesteps: number of timesteps of the schedule.
-        noise_offset: scale of a shift of each channel's noise (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+        noise_offset: scale of an offset of each channel's noise (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
         input_perturbation: scale of the noise added to the noise of the input alone (https://arxiv.org/abs/2301.11706).
     """
 
@@ -25,7 +25,7 @@ class NoiseSampler:
         self.seed, self.num_timesteps = seed, num_timesteps
         self.noise_offset, self.input_perturbation = noise_offset, input_perturbation
 
-    def draw(
+    def sample(
         self, addresses: list[Address], shape: tuple[int, ...], device: torch.device, purpose: str = ""
     ) -> tuple[Tensor, Tensor, Tensor]:
         r"""Return timesteps (B,), noise and the noise of the input (both (B, \\*shape)), one for each address."""

@@ -21,7 +21,7 @@ from sd_memguard.runs.checkpoint import list_checkpoints
 logger = logging.getLogger(__name__)
 
 RAM_SHARE = 0.5
-"""Share of the free host memory that resting proxies may take before they go to disk."""
+"""Share of the free host memory that offloaded proxies may take before they go to disk."""
 BYTES = 4
 """Of a float32 number."""
 
@@ -37,8 +37,8 @@ class Footprint:
     Attributes:
         model: the UNet in float32.
         trained: what is trained of it, in float32: all, or the adapter.
-        proxy: one resting proxy: trained weights, AdamW's two moments, and the EMA.
-        resting: the proxies that rest, and while they are switched the optimizer state of one more; 0 with one shard.
+        proxy: one offloaded proxy: trained weights, AdamW's two moments, and the EMA.
+        offloaded: the proxies that rest, and while they are switched the optimizer state of one more; 0 with one shard.
         checkpoint: one that shares no file with another: every proxy, and the aggregate.
         num_checkpoints: how many are kept.
         result: the finished pipeline, with the files of ``--export_formats``.
@@ -47,7 +47,7 @@ class Footprint:
     model: int
     trained: int
     proxy: int
-    resting: int
+    offloaded: int
     checkpoint: int
     num_checkpoints: int
     result: int
@@ -70,7 +70,7 @@ def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> F
         model=model,
         trained=BYTES * num_trained,
         proxy=proxy,
-        resting=(schedule.num_shards - 1) * proxy + switched if schedule.num_shards > 1 else 0,
+        offloaded=(schedule.num_shards - 1) * proxy + switched if schedule.num_shards > 1 else 0,
         checkpoint=schedule.num_shards * proxy + BYTES * num_parameters,
         num_checkpoints=min(num_checkpoints, config.checkpoints_total_limit or num_checkpoints),
         result=copies * (model + others) + lora * BYTES * rank * per_rank,
@@ -100,19 +100,19 @@ def count_parameters(pipeline: Path, config: TrainConfig) -> tuple[int, int]:
     return sum(math.prod(shape) for shape in shapes.values()), sum(map(sum, adapted))
 
 
-def rests_in_ram(resting: int, config: TrainConfig) -> bool:
-    """Say where resting proxies wait; ``auto`` takes RAM while they fit in half of what is free.
+def fits_in_ram(offloaded: int, config: TrainConfig) -> bool:
+    """Say where offloaded proxies wait; ``auto`` takes RAM while they fit in half of what is free.
 
     Raises:
         ConfigError: ``--proxy_store ram`` was asked for and they do not fit.
     """
     free = available_memory()
-    if config.proxy_store == "ram" and resting > free:
+    if config.proxy_store == "ram" and offloaded > free:
         raise ConfigError(
-            f"`--proxy_store ram` needs {gigabytes(resting)} of memory for the resting proxies and {gigabytes(free)} "
-            "are free; use `--proxy_store disk` or fewer `--num_shards`"
+            f"`--proxy_store ram` needs {gigabytes(offloaded)} of memory for offloaded proxies and "
+            f"{gigabytes(free)} are free; use `--proxy_store disk` or fewer `--num_shards`"
         )
-    return config.proxy_store == "ram" or (config.proxy_store == "auto" and resting <= RAM_SHARE * free)
+    return config.proxy_store == "ram" or (config.proxy_store == "auto" and offloaded <= RAM_SHARE * free)
 
 
 def check_space(sizes: Footprint, config: TrainConfig) -> None:
@@ -125,7 +125,7 @@ def check_space(sizes: Footprint, config: TrainConfig) -> None:
         SpaceError: says how much is needed and how much is free.
     """
     free = shutil.disk_usage(nearest_folder(Path(config.output_dir))).free
-    store = 0 if rests_in_ram(sizes.resting, config) else sizes.resting
+    store = 0 if fits_in_ram(sizes.offloaded, config) else sizes.offloaded
     present = len(list_checkpoints(Path(config.output_dir))) if config.resume_from_checkpoint else 0
     num_new = max(min(sizes.num_checkpoints, 2) - min(present, 1), 0)
     needed = sizes.result + store + num_new * sizes.checkpoint

@@ -19,8 +19,8 @@ class ClippedStep:
     A gradient that is not finite must not reach the weights. The kernel of torch's fused AdamW is told on the device,
     by the two attributes through which a GradScaler speaks to it: ``found_inf``, by which it leaves weights, moments
     and step counts as they are, and ``grad_scale``, by which it divides the gradients while it reads them, so that
-    scaling and clipping take no passes of their own. An optimizer without these has to be left alone by the host, which
-    waits for the norm. A GradScaler looks after its gradients by itself.
+    scaling and clipping read the gradients no further time. With another optimizer the host waits for
+    the norm. A GradScaler looks after its own gradients.
 
     Args:
         accelerator: clips, and holds the GradScaler under fp16.

@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def epoch_length(self) -> int:
-        """Visits in a pass over all shards: samples, or groups of duplicates where each counts as one image."""
+        """Samples in an epoch over all shards: samples, or groups of duplicates where each counts as one image."""
         balanced = self.config.guard.group_duplicates == "balance"
         return num_different(self.samples) if balanced else len(self.samples.sample_ids)
 
@@ -109,7 +109,7 @@ class Plan:
         if processes == 1:
             return "one process trains all shards"
         if divides(processes, shards):
-            return f"{processes} processes, each trains {shards // processes} of {shards} shards by itself"
+            return f"{processes} processes, each trains {shards // processes} of {shards} shards alone"
         way = f"a number of shards that {processes} divides would need no exchange of gradients" if shards > 1 else ""
         share = (
             f"{processes} processes, each takes {self.config.train_batch_size} of the {self.batch_size} samples of a "
@@ -353,12 +353,12 @@ def check_extras(config: TrainConfig) -> None:
     if config.enable_xformers_memory_efficient_attention:
         _require("xformers", "enable_xformers_memory_efficient_attention")
         if not torch.cuda.is_available():
-            raise ConfigError("`--enable_xformers_memory_efficient_attention` needs a CUDA GPU; leave it out")
+            raise ConfigError("`--enable_xformers_memory_efficient_attention` needs a CUDA GPU; omit it")
 
 
 def _require(library: str, setting: str) -> None:
     if find_spec(library) is None:
-        raise ConfigError(f"`--{setting}` needs {library}: `pip install {library}`, or leave it out")
+        raise ConfigError(f"`--{setting}` needs {library}: `pip install {library}`, or omit it")
 
 
 def finished_summary(plan: Plan) -> dict[str, Any] | None:

@@ -59,12 +59,12 @@ class RunLog:
             logger.info("%s", plan.division)
         if plan.config.random_affine:
             logger.info("images are shown %s", plan.affine_maps)
-        passes = epochs_per_round(plan)
-        if schedule.num_shards > 1 and passes > MANY_EPOCHS:
+        epochs = epochs_per_round(plan)
+        if schedule.num_shards > 1 and epochs > MANY_EPOCHS:
             logger.warning(
-                "each proxy passes over its shard %.1f times a round: a small shard is memorized within its round; "
+                "each proxy takes %.1f epochs over its shard in a round: a small shard is memorized within its round; "
                 "lower --steps_per_round or --num_shards",
-                passes,
+                epochs,
             )
         self._started = time.monotonic()
         return self
@@ -99,10 +99,10 @@ class RunLog:
             steps, hidden = self.plan.schedule.total_steps, not self.accelerator.is_main_process
             self._bar = tqdm(total=steps, initial=progress.global_step - 1, unit="step", disable=hidden)
             self._first_forward = progress.image_forwards
-        visits = max(sum(len(verdict.losses) for verdict in verdicts), 1)
-        loss = sum(float(verdict.losses.sum()) for verdict in verdicts) / visits
-        skipped = sum(verdict.num_skipped for verdict in verdicts) / visits
-        augmented = sum(verdict.num_augmented for verdict in verdicts) / visits
+        count = max(sum(len(verdict.losses) for verdict in verdicts), 1)
+        loss = sum(float(verdict.losses.sum()) for verdict in verdicts) / count
+        skipped = sum(verdict.num_skipped for verdict in verdicts) / count
+        augmented = sum(verdict.num_augmented for verdict in verdicts) / count
         # The mean begins again after a loss that is not finite.
         self._loss = SMOOTHING * self._loss + (1 - SMOOTHING) * loss if math.isfinite(self._loss) else loss
         self._skipped = SMOOTHING * self._skipped + (1 - SMOOTHING) * skipped
@@ -131,8 +131,8 @@ class RunLog:
             elif tracker.name in {"wandb", "comet_ml"}:
                 tracker.log_images({"validation": images}, step=global_step)
             else:
-                logger.warning("--report_to %s takes no images: the generated images are left out", tracker.name)
-        logger.info("drew %d validation images at step %d", len(images), global_step)
+                logger.warning("--report_to %s takes no images: the generated images are not sent", tracker.name)
+        logger.info("generated %d validation images at step %d", len(images), global_step)
 
     def end(self, text: str) -> None:
         """Close the bar and write the closing lines."""
@@ -161,7 +161,7 @@ def _curves(row: dict[str, Any]) -> dict[str, float]:
 
 
 MANY_EPOCHS = 10
-"""Passes of a proxy over its shard within a round from which a warning is due."""
+"""Epochs of a proxy over its shard within a round from which a warning is due."""
 
 
 def rounds_text(schedule: RoundSchedule) -> str:
@@ -175,7 +175,7 @@ def rounds_text(schedule: RoundSchedule) -> str:
 
 
 def epochs_per_round(plan: Plan) -> float:
-    """Return how often a proxy passes over its shard in a round."""
+    """Return how many epochs a proxy takes over its shard in a round."""
     per_shard = plan.epoch_length / plan.schedule.num_shards
     return min(plan.schedule.steps_per_round, plan.schedule.shard_steps(0)) * plan.effective_batch_size / per_shard
 
@@ -185,18 +185,18 @@ def summary_text(summary: dict[str, Any], output_dir: Path) -> str:
     lines = [
         f"done: {summary['global_step']} steps, {summary['extra_steps']} extra steps on augmented copies, "
         f"{summary['images_per_second']:.1f} images per second",
-        f"visits skipped {summary['skipped_fraction']:.1%}, augmented {summary['augmented_fraction']:.1%}; "
+        f"samples skipped {summary['skipped_fraction']:.1%}, augmented {summary['augmented_fraction']:.1%}; "
         f"steps without a clean sample {summary['empty_steps']}; samples moved {summary['moved_samples']}; "
         f"left in the augmentation queues {summary['augment_queue_left']}",
     ]
     if summary["unreadable_samples"]:
-        lines.append(f"visits to images that could not be read any more: {summary['unreadable_samples']}")
+        lines.append(f"samples whose image could no longer be read: {summary['unreadable_samples']}")
     if None not in (summary["train_loss"], summary["heldout_loss"]):
         lines.append(
-            f"denoising loss: images trained on {summary['train_loss']:.4f}, unseen {summary['heldout_loss']:.4f}"
+            f"denoising loss: images trained on {summary['train_loss']:.4f}, held out {summary['heldout_loss']:.4f}"
         )
     if summary["memory_prone"]:
-        lines.append("most memory-prone samples (share of visits skipped or augmented):")
+        lines.append("most memory-prone samples (share skipped or augmented of the times seen):")
         lines += [
             f"  {row['skip_ratio']:4.0%} of {row['seen']:4d}  {shortened(row['file'])}  {shortened(row['caption'])}"
             for row in summary["memory_prone"]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sd_memguard.config import ConfigError
-from sd_memguard.distributed import Exchange
+from sd_memguard.distributed import ProcessGroup
+from sd_memguard.environment import configured_spreading, launched_processes
 from sd_memguard.training.signals import StopRequest
 
 Item = TypeVar("Item")
@@ -21,18 +22,6 @@ Item = TypeVar("Item")
 TIMEOUT = timedelta(hours=6)
 """How long a process waits for the others: for the check of the images, for the slowest one at a round's end."""
 KNOWN_KINDS = {"NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_SDAA"}
-REFUSED = {
-    "DEEPSPEED": "DeepSpeed",
-    "FSDP": "FSDP",
-    "MEGATRON_LM": "Megatron-LM",
-    "PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
-}
-"""What accelerate may be configured for that spreads one model over processes, by the end of its variable's name."""
-
-
-def launched_processes() -> int:
-    """Return the number of processes that the launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_handlers() -> list[KwargsHandler]:
@@ -46,9 +35,9 @@ def check_launch() -> None:
     Raises:
         ConfigError: names it.
     """
-    for suffix, name in REFUSED.items():
-        if os.environ.get(f"ACCELERATE_USE_{suffix}", "false").lower() == "true":
-            raise _spread_error(name)
+    name = configured_spreading()
+    if name is not None:
+        raise _spread_error(name)
 
 
 def check_joined(accelerator: Accelerator) -> None:
@@ -64,7 +53,7 @@ def check_joined(accelerator: Accelerator) -> None:
     if launched != accelerator.num_processes:
         raise ConfigError(
             f"{launched} processes were launched, but accelerate has joined {accelerator.num_processes}: each would "
-            "train the whole run by itself. Without GPUs start them with `ACCELERATE_USE_CPU=true torchrun "
+            "train the whole run alone. Without GPUs start them with `ACCELERATE_USE_CPU=true torchrun "
             "--nproc_per_node N` (`accelerate launch --cpu` starts one process, whatever `--num_processes` says)"
         )
 
@@ -93,7 +82,7 @@ class Ranks:
         signal: number of the signal that any process had heard of at the last ``gather_batch``; 0 for none.
     """
 
-    def __init__(self, exchange: Exchange, num_shards: int, slice_size: int) -> None:
+    def __init__(self, exchange: ProcessGroup, num_shards: int, slice_size: int) -> None:
         self.exchange, self.slice_size = exchange, slice_size
         self.by_shard = exchange.size > 1 and divides(exchange.size, num_shards)
         self.by_batch = exchange.size > 1 and not self.by_shard
@@ -107,9 +96,9 @@ class Ranks:
         return self.exchange.is_main
 
     @property
-    def proxy_exchange(self) -> Exchange:
-        """The processes that share the proxies: all where each has its own shards, else this one by itself."""
-        return self.exchange if self.by_shard else Exchange(alone=True)
+    def proxy_exchange(self) -> ProcessGroup:
+        """The processes that share the proxies: all where each has its own shards, else this one alone."""
+        return self.exchange if self.by_shard else ProcessGroup(alone=True)
 
     @property
     def local_stores(self) -> float:
@@ -142,7 +131,7 @@ class Ranks:
         rows[1 : 1 + len(sample_ids)] = torch.stack(
             [column.detach().cpu().double() for column in (losses, timesteps, sample_ids)], dim=1
         )
-        found = self.exchange.stack(rows, "batch")
+        found = self.exchange.all_gather(rows, "batch")
         self.signal = max(self.signal, int(found[:, 0, 1].max()))
         parts = [part[1 : 1 + int(part[0, 0])] for part in found]
         all_losses = [part[:, 0].to(losses.device, losses.dtype) for part in parts]
@@ -152,7 +141,7 @@ class Ranks:
 
     def count(self, number: int) -> int:
         """Return the sum of a number over the processes that share a batch."""
-        return int(self.exchange.sum(torch.tensor([number]), "batch")) if self.by_batch else number
+        return int(self.exchange.all_reduce(torch.tensor([number]), "batch")) if self.by_batch else number
 
     def mean(self, losses: Tensor, number: int) -> Tensor:
         """Return what to backward so that the mean over the processes is the mean of all ``number`` losses."""

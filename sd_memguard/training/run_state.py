@@ -75,9 +75,9 @@ class RunState:
         elif self.ranks.by_shard:
             self._write(temporary_folder(output_dir, step))
         else:
-            with self.aggregate():  # the resident weights rest in a store that the processes share
+            with self.aggregate():  # the active weights rest in a store that the processes share
                 pass
-        self.ranks.exchange.wait("checkpoint")
+        self.ranks.exchange.barrier("checkpoint")
         self.last_saved_step = step
 
     def _write(self, folder: Path) -> None:
@@ -108,13 +108,13 @@ class RunState:
         if not self.ranks.by_shard or not states:
             return states
         own = [(shard_index, states[shard_index]) for shard_index in self.ranks.shards]
-        found = dict(row for rows in self.ranks.exchange.gather(own, "scalers") for row in rows)
+        found = dict(row for rows in self.ranks.exchange.all_gather_object(own, "scalers") for row in rows)
         return [found[shard_index] for shard_index in range(len(states))]
 
     def _wait_for_parts(self) -> None:
         """Wait for the processes that write parts of the checkpoint of their own."""
         if self.ranks.by_shard:
-            self.ranks.exchange.wait("checkpoint")
+            self.ranks.exchange.barrier("checkpoint")
 
     def resume(self) -> None:
         """Go on from the checkpoint that was asked for; without one, begin.
@@ -129,11 +129,11 @@ class RunState:
                 logger.warning("no checkpoint in %s yet: starting a new run", self.plan.output_dir)
             return
         state = load_state(folder / FOLDER, "state")
-        with self.ranks.exchange.agreed():
+        with self.ranks.exchange.raise_on_any_rank():
             refuse_changes(state["config"], self.plan.shaping, folder)
         self.ensemble.load_state_dict(state["ensemble"])
         self.ensemble.load_proxies(folder / FOLDER / PROXIES_FOLDER, state["proxies"])
-        self.scalers.load(state["scalers"], self.proxies.resident)
+        self.scalers.load(state["scalers"], self.proxies.active)
         self.run_id, self.last_saved_step = state["run_id"], self.ensemble.progress.global_step
         logger.info("going on from %s", folder)
         before, now = state["config"]["max_train_steps"], self.config.max_train_steps
@@ -146,8 +146,8 @@ class RunState:
     def _find(self, wanted: str) -> Path | None:
         """Return the checkpoint, verified by the main process alone: it is as large as the run."""
         exchange, found = self.ranks.exchange, None
-        with exchange.agreed():
+        with exchange.raise_on_any_rank():
             if exchange.is_main:
                 found = find_checkpoint(self.plan.output_dir, wanted)
-        name = exchange.share(None if found is None else str(found), "checkpoint")
+        name = exchange.broadcast_object(None if found is None else str(found), "checkpoint")
         return None if name is None else Path(name)

@@ -66,7 +66,7 @@ class RankSync:
             reason: why this process comes.
             signal: number of the signal that it has received.
         """
-        rows = self.ranks.exchange.stack(torch.tensor([reason, signal]), "rank_sync")
+        rows = self.ranks.exchange.all_gather(torch.tensor([reason, signal]), "rank_sync")
         outcome = Outcome(Reason(int(rows[:, 0].max())), int(rows[:, 1].max()))
         self._merge_progress()
         self._merge_guard()
@@ -92,7 +92,7 @@ class RankSync:
             for shard_index in self.ranks.shards
         ]
         counted = {name: number - before[name] for name, number in self._counters().items()}
-        for shards, counters in self.ranks.exchange.gather([own, counted], "progress"):
+        for shards, counters in self.ranks.exchange.all_gather_object([own, counted], "progress"):
             for row in shards:
                 if row["shard"] in self.ranks.shards:
                     continue  # its own sampler and meter stay the objects that the loop holds
@@ -116,16 +116,16 @@ class RankSync:
         # What a process knows of the shards of others is what it was told last, so it gives the rows of its own alone.
         own = torch.isin(guard.plan.assignment, torch.tensor(self.ranks.shards).to(guard.plan.assignment.dtype))
         for counts in guard.ledger.counted():
-            counts.copy_(exchange.sum(counts * own, "ledger"))
+            counts.copy_(exchange.all_reduce(counts * own, "ledger"))
         mine = torch.zeros(guard.num_shards, dtype=torch.bool)
         mine[list(self.ranks.shards)] = True
         for name in guard.rules[0].tensors():
             rows = torch.stack([rule.tensors()[name] for rule in guard.rules])
-            merged = exchange.sum(_only(rows, mine), "rules")
+            merged = exchange.all_reduce(_only(rows, mine), "rules")
             for rule, row in zip(guard.rules, merged, strict=True):
                 rule.tensors()[name].copy_(row)
         queues = [(k, guard.queues[k].sample_ids, guard.queues[k].strengths) for k in self.ranks.shards]
-        for shards in exchange.gather(queues, "queues"):
+        for shards in exchange.all_gather_object(queues, "queues"):
             for shard_index, sample_ids, strengths in shards:
                 guard.queues[shard_index] = AugmentQueue(sample_ids, strengths)
 

@@ -21,8 +21,9 @@ from sd_memguard.core.progress import Progress
 from sd_memguard.core.sampler import SampleRef
 from sd_memguard.core.seeding import Address
 from sd_memguard.data.batches import Batch, BatchSource, Encoders, sample_address
-from sd_memguard.distributed import Exchange
+from sd_memguard.distributed import ProcessGroup
 from sd_memguard.ensemble import Ensemble
+from sd_memguard.environment import launched_processes
 from sd_memguard.export.exporter import export_at_end
 from sd_memguard.export.hub import push_to_hub
 from sd_memguard.export.pipeline_folder import write_pipeline
@@ -46,7 +47,7 @@ from sd_memguard.training.distributed_start import (
     leaving_together,
     main_alone,
     plan_together,
-    quiet,
+    silence_non_main,
     told_when_lost,
 )
 from sd_memguard.training.dry_run import describe_plan, vae_factor
@@ -56,7 +57,7 @@ from sd_memguard.training.loss import DenoisingLoss, NoiseSampler, dream_exponen
 from sd_memguard.training.optimizer_step import ClippedStep, ProxyScalers
 from sd_memguard.training.plan import Plan, finished_summary
 from sd_memguard.training.progress_log import RunLog, summary_text
-from sd_memguard.training.ranks import Ranks, launched_processes
+from sd_memguard.training.ranks import Ranks
 from sd_memguard.training.run_state import RunState
 from sd_memguard.training.signals import ECHO, Interrupted, StopRequest
 from sd_memguard.training.sync import RankSync, Reason
@@ -65,7 +66,7 @@ from sd_memguard.training.validation import RoundValidator
 logger = logging.getLogger(__name__)
 
 MAX_NONFINITE_STEPS = 5
-"""Steps in a row that may be left out for a loss or gradient that is not finite."""
+"""Steps in a row that may be skipped for a loss or gradient that is not finite."""
 MAX_OVERFLOWS = 25
 """The same under fp16: each time the scale of the gradients is halved, from 65,536 at the beginning."""
 
@@ -87,8 +88,8 @@ def train(config: TrainConfig) -> TrainResult:
         Interrupted: a signal asked the run to stop; it has saved a checkpoint.
     """
     accelerator = make_accelerator(config) if launched_processes() > 1 else None
-    exchange = Exchange(accelerator.device if accelerator else "cpu")
-    quiet(exchange)
+    exchange = ProcessGroup(accelerator.device if accelerator else "cpu")
+    silence_non_main(exchange)
     plan = plan_together(config, exchange)
     accelerator = accelerator or make_accelerator(plan.config)
     if plan.config.dry_run:
@@ -98,7 +99,7 @@ def train(config: TrainConfig) -> TrainResult:
         return TrainResult(plan.output_dir, 0, {})
     with main_alone(exchange, run_lock(plan.output_dir)), explained_faults(plan.config):
         check_shared(plan.output_dir, exchange)
-        with exchange.agreed():
+        with exchange.raise_on_any_rank():
             summary = finished_summary(plan)
         if summary is not None:
             logger.info(
@@ -108,7 +109,7 @@ def train(config: TrainConfig) -> TrainResult:
             return TrainResult(plan.output_dir, summary["global_step"], summary)
         if exchange.is_main:
             remove_leftovers(plan.output_dir)
-        exchange.wait("plan")
+        exchange.barrier("plan")
         trainer = Trainer(plan, accelerator, exchange)
         trainer.resume()
         with (
@@ -130,9 +131,9 @@ class Trainer:
         exchange: the processes of the run; by default this one alone.
     """
 
-    def __init__(self, plan: Plan, accelerator: Accelerator, exchange: Exchange | None = None) -> None:
+    def __init__(self, plan: Plan, accelerator: Accelerator, exchange: ProcessGroup | None = None) -> None:
         config = plan.config
-        self.ranks = Ranks(exchange or Exchange(alone=True), plan.schedule.num_shards, config.train_batch_size)
+        self.ranks = Ranks(exchange or ProcessGroup(alone=True), plan.schedule.num_shards, config.train_batch_size)
         self.plan, self.config, self.schedule, self.accelerator = plan, config, plan.schedule, accelerator
         models = prepare_models(plan, accelerator)
         self.unet: UNet2DConditionModel = models.unet
@@ -188,7 +189,7 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         self.ensemble = Ensemble(self.guard, self.proxies, self.schedule)
         self.records = RunRecords(plan.output_dir, writes=self.ranks.is_main)
-        self.scalers = ProxyScalers(accelerator.scaler, self.schedule.num_shards, self.proxies.resident)
+        self.scalers = ProxyScalers(accelerator.scaler, self.schedule.num_shards, self.proxies.active)
         self.state = RunState(plan, self.scalers, self.unet, self.ensemble, self.ranks)
         self.log = RunLog(accelerator, plan, self.state)
 
@@ -204,7 +205,7 @@ class Trainer:
         progress = self.progress
         self.records.begin(self.plan.record)
         self.records.write_rounds(self.ensemble.rounds)
-        quiet(self.ranks.exchange, logging.WARNING)
+        silence_non_main(self.ranks.exchange, logging.WARNING)
         self.ranks.stop = stop
         self.rank_sync = RankSync(self.ranks, self.guard, progress, self.config.checkpointing_steps)
         while progress.round_index < self.schedule.num_rounds:
@@ -242,13 +243,13 @@ class Trainer:
         self._set_learning_rate()
         seen: list[Seen] = []
         for position in range(accumulation):
-            visits, batch = next(batches)
-            if not visits and not self.ranks.by_batch:
+            refs, batch = next(batches)
+            if not refs and not self.ranks.by_batch:
                 self.progress.unreadable_samples += self.plan.batch_size
                 continue
             with self.ranks.accumulates(self.model, last=position == accumulation - 1):
-                losses, timesteps = self._losses(batch, [sample_address(visit) for visit in visits])
-                sample_ids = torch.tensor([visit.sample_id for visit in visits], dtype=torch.int64)
+                losses, timesteps = self._losses(batch, [sample_address(ref) for ref in refs])
+                sample_ids = torch.tensor([ref.sample_id for ref in refs], dtype=torch.int64)
                 losses, timesteps, sample_ids = self.ranks.gather_batch(losses, timesteps, sample_ids)
                 self._count_forwards(len(sample_ids), dream=True)
                 self.progress.unreadable_samples += self.plan.batch_size - len(sample_ids)
@@ -299,7 +300,7 @@ class Trainer:
         if not addresses:
             return self._no_losses()
         latents, embeddings = batch
-        timesteps, noise, input_noise = self.noise_sampler.draw(addresses, latents.shape[1:], latents.device, purpose)
+        timesteps, noise, input_noise = self.noise_sampler.sample(addresses, latents.shape[1:], latents.device, purpose)
         return self.loss(self.model, latents, embeddings, timesteps, noise, input_noise, dream=dream), timesteps
 
     def _no_losses(self) -> tuple[Tensor, Tensor]:
@@ -318,12 +319,12 @@ class Trainer:
         """Clip the gradients and step, unless they are not finite, which the host learns in ``check_pending_norms``."""
         self.taken.append((self.progress.global_step + 1, seen, self.optimizer_step.step(scale)))
         if self.ema is not None:
-            self.check_pending_norms()  # the average does not take in what was left out
+            self.check_pending_norms()  # the average does not take in what was skipped
             if self.nonfinite_in_a_row == 0:
                 step_ema(self.ema, self.parameters, self.accelerator.device, offload=self.config.offload_ema)
 
     def check_pending_norms(self) -> None:
-        """Learn which of the steps taken since the last call were left out for a gradient that is not finite."""
+        """Learn which of the steps taken since the last call were skipped for a gradient that is not finite."""
         while self.taken:
             step, seen, norm = self.taken.pop(0)
             if not math.isfinite(float(norm.wait())):
@@ -332,16 +333,16 @@ class Trainer:
                 self.nonfinite_in_a_row = 0
 
     def skip_nonfinite_step(self, what: str, seen: list[Seen], step: int) -> None:
-        """Count a step that is left out, name its samples, and stop the run when that happens again and again."""
+        """Count a step that is skipped, name its samples, and stop the run when that happens again and again."""
         self.progress.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
         is_overflow = what == "gradient" and self.scalers.scaler is not None
         most = MAX_OVERFLOWS if is_overflow else MAX_NONFINITE_STEPS
         if is_overflow and self.nonfinite_in_a_row < most:
-            logger.info("step %d is left out: its gradient overflows in fp16, and the next is scaled by half", step)
+            logger.info("step %d is skipped: its gradient overflows in fp16, and the next is scaled by half", step)
         elif self.ranks.is_main or self.ranks.by_shard:  # those that share a batch all know
             named = describe_samples(seen, self.plan.samples)
-            logger.warning("step %d is left out: its %s is not finite (%s)", step, what, named)
+            logger.warning("step %d is skipped: its %s is not finite (%s)", step, what, named)
         if self.nonfinite_in_a_row >= most:
             raise NonFiniteError(
                 f"the {what} of {most} steps in a row was not finite, the last at step {step}; the "
@@ -410,7 +411,7 @@ class Trainer:
     # The end of the run.
 
     def finish(self) -> TrainResult:
-        """Write the pipeline, draw, upload, and say how it went."""
+        """Write the pipeline, generate, upload, and say how it went."""
         config, output_dir, progress = self.config, self.plan.output_dir, self.progress
         self._checkpoint_before_export()
         with self.state.aggregate() as unet:
@@ -425,7 +426,7 @@ class Trainer:
         exports = export_at_end(TrainedRun(output_dir, config, self.schedule.num_shards))
         summary = {**self._summary(), **exports.summary()}
         self.records.write_summary(summary)
-        shutil.rmtree(self.records.folder / PROXIES_FOLDER, ignore_errors=True)  # the resting ones, if on disk
+        shutil.rmtree(self.records.folder / PROXIES_FOLDER, ignore_errors=True)  # the offloaded ones, if on disk
         self.log.end(summary_text(summary, output_dir))
         if config.push_to_hub:
             push_to_hub(output_dir, config, summary)

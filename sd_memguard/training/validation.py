@@ -1,4 +1,4 @@
-"""Looking at the model while it trains: its loss on images it trains on and on unseen ones, and its generated."""
+"""The model while it trains: its loss on training and on held-out images, and images that it generates."""
 
 import math
 from pathlib import Path
@@ -33,7 +33,7 @@ class MeanLoss(NamedTuple):
 class LossProbe:
     """The denoising loss on fixed images at fixed timesteps with fixed noise, so that only the model changes it.
 
-    Of each image (at most 128, drawn by the seed) four timesteps are taken, one from each quarter of the schedule.
+    Of each image (at most 128, chosen by the seed) four timesteps are taken, one from each quarter of the schedule.
 
     Args:
         source: makes the batches.
@@ -72,7 +72,7 @@ class LossProbe:
 
 
 @torch.no_grad()
-def draw_prompts(
+def generate_prompts(
     folder: Path,
     unet: UNet2DConditionModel,
     prompts: list[str],
@@ -124,29 +124,29 @@ class RoundValidator:
 
     @property
     def prompts(self) -> list[str]:
-        """The captions to draw: ``--validation_prompts`` once each, ``--validation_prompt`` several times."""
+        """The prompts to generate from: ``--validation_prompts`` once each, ``--validation_prompt`` several times."""
         config = self.config
         repeated = [config.validation_prompt] * (config.num_validation_images or 0) if config.validation_prompt else []
         return [*(config.validation_prompts or ()), *repeated]
 
     def at_round_end(self, state: RunState, ranks: Ranks, loss: DenoisingLoss, log: RunLog) -> dict[str, MeanLoss]:
-        """Return the probes' losses of the aggregate, and draw with it when that is due.
+        """Return the probes' losses of the aggregate, and generate with it when that is due.
 
         All processes call it: they share the proxies, or the store where these rest.
         """
-        draws = self._generation_is_due(state)
-        if self.plan.heldout is None and not draws:
+        generates = self._generation_is_due(state)
+        if self.plan.heldout is None and not generates:
             return {}
         # Not compiled: these few forwards are not worth another compilation.
         with state.ensemble.averaged(), torch.compiler.set_stance("force_eager"):
             if not ranks.is_main:
                 return {}
-            if draws:
-                self._draw(state, log)
+            if generates:
+                self._generate(state, log)
             return {name: probe.measure(state.unet, loss) for name, probe in self.probes.items()}
 
     def _generation_is_due(self, state: RunState) -> bool:
-        """Say whether a multiple of ``--validation_epochs`` passes was completed, or the first or last round ends."""
+        """Say whether a multiple of ``--validation_epochs`` epochs was completed, or the first or last round ends."""
         if not self.prompts:
             return False
         progress, rounds, per_epoch = state.ensemble.progress, state.ensemble.rounds, self.plan.epoch_length
@@ -156,7 +156,7 @@ class RoundValidator:
         last = self.plan.schedule.num_rounds - 1
         return done // every > before // every or progress.round_index in {0, last}
 
-    def _draw(self, state: RunState, log: RunLog) -> None:
+    def _generate(self, state: RunState, log: RunLog) -> None:
         folder, variant, seed = self.plan.pipeline, self.config.variant, self.plan.seed
-        images = draw_prompts(folder, state.unet, self.prompts, log.accelerator, seed, variant)
+        images = generate_prompts(folder, state.unet, self.prompts, log.accelerator, seed, variant)
         log.generated(images, state.ensemble.progress.global_step)

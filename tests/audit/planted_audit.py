@@ -32,13 +32,13 @@ def demo_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def planted_generated(num_captions: int = 6, per_caption: int = 2) -> list[Planted]:
-    """Return generated images of two models: `plain` copies the repeated captions, `guarded` copies nothing."""
-    train, unseen = demo_data_path(), demo_heldout_path()
+    """Return generated images of two models: `plain` copies the duplicated prompts, `guarded` copies nothing."""
+    train, heldout = demo_data_path(), demo_heldout_path()
     rows = demo_rows(train)
     counts = {row["text"]: [other["text"] for other in rows].count(row["text"]) for row in rows[:80]}
     often = list({row["text"]: row for row in rows[:80] if counts[row["text"]] > 1}.values())[:num_captions]
     once = [row for row in rows[:80] if counts[row["text"]] == 1][:num_captions]
-    strangers = [Image.open(unseen / row["file_name"]).convert("RGB") for row in demo_rows(unseen)]
+    strangers = [Image.open(heldout / row["file_name"]).convert("RGB") for row in demo_rows(heldout)]
     generated = []
     for model in ("plain", "guarded"):
         for kind, chosen in (("repeated", often), ("single", once)):
@@ -71,7 +71,7 @@ class _Features:
 @functools.cache
 def _gallery() -> tuple[Any, ...]:
     """Return the demo's training images and what is measured on them alone, once for all tests."""
-    folder, unseen = demo_data_path(), demo_heldout_path()
+    folder, heldout = demo_data_path(), demo_heldout_path()
     rows = demo_rows(folder)
     train = [Image.open(folder / row["file_name"]).convert("RGB") for row in rows]
     contents = [image.tobytes() for image in train]
@@ -79,7 +79,7 @@ def _gallery() -> tuple[Any, ...]:
     features = _Features(train)
     gallery = features([train[index] for index in distinct])
     among = gallery @ gallery.T - 2 * np.eye(len(gallery))
-    reference = features([Image.open(unseen / row["file_name"]) for row in demo_rows(unseen)]) @ gallery.T
+    reference = features([Image.open(heldout / row["file_name"]) for row in demo_rows(heldout)]) @ gallery.T
     return rows, contents, distinct, features, gallery, among, reference
 
 

@@ -94,7 +94,7 @@ def test_a_recompressed_copy_does_not_take_the_duplicated_image_out_of_the_audit
 
 
 def candidates_of(folder, lines, cache):
-    """Return whose captions could be drawn in a folder of these files and captions, and the rows with a look-alike."""
+    """Return whose captions could be prompts in a folder of these files and captions, and the near-duplicates."""
     text = "\n".join(json.dumps({"file_name": name, "text": caption}) for name, caption in lines)
     (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
     train, device = read_folder(folder, "--train_data_dir"), torch.device("cpu")
@@ -191,19 +191,19 @@ def test_background_has_a_row_for_each_image(base):
 
 @pytest.fixture
 def copying(monkeypatch):
-    """A model that knows its training images of repeated captions by heart, and draws noise for the others."""
+    """A model that knows its training images of duplicated prompts by heart, and draws noise for the others."""
     train = read_folder(demo_data_path(), "--train_data_dir")
     noise = torch.Generator().manual_seed(0)
 
     def draw_batch(pipeline, captions, seeds, settings):
-        drawn = []
+        generated = []
         for caption in captions:
             rows = [row for row, known in enumerate(train.captions) if known == caption]
             image = torch.from_numpy(np.asarray(train.image(rows[0])).copy())
-            drawn.append(image if len(rows) > 1 else torch.randint(256, image.shape, generator=noise).byte())
-        return torch.stack(drawn)
+            generated.append(image if len(rows) > 1 else torch.randint(256, image.shape, generator=noise).byte())
+        return torch.stack(generated)
 
-    monkeypatch.setattr(generate, "_draw_batch", draw_batch)
+    monkeypatch.setattr(generate, "_generate_batch", draw_batch)
     return train
 
 
@@ -235,7 +235,7 @@ def test_the_same_audit_twice_and_an_interrupted_one_are_the_same(base, monkeypa
     folder, *_ = base
     first = contents(folder)
     flags = [*SETS, *DRAWING, "--output_dir", str(folder)]
-    monkeypatch.setattr(generate, "_draw_batch", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(generate, "_generate_batch", lambda *_: pytest.fail("generated again"))
     main(["--model", f"base={BUNDLED}", *flags])
     assert contents(folder) == first
     monkeypatch.undo()

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from sd_memguard.assets import tiny_sd_path
 from sd_memguard.audit import AuditError
 from sd_memguard.audit.generate import draw
-from sd_memguard.audit.models import LORA_FILE, ModelFiles, find_model, load_pipeline, model_sha256, read_run
+from sd_memguard.audit.models import LORA_FILE, ModelFiles, find_model, load_pipeline, model_sha256, read_run_records
 from sd_memguard.export.single_file import single_file_weights
 
 CPU = torch.device("cpu")
@@ -94,12 +94,12 @@ def test_what_is_no_model_is_named(tmp_path):
 
 
 def test_records_of_a_run_are_read_where_there_are_any(tmp_path):
-    assert read_run(tmp_path) == (None, None)
+    assert read_run_records(tmp_path) == (None, None)
     (tmp_path / "memguard").mkdir()
     config = {"num_shards": 3, "preset": "paper", "memguard": "on", "seed": 1}
     (tmp_path / "memguard" / "config.json").write_text(json.dumps(config))
     (tmp_path / "memguard" / "rounds.jsonl").write_text('{"global_step": 5}\n{"global_step": 9}\n')
     pq.write_table(pa.table({"sample_id": [0, 2]}), tmp_path / "memguard" / "samples.parquet")
-    run, samples = read_run(tmp_path)
+    run, samples = read_run_records(tmp_path)
     assert run == {"num_shards": 3, "num_rounds": 2, "global_step": 9, "preset": "paper", "memguard": "on"}
     assert samples == {"sample_id": [0, 2]}

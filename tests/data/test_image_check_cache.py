@@ -21,7 +21,7 @@ def folder(tmp_path):
     folder.mkdir()
     for number, seed in enumerate([0, 1, 2, 1]):  # 1 and 3 are duplicates
         image(seed, (20 + seed, 14)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text("a image")
+        (folder / f"{number}.txt").write_text("an image")
     return folder
 
 

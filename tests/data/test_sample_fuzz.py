@@ -64,7 +64,7 @@ def mutated(content: bytes, random: np.random.Generator) -> bytes:
 
 
 def decodes(file: Path) -> bool:
-    """Say whether Pillow, asked directly, makes a image of it."""
+    """Say whether Pillow, asked directly, makes an image of it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -75,6 +75,7 @@ def decodes(file: Path) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_images_are_decoded_or_named(tmp_path):
     random = np.random.default_rng(1)
@@ -84,7 +85,7 @@ def test_mutated_images_are_decoded_or_named(tmp_path):
         name = list(good)[number % len(good)]
         file = tmp_path / f"{number:04}.{name.lower()}"
         file.write_bytes(mutated(good[name], random))
-        rows.append(json.dumps({"file_name": file.name, "text": "a image"}))
+        rows.append(json.dumps({"file_name": file.name, "text": "an image"}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     samples = load(tmp_path)
     named = {one.file for one in samples.bad}
@@ -125,6 +126,7 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.tuples(FILE_NAMES | ANYTHING, ANYTHING | st.just("a caption")), min_size=1, max_size=5))
 def test_any_metadata_are_read_or_refused(folder, rows):
@@ -139,6 +141,7 @@ def test_any_metadata_are_read_or_refused(folder, rows):
         assert all(caption.strip() for caption in samples.captions(sample_id))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.binary(max_size=300))
 def test_any_bytes_as_metadata_are_read_or_refused(folder, text):

@@ -402,7 +402,7 @@ def test_bad_images_of_a_data_set_are_named(tmp_path):
         ("{broken", "not valid JSON"),
         ('["a.png", "a"]', "must be a JSON object on one line, got list"),
         ("[" * 100_000, "not valid JSON"),
-        ('{"text": "no file"}', "`file_name` must name a image, got None"),
+        ('{"text": "no file"}', "`file_name` must name an image, got None"),
         ('{"file_name": 3, "text": "a"}', "got 3"),
     ],
 )

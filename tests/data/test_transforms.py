@@ -23,7 +23,7 @@ def make_preprocess(configure):
 
 
 def place_image(side: int = SIDE) -> Image.Image:
-    """Return a image whose red and green say how far to the right and how far down a pixel is."""
+    """Return an image whose red and green say how far to the right and how far down a pixel is."""
     place = np.arange(side, dtype=np.uint8) * (256 // side)
     right, down = np.meshgrid(place, place)
     return Image.fromarray(np.stack([right, down, np.zeros_like(right)], axis=-1))
@@ -90,7 +90,7 @@ def test_the_views_are_what_visits_see(make_preprocess, settings):
     preprocess, image = make_preprocess(center_crop=True, **settings), place_image()
     kept = [preprocess.centered(image, KEY, view) for view in preprocess.views]
     addresses = [(0, number, 7) for number in range(200)]
-    views = preprocess.draw_views(addresses).tolist()
+    views = preprocess.choose_views(addresses).tolist()
     assert set(views) == set(range(len(kept)))
     for address, view in zip(addresses, views, strict=True):
         assert torch.equal(preprocess(image, KEY, address), kept[view])

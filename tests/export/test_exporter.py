@@ -23,7 +23,7 @@ from sd_memguard.export.target import ExportError
 from sd_memguard.export.verify import difference
 from sd_memguard.models.lora import LoraError
 from sd_memguard.runs.folder import RunFolderError
-from sd_memguard.runs.trained_run import read_run
+from sd_memguard.runs.trained_run import read_trained_run
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CONFIGS = json.loads((FIXTURES / "stable_diffusion_configs.json").read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def runs(tmp_path_factory):
     pipelines |= {version: narrow_pipeline(version, folder / f"base-{version}") for version in CONFIGS}
     made = {name: finish_run(pipeline, folder / name) for name, pipeline in pipelines.items()}
     return {
-        name: SimpleNamespace(folder=run, base=pipelines[name], exporter=Exporter(read_run(run)))
+        name: SimpleNamespace(folder=run, base=pipelines[name], exporter=Exporter(read_trained_run(run)))
         for name, run in made.items()
     }
 
@@ -217,7 +217,7 @@ def test_default_ranks(pipeline, tmp_path, monkeypatch):
     for settings in ({}, {"proxy": "lora", "rank": 3, "num_shards": 5}):
         run = finish_run(pipeline, tmp_path / str(len(ranks)), **settings)
         with pytest.raises(ZeroDivisionError):
-            Exporter(read_run(run)).export("lora-kohya", tmp_path / "out")
+            Exporter(read_trained_run(run)).export("lora-kohya", tmp_path / "out")
     assert ranks == [64, 15]
 
 
@@ -229,13 +229,13 @@ def test_a_checkpoint_is_exported_with_the_parts_of_the_base(tiny, pipeline, tmp
     size = (checkpoint / UNET).stat().st_size
     (checkpoint / "manifest.json").write_text(json.dumps({UNET: {"size": size, "blake2b": "0"}}))
     with pytest.raises(UserError, match="is damaged"):
-        read_run(checkpoint)
+        read_trained_run(checkpoint)
     (checkpoint / "manifest.json").write_text(json.dumps({"memguard/state.json": {"size": 1, "blake2b": "0"}}))
-    export = Exporter(read_run(checkpoint)).export("merged", tmp_path / "merged")
+    export = Exporter(read_trained_run(checkpoint)).export("merged", tmp_path / "merged")
     assert torch.equal(load_file(export.path / UNET)["conv_in.bias"], 2 * weights["conv_in.bias"])
     text = "text_encoder/model.safetensors"
     assert (export.path / text).read_bytes() == (pipeline / text).read_bytes()
-    assert read_run(checkpoint).name == "tiny-checkpoint-9"
+    assert read_trained_run(checkpoint).name == "tiny-checkpoint-9"
 
 
 def test_a_file_that_is_not_what_was_meant_is_refused_and_removed(tiny, tmp_path, monkeypatch):
@@ -251,22 +251,22 @@ def test_a_file_that_is_not_what_was_meant_is_refused_and_removed(tiny, tmp_path
     out = tmp_path / "out" / "one.safetensors"
     monkeypatch.setattr(exporter_module, "single_file_weights", swapped)
     with pytest.raises(ExportError, match=r"weights of unet \(1 in all\) are not those"):
-        Exporter(read_run(tiny)).export("single-file", out)
+        Exporter(read_trained_run(tiny)).export("single-file", out)
     assert list(out.parent.iterdir()) == []
     honest_names = exporter_module.kohya_names
     halved = lambda adapter: {k: v / 2 if "alpha" in k else v for k, v in honest_names(adapter).items()}  # noqa: E731
     monkeypatch.setattr(exporter_module, "kohya_names", halved)
     with pytest.raises(ExportError, match="are not those"):
-        Exporter(read_run(tiny)).export("lora-kohya", out)
+        Exporter(read_trained_run(tiny)).export("lora-kohya", out)
     assert list(out.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("format", ["merged", "lora-diffusers"])
 def test_a_generated_image_too_far_off_is_refused(tiny, tmp_path, monkeypatch, format):
     drawn = iter([torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([9.0, -9.0])])
-    exporter = Exporter(read_run(tiny))
+    exporter = Exporter(read_trained_run(tiny))
     with monkeypatch.context() as patch:
-        patch.setattr(exporter_module.check, "draw", lambda pipeline: next(drawn))
+        patch.setattr(exporter_module.check, "generate", lambda pipeline: next(drawn))
         exporter._generated_image, exporter._base_difference  # noqa: B018 (they are drawn here)
         with pytest.raises(ExportError, match=r"its generated image is .*% off the trained model's, and at most"):
             exporter.export(format, tmp_path / "out")
@@ -275,7 +275,7 @@ def test_a_generated_image_too_far_off_is_refused(tiny, tmp_path, monkeypatch, f
 
 def test_what_exists_is_replaced_only_on_demand_and_never_if_it_is_more(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Exporter, "_compare", lambda *args: 0.0)
-    exporter, merged = Exporter(read_run(tiny)), tmp_path / "merged"
+    exporter, merged = Exporter(read_trained_run(tiny)), tmp_path / "merged"
     exporter.export("merged", merged)
     (merged / "note.txt").write_text("old")
     with pytest.raises(ExportError, match="exists; name another, or replace it by `--overwrite`"):
@@ -308,14 +308,14 @@ def test_what_exists_is_replaced_only_on_demand_and_never_if_it_is_more(tiny, tm
 
 def test_a_folder_that_is_no_run_is_refused(tiny, tmp_path):
     with pytest.raises(RunFolderError, match="is no run folder"):
-        read_run(tmp_path)
+        read_trained_run(tmp_path)
     (tiny / "model_index.json").unlink()
     with pytest.raises(RunFolderError, match="holds no finished model; finish the run"):
-        read_run(tiny)
+        read_trained_run(tiny)
     (tiny / "memguard" / "config.json").write_text('{"new_setting": 1}')
     (tiny / "model_index.json").write_text("{}")
     with pytest.raises(RunFolderError, match="cannot be read: unknown setting `new_setting`"):
-        read_run(tiny)
+        read_trained_run(tiny)
 
 
 def test_the_command(tiny, pipeline, tmp_path, capsys):

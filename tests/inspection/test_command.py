@@ -76,6 +76,7 @@ def test_no_run_and_bad_arguments(tmp_path, capsys, copied):
     assert not (copied / "memguard/inspect").exists()
 
 
+@pytest.mark.slow
 def test_a_pipe_that_knows_ascii_alone_and_no_model_library(copied):
     config = copied / "memguard/config.json"
     config.write_text(config.read_text().replace('"resolution": 32', '"resolution": "32 \N{MULTIPLICATION SIGN} 32"'))

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from sd_memguard.inspection.plots import (
     COLOURS,
-    NothingToDrawError,
+    NothingToPlotError,
     bank_figure,
     fractions_figure,
     gap_figure,
@@ -42,7 +42,7 @@ def test_bank(inspected, finished_run, rows):
         np.testing.assert_array_equal(line.get_ydata(), tensors[f"shard_{k}.mean"])
         assert np.isfinite(line.get_ydata()).any()
         assert line.get_label() == f"proxy {k}"
-    assert sum(int(tensors[f"shard_{k}.visits"].sum()) for k in range(3)) == 96
+    assert sum(int(tensors[f"shard_{k}.times_seen"].sum()) for k in range(3)) == 96
     coverage = min(shard["bank_coverage"] for shard in rows[-1]["shards"])
     assert f"the bank decides at {coverage:.0%} of the timesteps" in texts(bank_figure(inspected))
 
@@ -109,18 +109,18 @@ def test_many_shards_have_lines_of_their_own(inspected, rows):
 
 @pytest.mark.parametrize("make", [bank_figure, fractions_figure, gap_figure, moves_figure])
 def test_nothing_to_draw_before_the_first_round(inspected, make):
-    with pytest.raises(NothingToDrawError):
+    with pytest.raises(NothingToPlotError):
         make(replace(inspected, rounds=[], banks=[], samples=None))
 
 
 def test_the_reasons_name_the_setting(inspected, rows):
     without = [{name: value for name, value in row.items() if "loss" not in name} for row in rows]
-    with pytest.raises(NothingToDrawError, match="--validation_data_dir"):
+    with pytest.raises(NothingToPlotError, match="--validation_data_dir"):
         gap_figure(replace(inspected, rounds=without))
     plain = {**inspected.config, "memguard": "off", "num_shards": 1}
     averages = [{**row, "kind": "average", "moves": []} for row in rows]
     for make in (fractions_figure, moves_figure):
-        with pytest.raises(NothingToDrawError, match="guard was off"):
+        with pytest.raises(NothingToPlotError, match="guard was off"):
             make(replace(inspected, config=plain, rounds=averages))
-    with pytest.raises(NothingToDrawError, match="one shard"):
+    with pytest.raises(NothingToPlotError, match="one shard"):
         moves_figure(replace(inspected, config={**inspected.config, "num_shards": 1}, rounds=averages))

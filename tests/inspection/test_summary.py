@@ -65,7 +65,7 @@ def test_rounds_against_the_file(finished_run):
 def test_the_ending_against_the_summary(finished_run):
     story, summary = format_summary(read_run(finished_run.output_dir), 3, 120), finished_run.summary
     assert story.startswith(f"{finished_run.output_dir}: finished")
-    assert f"visits   96: {summary['skipped_fraction']:.1%} skipped, {summary['augmented_fraction']:.1%} aug" in story
+    assert f"samples  96: {summary['skipped_fraction']:.1%} skipped, {summary['augmented_fraction']:.1%} aug" in story
     assert f"({summary['extra_steps']} extra steps on the copies, {summary['augment_queue_left']} left" in story
     assert f"steps    {summary['empty_steps']} without a clean sample, {summary['nonfinite_steps']} not finite" in story
     assert f"loss {summary['train_loss']:.4f} on images trained on, {summary['heldout_loss']:.4f} on unseen" in story
@@ -110,7 +110,7 @@ def test_the_ranking_says_how_much_it_is_worth(finished_run):
     assert clear[1].endswith("chance would put 0.0 there")
     assert len(clear) == 2
     # All are left out half of the time: chance alone would spread them further.
-    assert "says nothing yet: a image was seen 20 times" in sentences([11] * 4 + [10] * 36, 4)[-1]
+    assert "says nothing yet: an image was seen 20 times" in sentences([11] * 4 + [10] * 36, 4)[-1]
     # Chance puts somewhat more than half of 40 images at 10 or more of 20; here are 30.
     assert "more than half of this list may be chance" in sentences([10] * 30 + [9] * 10, 30)[-1]
 

@@ -15,14 +15,13 @@ from torch import nn
 
 from sd_memguard.errors import LoopError
 from sd_memguard.launcher.denoisers import (
-    check_flags,
-    check_source,
     find_denoisers,
     find_trained_denoiser,
     is_denoiser,
     trained_parameters,
     watch_calls,
 )
+from sd_memguard.launcher.scripts import check_flags, check_source
 from tests.plugin.families import FAMILIES
 
 

@@ -9,8 +9,9 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from sd_memguard.errors import ConfigError
-from sd_memguard.models.lora import LoraError, best_factors, diffusers_names, kohya_names, low_rank, smallest_rank
+from sd_memguard.models.lora import LoraError, diffusers_names, kohya_names, low_rank, smallest_rank
 from sd_memguard.proxies.full import WEIGHTS
+from sd_memguard.proxies.low_rank import best_factors
 from sd_memguard.training.build import make_accelerator
 from sd_memguard.training.plan import make_plan
 from sd_memguard.training.trainer import Trainer, train
@@ -44,10 +45,10 @@ def product(proxies, shard_index, layer):
 
 
 def effective(proxies, layer):
-    """Return the weight that the resident model stands for: it multiplies with the base rounded to its precision."""
+    """Return the weight that the active model stands for: it multiplies with the base rounded to its precision."""
     base = proxies.base[layer].detach()
     assert torch.equal(base, proxies.master[layer].to(base.dtype))
-    return proxies.master[layer].double() + product(proxies, proxies.resident, layer)
+    return proxies.master[layer].double() + product(proxies, proxies.active, layer)
 
 
 def test_the_aggregate_is_the_mean_of_the_merged_proxies(trainer):
@@ -78,8 +79,8 @@ def test_looking_at_the_aggregate_changes_nothing(trainer):
         for layer, weight in merged.items():
             base = proxies.base[layer].detach()
             rounding = torch.finfo(base.dtype).eps * base.abs().max().double()
-            resident = base.double() + product(proxies, proxies.resident, layer)
-            torch.testing.assert_close(resident, weight.double(), atol=max(1e-6, rounding), rtol=0)
+            active = base.double() + product(proxies, proxies.active, layer)
+            torch.testing.assert_close(active, weight.double(), atol=max(1e-6, rounding), rtol=0)
     for layer, weight in before.items():
         assert torch.equal(effective(proxies, layer), weight)
 
@@ -141,7 +142,7 @@ def test_an_ema_is_refused(configure):
 
 def test_the_generated_of_validation_prompt_are_made(run, monkeypatch):
     drawn = []
-    monkeypatch.setattr("sd_memguard.training.validation.draw_prompts", lambda *args: drawn.append(args[2]) or [])
+    monkeypatch.setattr("sd_memguard.training.validation.generate_prompts", lambda *args: drawn.append(args[2]) or [])
     monkeypatch.setattr("sd_memguard.training.progress_log.RunLog.generated", lambda *args: None)
     run(**LORA, validation_prompt="a private thing", num_validation_images=2)
     assert drawn

@@ -68,10 +68,10 @@ def test_the_ensemble_is_three_models_trained_side_by_side():
 
 
 def test_proxies_may_rest_in_files(tmp_path):
-    loop = Loop().attach(make_guard(**IET), TOTAL, store_dir=tmp_path / "resting").run(TOTAL)
+    loop = Loop().attach(make_guard(**IET), TOTAL, store_dir=tmp_path / "offloaded").run(TOTAL)
 
     torch.testing.assert_close(loop.weights(), slow_ensemble(), rtol=0, atol=1e-6)
-    assert list((tmp_path / "resting").iterdir())
+    assert list((tmp_path / "offloaded").iterdir())
 
 
 def test_an_epoch_has_as_many_batches_as_before_each_of_one_shard():

@@ -659,6 +659,7 @@ def _in_process(rank: int, init: str, results) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_count_together(tmp_path):
     """DDP by gloo with ``no_sync``: a mean over the samples that all processes kept."""
     mp.spawn(_in_process, (f"file://{tmp_path}/init", str(tmp_path / "found.pt")), nprocs=2)

@@ -229,7 +229,7 @@ def test_checkpoints_link_the_resting_proxies(tmp_path, trained):
     for folder in folders:
         folder.mkdir()
         index = proxies.save(folder)
-    # All proxies but the resident one share an entry of weights: one file, linked by the store and both checkpoints.
+    # All proxies but the active one share an entry of weights: one file, linked by the store and both checkpoints.
     names = {index["entries"][shard]["weights"] for shard in (0, 1)}
     assert len(names) == 1
     shared = names.pop()
@@ -250,7 +250,7 @@ def test_the_store_does_not_grow(tmp_path, trained):
         if round_index % 2:
             proxies.average(WEIGHTS)
         counts.append(len(list((tmp_path / "store").rglob("*.safetensors"))))
-    assert max(counts) <= 3 * (NUM_SHARDS - 1)  # three parts of each resting proxy
+    assert max(counts) <= 3 * (NUM_SHARDS - 1)  # three parts of each offloaded proxy
     assert counts[-1] == 2 + NUM_SHARDS - 1  # after an average: one of weights, one of EMA, the others' optimizers
     (tmp_path / "checkpoint").mkdir()
     index = proxies.save(tmp_path / "checkpoint")
@@ -274,7 +274,7 @@ def test_a_checkpoint_of_other_proxies_is_refused_before_anything_changes(
     with pytest.raises(ValueError, match=message):
         proxies.load(tmp_path / "checkpoint", index)
     assert_equal_states(model.state(), before)
-    assert proxies.resident == NUM_SHARDS - 1
+    assert proxies.active == NUM_SHARDS - 1
 
 
 def test_the_store_holds_the_resting_proxies_alone(trained, tmp_path):
@@ -299,7 +299,7 @@ def test_the_store_holds_the_resting_proxies_alone(trained, tmp_path):
     index = proxies.save(tmp_path)
     proxies.load(tmp_path, index)
     assert len(store._entries) == 1 + (NUM_SHARDS - 1)
-    proxies.activate((proxies.resident + 1) % NUM_SHARDS)
+    proxies.activate((proxies.active + 1) % NUM_SHARDS)
     assert len(store._entries) == 2 + (NUM_SHARDS - 1)  # the one that trained alone is no longer shared
 
 

@@ -105,9 +105,9 @@ def assert_same(engine, slow):
             torch.testing.assert_close(parameter, proxy.weights[name], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("resting", ["ram", "disk"])
-def test_engine_equals_the_slow_method_after_each_round(resting, tmp_path):
-    engine = Engine(RamStore() if resting == "ram" else DiskStore(tmp_path / "store"))
+@pytest.mark.parametrize("offloaded", ["ram", "disk"])
+def test_engine_equals_the_slow_method_after_each_round(offloaded, tmp_path):
+    engine = Engine(RamStore() if offloaded == "ram" else DiskStore(tmp_path / "store"))
     slow = toy.SlowMethod()
     assert [kind for kind, _ in slow.schedule] == ["redistribute", "average", "redistribute", "average", "average"]
     assert engine.schedule.num_rounds == len(slow.schedule)

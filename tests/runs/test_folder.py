@@ -104,7 +104,7 @@ def test_damaged_files_are_named_and_the_rest_is_read(folder):
     text = "\n".join(run.notices)
     assert "rounds.jsonl is damaged from line 3 on" in text
     for name in ("samples.parquet", "banks.safetensors", "summary.json"):
-        assert f"{name} is damaged and left out" in text
+        assert f"{name} is damaged and ignored" in text
 
 
 def test_samples_with_other_columns_are_left_out(folder):

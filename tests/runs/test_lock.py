@@ -1,5 +1,6 @@
 """One run at a time in an output folder."""
 
+import json
 import os
 import signal
 import subprocess
@@ -53,9 +54,11 @@ def test_the_lock_is_free_after_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError), run_lock(tmp_path):
         raise ZeroDivisionError
     with run_lock(tmp_path):
-        pass
+        assert (tmp_path / "memguard" / "lock.json").exists()
 
 
 def test_two_folders_do_not_disturb_each_other(holder, tmp_path):
     with run_lock(tmp_path / "other"):
-        pass
+        folders = (tmp_path, tmp_path / "other")
+        owners = [json.loads((folder / "memguard" / "lock.json").read_text()) for folder in folders]
+    assert [owner["pid"] for owner in owners] == [holder.pid, os.getpid()]

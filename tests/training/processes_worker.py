@@ -25,7 +25,7 @@ from sd_memguard.errors import UserError
 from sd_memguard.training import trainer as loop
 from sd_memguard.training.failures import NonFiniteError
 
-take_step, draw_noise, read_image = loop.Trainer.step, loop.NoiseSampler.draw, Samples.keyed_image
+take_step, draw_noise, read_image = loop.Trainer.step, loop.NoiseSampler.sample, Samples.keyed_image
 
 
 def run_job(job: dict, rank: int, size: int) -> dict:
@@ -54,7 +54,7 @@ def run_job(job: dict, rank: int, size: int) -> dict:
             raise SampleError(f"sample {sample_id} is gone")
         return read_image(samples, sample_id)
 
-    loop.Trainer.step, loop.NoiseSampler.draw, Samples.keyed_image = step, draw, image
+    loop.Trainer.step, loop.NoiseSampler.sample, Samples.keyed_image = step, draw, image
     try:
         result = loop.train(make_train_config(**job["settings"]))
     except (UserError, NonFiniteError) as error:

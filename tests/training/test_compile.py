@@ -10,6 +10,8 @@ from torch import nn
 
 from tests.training.test_trainer import results
 
+pytestmark = pytest.mark.slow
+
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.kill_test import MODES, NUM_PROCESSES, SETTINGS, survive
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills copies of this process")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="kills copies of this process")]
 
 
 @pytest.mark.parametrize("mode", ["full", "disk", "lora", "processes"])

@@ -65,14 +65,14 @@ def test_dream_changes_the_loss_only_where_it_is_asked_for():
 
 def test_noise_offset_and_input_perturbation():
     addresses, shape, device = [(0, 0, 1), (0, 0, 2)], (4, 5, 5), torch.device("cpu")
-    timesteps, noise, input_noise = NoiseSampler(0, 1000).draw(addresses, shape, device)
+    timesteps, noise, input_noise = NoiseSampler(0, 1000).sample(addresses, shape, device)
     assert torch.equal(noise, input_noise)
-    same_timesteps, shifted, _ = NoiseSampler(0, 1000, noise_offset=0.1).draw(addresses, shape, device)
+    same_timesteps, shifted, _ = NoiseSampler(0, 1000, noise_offset=0.1).sample(addresses, shape, device)
     assert torch.equal(timesteps, same_timesteps)
     shift = shifted - noise  # one number for each image and channel
     torch.testing.assert_close(shift, shift[..., :1, :1].expand_as(shift), rtol=0, atol=1e-6)
     assert len(shift[..., 0, 0].unique()) == 8
-    _, target, perturbed = NoiseSampler(0, 1000, input_perturbation=0.1).draw(addresses, shape, device)
+    _, target, perturbed = NoiseSampler(0, 1000, input_perturbation=0.1).sample(addresses, shape, device)
     assert torch.equal(target, noise)
     assert (perturbed - noise).std() == pytest.approx(0.1, rel=0.2)
 

@@ -20,7 +20,7 @@ def test_sizes_from_the_header_are_those_of_the_loaded_model(configure, settings
     trained = sum(parameter.numel() for parameter in trainer.parameters)
     assert plan.sizes.trained == 4 * trained
     assert plan.sizes.proxy == 4 * trained * (4 if "use_ema" in settings else 3)
-    assert plan.sizes.resting == 2 * plan.sizes.proxy + 4 * trained * 2
+    assert plan.sizes.offloaded == 2 * plan.sizes.proxy + 4 * trained * 2
 
 
 def free_disk(monkeypatch, free: int) -> None:
@@ -29,7 +29,7 @@ def free_disk(monkeypatch, free: int) -> None:
 
 def test_a_disk_too_small_for_the_store_is_refused_before_a_model_is_loaded(run, configure, monkeypatch, tmp_path):
     sizes = make_plan(configure()).sizes
-    free_disk(monkeypatch, sizes.result + sizes.resting - 1)
+    free_disk(monkeypatch, sizes.result + sizes.offloaded - 1)
     monkeypatch.setattr("sd_memguard.training.build.load_models", None)
     with pytest.raises(SpaceError, match=r"proxy store .* MB, .*fewer `--num_shards`"):
         run(proxy_store="disk")

@@ -77,7 +77,7 @@ def test_a_step_waits_for_the_device_once(make_trainer, monkeypatch, settings):
     trainer = make_trainer(num_shards=1, **settings)
     waited, backwards = [], []
     device = Device(trainer.unet.parameters())
-    draw, wait, backward = NoiseSampler.draw, host_copy.AsyncCPUCopy.wait, trainer.accelerator.backward
+    draw, wait, backward = NoiseSampler.sample, host_copy.AsyncCPUCopy.wait, trainer.accelerator.backward
 
     def draw_on_device(*args):
         drawn = draw(*args)
@@ -88,7 +88,7 @@ def test_a_step_waits_for_the_device_once(make_trainer, monkeypatch, settings):
         waited.append((copy._copy.shape, len(backwards)))
         return torch.from_numpy(wait(copy).numpy().copy())  # on the host: not marked
 
-    monkeypatch.setattr(NoiseSampler, "draw", draw_on_device)
+    monkeypatch.setattr(NoiseSampler, "sample", draw_on_device)
     monkeypatch.setattr(host_copy.AsyncCPUCopy, "wait", record_wait)
     monkeypatch.setattr(trainer.accelerator, "backward", lambda loss: (backward(loss), backwards.append(1)))
     run = steps(trainer, 3)
@@ -179,7 +179,7 @@ def test_bad_gradients_are_named_counted_and_end_the_run(make_trainer, monkeypat
     next(run)
     trainer.check_pending_norms()
     assert trainer.progress.nonfinite_steps == 1
-    assert "step 2 is left out: its gradient is not finite" in caplog.text
+    assert "step 2 is skipped: its gradient is not finite" in caplog.text
     assert caplog.text.count("secret-") == 4
     with pytest.raises(NonFiniteError, match="gradient of 5 steps in a row"):
         list(run)
@@ -225,7 +225,7 @@ def test_lasting_overflows_end_the_run_before_the_scale_is_nothing(make_fp16_tra
     monkeypatch.setattr(trainer.accelerator, "backward", poisoned)
     with pytest.raises(NonFiniteError, match="gradient of 25 steps in a row"):
         list(run)
-    assert caplog.text.count("is left out: its gradient is not finite") == 1
+    assert caplog.text.count("is skipped: its gradient is not finite") == 1
     assert trainer.progress.nonfinite_steps == 25
     assert trainer.accelerator.scaler.get_scale() > 0
     assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.unet.state_dict().items())

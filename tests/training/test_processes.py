@@ -22,6 +22,8 @@ from sd_memguard.training.signals import Interrupted
 from sd_memguard.training.trainer import Trainer, train
 from tests.conftest import short_run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
 TOLERANCE = 2e-6

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sd_memguard.distributed import Exchange, ProcessLostError
+from sd_memguard.distributed import ProcessGroup, ProcessLostError
 from sd_memguard.errors import UserError
 from sd_memguard.runs.folder import RunFolderError
 from sd_memguard.training import distributed_start
@@ -18,8 +18,8 @@ from sd_memguard.training.ranks import Ranks
 from sd_memguard.training.signals import Interrupted, StopRequest
 
 
-def process(rank: int, size: int) -> Exchange:
-    exchange = Exchange(alone=True)
+def process(rank: int, size: int) -> ProcessGroup:
+    exchange = ProcessGroup(alone=True)
     exchange.rank, exchange.size = rank, size
     return exchange
 

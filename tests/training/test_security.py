@@ -99,7 +99,7 @@ def test_no_file_of_a_data_set_runs(run, images, payload, mark, tmp_path, name):
         (folder / "metadata.jsonl").unlink()
     (folder / name).write_bytes(payload)
     if name == "secret-03.txt":
-        run(train_data_dir=str(folder), max_train_steps=3)  # a text beside a image that the metadata name
+        run(train_data_dir=str(folder), max_train_steps=3)  # a text beside an image that the metadata name
     else:
         refused(run, train_data_dir=str(folder), max_train_steps=3)
     assert not mark.exists()

@@ -117,6 +117,7 @@ def test_the_size_of_a_shard_is_that_of_the_round(run):
     assert [shard["size"] for shard in second["shards"]] == sizes
 
 
+@pytest.mark.slow
 def test_a_real_sigterm_ends_with_143_and_a_checkpoint(configure, images, pipeline, tmp_path):
     flags = {"pretrained": pipeline, "train_data_dir": images, "output_dir": tmp_path / "run", "resolution": 32}
     flags |= {"max_train_steps": 100000, "train_batch_size": 4, "checkpointing_steps": 10, "mixed_precision": "no"}

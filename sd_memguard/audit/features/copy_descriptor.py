@@ -1,4 +1,4 @@
-"""The small network behind the extractor `bundled`: images to unit vectors that stay put when a image is copied.
+"""The small network behind the extractor `bundled`: images to unit vectors that stay put when an image is copied.
 
 `tools/build_copy_descriptor.py` trains it, in the manner of SSCD (Pizzi et al. 2022, arXiv 2202.10261).
 """

@@ -1,4 +1,4 @@
-"""Extractors: what turns a image into the unit vector by which the audit compares it.
+"""Extractors: what turns an image into the unit vector by which the audit compares it.
 
 A new one is a class with the four attributes and two methods of ``Extractor``, and a line in ``EXTRACTORS``.
 """
@@ -32,7 +32,7 @@ class Extractor(ABC):
 
     Attributes:
         name: As given to ``--extractor``.
-        preprocessing: In words, what happens to a image before the network.
+        preprocessing: In words, what happens to an image before the network.
         dimensions: D, the width of a row.
         sha256: Of the weights; None where there are none.
         is_normalized: Whether rows are unit vectors, so that their product is a cosine.

@@ -30,7 +30,7 @@ from sd_memguard.core.seeding import permutation
 from sd_memguard.core.verification import verify_pairs
 
 BACKGROUND_SIZE = 10_000
-"""Most images of a set whose nearest others make up its background; drawn by the seed where it has more."""
+"""Most images of a set whose nearest others make up its background; chosen by the seed where it has more."""
 
 
 BACKGROUND_PERCENT = 99
@@ -98,7 +98,7 @@ class Gallery:
     def extract(
         self, extractor: Extractor, images: Collection, rows: Sequence[int], *, flipped: bool = False
     ) -> list[Tensor]:
-        """Return blocks of another extractor's rows, of the images or of their mirror images."""
+        """Return blocks of another extractor's rows, of the images or of their flipped copies."""
         keys = [f"{images.hashes[row]}{' flipped' if flipped else ''}" for row in rows]
         what = f"{extractor.name}: {images.place}"
 
@@ -245,18 +245,18 @@ def choose_threshold(train: Tensor, reference: Tensor | None) -> Threshold:
 
 
 def choose_rows(candidates: ChosenCaptions, near_duplicates: set[int], count: int) -> ChosenCaptions:
-    """Return rows whose captions are drawn, ascending; as many of each kind, fewer where there are no more.
+    """Return rows whose captions are the prompts, ascending; as many of each kind, fewer where there are no more.
 
     Args:
         candidates: Rows of each kind in random order.
-        near_duplicates: Rows to leave out, because another image of the set is as like as a copy.
+        near_duplicates: Rows to drop, because another image of the set is as similar as a copy.
         count: How many of each kind.
     """
     return ChosenCaptions(*(sorted([row for row in kind if row not in near_duplicates][:count]) for kind in candidates))
 
 
 def candidates(train: Collection, groups: Sequence[int], seed: int) -> ChosenCaptions:
-    """Return the first rows of all images whose captions could be drawn, each kind in random order.
+    """Return the first rows of all images whose captions could be prompts, each kind in random order.
 
     A caption must belong to one image alone, and the image to one caption, so that it is clear which image a
     generated image would be a copy of. Near-duplicates are one image.

@@ -13,7 +13,7 @@ from sd_memguard.audit.features.extractors import weights_sha256
 
 
 class ClipScorer:
-    """Scores how well a image fits its caption: the cosine of CLIP's two embeddings (Hessel et al. 2021).
+    """Scores how well an image fits its caption: the cosine of CLIP's two embeddings (Hessel et al. 2021).
 
     arXiv 2104.08718, without its factor (2.5; torchmetrics: 100) and its cut at 0: the scale of the papers' 0.3.
 

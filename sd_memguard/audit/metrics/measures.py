@@ -69,16 +69,16 @@ class Compared(NamedTuple):
         return self.ratios.l2 < COPY_THRESHOLD
 
 
-def compare(subject: GeneratedSet, gallery: Gallery, threshold: float, copy_distance: float | None) -> Compared:
+def compare(generated: GeneratedSet, gallery: Gallery, threshold: float, copy_distance: float | None) -> Compared:
     """Return how the generated images compare with the training images.
 
     Args:
-        subject: The generated images.
+        generated: The generated images.
         gallery: The training images.
         threshold: Similarity of a copy where nothing is verified.
         copy_distance: Distance after registration up to which an image is a copy; None: by similarity alone.
     """
-    images, own_rows = subject.images, subject.own_rows
+    images, own_rows = generated.images, generated.own_rows
     nearest, ratios = gallery.match(images), gallery.pixel_ratios(images)
     own = gallery.similarity_to(images, own_rows) if own_rows else None
     if copy_distance is None:
@@ -100,17 +100,17 @@ def compare(subject: GeneratedSet, gallery: Gallery, threshold: float, copy_dist
     return Compared(source, is_copy, own, is_own_copy, ratios, verified.distance)
 
 
-def copy_figures(subject: GeneratedSet, compared: Compared, seed: int) -> dict[str, dict[str, Any]]:
+def copy_figures(generated: GeneratedSet, compared: Compared, seed: int) -> dict[str, dict[str, Any]]:
     """Return the figures on copies of each kind of captions and of all."""
-    kinds = list(dict.fromkeys(subject.kinds))
-    members = {kind: torch.tensor([one == kind for one in subject.kinds]) for kind in kinds}
-    members["all"] = torch.ones(len(subject.kinds), dtype=torch.bool)
-    return {kind: _copies_of(member, subject, compared, seed) for kind, member in members.items()}
+    kinds = list(dict.fromkeys(generated.kinds))
+    members = {kind: torch.tensor([one == kind for one in generated.kinds]) for kind in kinds}
+    members["all"] = torch.ones(len(generated.kinds), dtype=torch.bool)
+    return {kind: _copies_of(member, generated, compared, seed) for kind, member in members.items()}
 
 
-def _copies_of(member: Tensor, subject: GeneratedSet, compared: Compared, seed: int) -> dict[str, Any]:
+def _copies_of(member: Tensor, generated: GeneratedSet, compared: Compared, seed: int) -> dict[str, Any]:
     def estimate(values: Tensor, statistic: Callable[[Tensor], Tensor], what: str) -> Estimate:
-        shaped = values[member].double().unflatten(0, (-1, subject.per_caption))
+        shaped = values[member].double().unflatten(0, (-1, generated.per_caption))
         return bootstrap(shaped, statistic, generator_for(seed, f"bootstrap {what}"))
 
     is_copy = compared.is_copy
@@ -127,7 +127,7 @@ def _copies_of(member: Tensor, subject: GeneratedSet, compared: Compared, seed: 
         "mq_below": {str(level): int((compared.ratios.squared[member] < level).sum()) for level in MQ_LEVELS},
     }
     if compared.is_own_copy is not None:
-        extracted = compared.is_own_copy[member].unflatten(0, (-1, subject.per_caption)).any(1)
+        extracted = compared.is_own_copy[member].unflatten(0, (-1, generated.per_caption)).any(1)
         figures["captions"], figures["captions_copied"] = len(extracted), int(extracted.sum())
         generator = generator_for(seed, "bootstrap extraction")
         figures["extraction"] = bootstrap(extracted.double()[:, None], mean, generator)

@@ -30,50 +30,49 @@ class Quality(NamedTuple):
     clip: ClipScorer | None
 
 
-def quality_figures(subject: GeneratedSet, quality: Quality, seed: int) -> dict[str, Any]:
-    """Return KID and FID of the generated images of single captions against both sets, and their CLIP score.
+def quality_figures(generated: GeneratedSet, quality: Quality, seed: int) -> dict[str, Any]:
+    """Return KID and FID of the generated images of unique prompts against both sets, and their CLIP score.
 
-    Copies are real images and flatter every distance to the training set, so repeated captions are left out.
+    Copies are real images and flatter every distance to the training set, so duplicated prompts are not used.
     """
     figures: dict[str, Any] = {}
     missing: dict[str, str] = {}
     kinds = {"single", "given"}
-    rows = [row for row, kind in enumerate(subject.kinds) if kind in kinds]
-    drawn = quality.features_of(subject.images, rows[:MAX_QUALITY_IMAGES]) if rows else None
+    rows = [row for row, kind in enumerate(generated.kinds) if kind in kinds]
+    features = quality.features_of(generated.images, rows[:MAX_QUALITY_IMAGES]) if rows else None
     for name, real in (("train", quality.train), ("reference", quality.reference)):
-        reason = _why_no_distance(drawn, real)
+        reason = _why_no_distance(features, real)
         figures[f"kid_{name}"] = figures[f"fid_{name}"] = None
-        if drawn is None or real is None or reason:
+        if features is None or real is None or reason:
             missing[f"kid_{name}"] = missing[f"fid_{name}"] = reason
             continue
-        figures[f"kid_{name}"] = kernel_distance(drawn, real, generator_for(seed, f"kid {name}"))
-        if min(len(drawn), len(real)) > drawn.shape[1]:
-            figures[f"fid_{name}"] = frechet_distance(drawn, real)
+        figures[f"kid_{name}"] = kernel_distance(features, real, generator_for(seed, f"kid {name}"))
+        if min(len(features), len(real)) > features.shape[1]:
+            figures[f"fid_{name}"] = frechet_distance(features, real)
         else:
             missing[f"fid_{name}"] = (
-                f"needs more images than {quality.extractor.name} has dimensions ({drawn.shape[1]}) on both sides, "
-                f"got {len(drawn)} generated images and {len(real)} images"
+                f"needs more images than {quality.extractor.name} has dimensions ({features.shape[1]}) on both sides, "
+                f"got {len(features)} generated images and {len(real)} images"
             )
     figures["clip_score"] = None
     if quality.clip is None:
         missing["clip_score"] = "no --clip_model"
-    elif not any(subject.images.captions[row] for row in rows):
+    elif not any(generated.images.captions[row] for row in rows):
         missing["clip_score"] = "the generated images have no captions"
     else:
-        scores = quality.clip.scores(subject.images, rows).unflatten(0, (-1, subject.per_caption))
+        scores = quality.clip.scores(generated.images, rows).unflatten(0, (-1, generated.per_caption))
         figures["clip_score"] = bootstrap(scores, mean, generator_for(seed, "bootstrap clip"))
     return {**figures, "why_missing": missing}
 
 
-def _why_no_distance(drawn: Tensor | None, real: Tensor | None) -> str:
+def _why_no_distance(generated: Tensor | None, real: Tensor | None) -> str:
     if real is None:
         return "no --reference_data_dir"
-    if drawn is None:
-        return "no generated images of single captions"
-    if min(len(drawn), len(real)) < MIN_QUALITY_IMAGES:
-        return (
-            f"needs {MIN_QUALITY_IMAGES} images on both sides, got {len(drawn)} generated images and {len(real)} images"
-        )
+    if generated is None:
+        return "no generated images of unique prompts"
+    if min(len(generated), len(real)) < MIN_QUALITY_IMAGES:
+        given = f"{len(generated)} generated images and {len(real)} images"
+        return f"needs {MIN_QUALITY_IMAGES} images on both sides, got {given}"
     return ""
 
 

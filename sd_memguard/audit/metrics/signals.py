@@ -1,4 +1,4 @@
-"""What a model betrays without generated image: its answer to a caption, and its loss on a image."""
+"""What a model betrays without generated image: its answer to a caption, and its loss on an image."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ DETECTION_SEEDS = 2
 """The first steps, and the noises, over which a caption's signal is averaged."""
 
 LOSS_TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Where a image's loss is measured, as shares of the timesteps the model was trained on."""
+"""Where an image's loss is measured, as shares of the timesteps the model was trained on."""
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def text_signal(
     Wen et al. 2024, "Detecting, Explaining, and Mitigating Memorization in Diffusion Models" (ICLR): the Euclidean norm
     of the text-conditional minus the unconditional noise prediction, which is large where a caption leads to a
     memorized image. Averaged over the first ``DETECTION_STEPS`` DDIM steps from ``DETECTION_SEEDS`` noises, the same
-    for every caption; no image is decoded. Velocity predictions are turned to noise predictions first.
+    for every caption; no image is decoded. Velocity predictions are converted to noise predictions first.
 
     Args:
         pipeline: From ``load_pipeline``.

@@ -1,4 +1,4 @@
-"""How near a image is to a gallery of training images, and when that is near enough to be called a copy.
+"""How near an image is to a gallery of training images, and when that is near enough to be called a copy.
 
 Everything here is plain torch on rows of numbers. What the rows are (pixels, features) is the caller's choice.
 """
@@ -144,7 +144,7 @@ def distance_ratio(distances: Tensor) -> Tensor:
     """Return how near the nearest is compared with the n nearest: ``d_1 / mean(d_1, ..., d_n)``, in 0..1.
 
     Carlini et al. 2023, "Extracting Training Data from Diffusion Models" (arXiv 2301.13188), section 5: the distance
-    is ``d_1 / (alpha * mean over the n closest training images)`` with alpha = 0.5 and n = 50, and a image counts
+    is ``d_1 / (alpha * mean over the n closest training images)`` with alpha = 0.5 and n = 50, and an image counts
     as extracted where that is small. This is the same value without the factor alpha, so their 1 is our 0.5. The n
     closest are meant literally: the nearest is one of them. Plain Euclidean distance, not its square; dividing by
     the number of pixels, as the paper does, cancels. A flat image is near everything and a busy one near nothing;
@@ -177,7 +177,7 @@ def squared_distance_ratio(distances: Tensor) -> Tensor:
 def find_copies(query: Tensor, gallery: Tensor, num_neighbors: int = NUM_NEIGHBORS, chunk: int = 1024) -> Copies:
     """Measure each query against the gallery and tell the near copies: distance ratio below ``COPY_THRESHOLD``.
 
-    Rows that repeat an earlier row of the gallery are left out first (see ``distance_ratio``).
+    Rows that repeat an earlier row of the gallery are dropped first (see ``distance_ratio``).
 
     Args:
         query: (Q, D) float, e.g. pixels in 0..1.

@@ -114,8 +114,8 @@ def bootstrap_separation(
     groups = [positive.double(), negative.double()]
     found = []
     for size in _portions(len(positive) + len(negative)):
-        drawn = [group[torch.randint(len(group), (size, len(group)), generator=generator)] for group in groups]
-        found.append(separation(*drawn))
+        generated = [group[torch.randint(len(group), (size, len(group)), generator=generator)] for group in groups]
+        found.append(separation(*generated))
     low, high = _interval(torch.cat(found))
     value = separation(*(group[None] for group in groups))[0].item()
     return Estimate(value, low, high, len(positive) + len(negative))
@@ -172,7 +172,7 @@ def true_positive_rate(positive: Tensor, negative: Tensor, false_positive_rate: 
 
 
 def kernel_distance(
-    drawn: Tensor,
+    generated: Tensor,
     real: Tensor,
     generator: torch.Generator,
     subset_size: int = KERNEL_SUBSET_SIZE,
@@ -185,7 +185,7 @@ def kernel_distance(
     features take the place of Inception's: values compare only within one extractor.
 
     Args:
-        drawn: (N, D) features of generated.
+        generated: (N, D) features of generated images.
         real: (M, D) features of images.
         generator: Decides the subsets.
         subset_size: Images of each side in a subset; at most half of the smaller side, so that subsets differ.
@@ -194,11 +194,11 @@ def kernel_distance(
     Returns:
         The mean, the 2.5th and 97.5th percentile over the subsets, and the subset size as ``n``.
     """
-    size = max(2, min(subset_size, len(drawn) // 2, len(real) // 2))
+    size = max(2, min(subset_size, len(generated) // 2, len(real) // 2))
     found = []
     for _ in range(num_subsets):
-        rows, columns = (torch.randperm(len(side), generator=generator)[:size] for side in (drawn, real))
-        found.append(_squared_mmd(drawn[rows].double(), real[columns].double()))
+        rows, columns = (torch.randperm(len(side), generator=generator)[:size] for side in (generated, real))
+        found.append(_squared_mmd(generated[rows].double(), real[columns].double()))
     values = torch.stack(found)
     return Estimate(values.mean().item(), *_interval(values), size)
 
@@ -214,7 +214,7 @@ def _cubic(x: Tensor, y: Tensor, width: int) -> Tensor:
     return (x @ y.T / width + 1) ** 3
 
 
-def frechet_distance(drawn: Tensor, real: Tensor) -> float:
+def frechet_distance(generated: Tensor, real: Tensor) -> float:
     """Return FID: the squared 2-Wasserstein distance of Gaussians fitted to two sets of features.
 
     Heusel et al. 2017 (arXiv 1706.08500): ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))``, covariances with n - 1. It
@@ -222,14 +222,14 @@ def frechet_distance(drawn: Tensor, real: Tensor) -> float:
     values of equally many images. The extractor's features take the place of Inception's.
 
     Args:
-        drawn: (N, D) features of generated.
+        generated: (N, D) features of generated images.
         real: (M, D) features of images.
     """
-    drawn, real = drawn.double(), real.double()
-    first, second = torch.cov(drawn.T).reshape(drawn.shape[1], -1), torch.cov(real.T).reshape(real.shape[1], -1)
+    generated, real = generated.double(), real.double()
+    first, second = torch.cov(generated.T).reshape(generated.shape[1], -1), torch.cov(real.T).reshape(real.shape[1], -1)
     values, vectors = torch.linalg.eigh(first)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     # C1 C2 has the eigenvalues of the symmetric root(C1) C2 root(C1), whose square root is real and stable.
     overlap = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
-    distance = (drawn.mean(0) - real.mean(0)).square().sum() + first.trace() + second.trace() - 2 * overlap
+    distance = (generated.mean(0) - real.mean(0)).square().sum() + first.trace() + second.trace() - 2 * overlap
     return distance.item()

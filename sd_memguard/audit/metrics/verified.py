@@ -46,7 +46,7 @@ class CopyDistance(NamedTuple):
     Attributes:
         distance: A copy is at this distance or nearer.
         false_positives: Share of the background that is; those in ``num_same`` are not counted.
-        num_same: Images of the background that are one image with a training image, e.g. in mirror.
+        num_same: Images of the background that are one image with a training image, e.g. flipped.
         num_background: Size of the background.
         rule: In words.
     """

@@ -32,7 +32,7 @@ def write_report(output_dir: Path, train_data_dir: Path | None) -> Path:
             shows empty frames with their names.
 
     Raises:
-        AuditError: Where one of the three files is missing, broken or of another format. A image that is missing or
+        AuditError: Where one of the three files is missing, broken or of another format. An image that is missing or
             cannot be read is an empty frame instead.
     """
     audit = read_audit(output_dir)

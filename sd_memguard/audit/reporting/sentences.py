@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sd_memguard.audit.reporting.read import KINDS, Audit, Copies, Estimate, Model
 
 CONFIDENCE = 0.95
-KIND_WORDS = {"repeated": "repeated captions", "single": "single captions", "given": "given images"}
+KIND_WORDS = {"repeated": "duplicated prompts", "single": "unique prompts", "given": "given images"}
 MOST_MODELS_IN_A_SENTENCE = 3
 
 
@@ -81,7 +81,7 @@ def interval_words(estimate: Estimate, digits: int | None = None) -> str:
 
 
 def generated_by(kind: str, count: int | None = None) -> str:
-    """Return what a kind counts: ``generated images of repeated captions``, or ``given images``."""
+    """Return what a kind counts: ``generated images of duplicated prompts``, or ``given images``."""
     words = KIND_WORDS[kind] if kind == "given" else f"generated images of {KIND_WORDS[kind]}"
     return words if count is None else f"{count:,} {words}"
 
@@ -90,7 +90,7 @@ def verdict(audit: Audit) -> Verdict:
     """Return the verdict on the audited models, of each by its most exposed kind of generated."""
     clauses = [clause for model in audit.models if (clause := _clause(model))]
     if not clauses:
-        return Verdict("Nothing was drawn, so nothing can be said about copies.", ())
+        return Verdict("Nothing was generated, so nothing can be said about copies.", ())
     if len(clauses) == 1:
         sentence = _one(clauses[0])
     elif len(clauses) <= MOST_MODELS_IN_A_SENTENCE:
@@ -181,7 +181,7 @@ def _background(audit: Audit) -> str:
 
 
 def _other_kinds(audit: Audit, clauses: Sequence[_Clause]) -> list[str]:
-    """Return a sentence per kind that the verdict left out, where few enough models are compared."""
+    """Return a sentence per kind that the verdict does not name, where few enough models are compared."""
     told = {clause.kind for clause in clauses}
     lines = []
     for kind in audit.kinds() if len(audit.models) <= MOST_MODELS_IN_A_SENTENCE else []:

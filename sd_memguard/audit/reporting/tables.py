@@ -18,8 +18,8 @@ from sd_memguard.audit.reporting.sentences import (
 )
 
 GROUPS = {
-    "repeated": "Generated images of repeated captions",
-    "single": "Generated images of single captions",
+    "repeated": "Generated images of duplicated prompts",
+    "single": "Generated images of unique prompts",
     "given": "Given images",
     "all": "All generated images",
     "detection": "Detection, without generated image",
@@ -33,7 +33,7 @@ DEFINITIONS = {
     "Copy": "A generated image that is a training image but for crop, translation, scale, small rotation, flip and "
     "colour; with --copy_threshold, one whose similarity is at or above it.",
     "Distance": "What that leaves in the parts that differ most, over their contrast; 0 is the same.",
-    "Background": "The same similarity among images that nobody copied: what is merely alike.",
+    "Background": "The same similarity among images that nobody copied: similar without copying.",
     "Captions extracted": "Share of training captions with at least one generated image that is a copy.",
     "L2 ratio": "Distance to the nearest training image over the mean one to the 50 nearest (Carlini et al. 2023).",
     "MQ": "The same ratio with squared distances, as the authors of IET-AGC compute it.",
@@ -45,7 +45,7 @@ DEFINITIONS = {
     "KID": "Kernel distance between generated images and images, mean and spread over subsets; lower is closer.",
     "FID": "Fréchet distance between generated images and images, where the sample is large enough; lower is closer.",
     "CLIP score": "How well a generated image fits its caption, by a CLIP model; higher is better.",
-    "Skip ratio": "Share of the visits to a training image on which the guard skipped or augmented it.",
+    "Skip ratio": "Share of the times a training image was seen at which the guard skipped or augmented it.",
     "Intervals": "95%, by bootstrap over captions; where none or all are copies, the exact binomial bound.",
 }
 """Each word of the page in one line; docs/audit.md has formulas and sources."""

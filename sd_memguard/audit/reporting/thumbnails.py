@@ -16,7 +16,7 @@ WORST_PER_MODEL = 3
 """Pairs on a model's card, on top of those in the list."""
 
 EDGE = 192
-"""Longest edge of a image in the page, in pixels."""
+"""Longest edge of an image in the page, in pixels."""
 
 LOSSLESS_EDGE = 96
 """Up to this edge images are kept as they are: compression costs more than it saves there."""
@@ -26,7 +26,7 @@ IMAGE_BYTES = 5_500_000
 
 
 class Thumbnail(NamedTuple):
-    """A image in the page: its address is empty, and ``problem`` says why, where it cannot be shown."""
+    """An image in the page: its address is empty, and ``problem`` says why, where it cannot be shown."""
 
     file: str
     data_uri: str
@@ -43,7 +43,7 @@ class Pair(NamedTuple):
 
     @property
     def is_own(self) -> bool | None:
-        """Whether the nearest image is the drawn caption's own, or equals it; None where it has none."""
+        """Whether the nearest image is the prompt's own, or equals it; None where it has none."""
         own, nearest = self.row["own_similarity"], self.row["similarity"]
         if self.row["own_file"] is None:
             return None
@@ -95,7 +95,7 @@ def _thumbnail(path: Path, file: str) -> Thumbnail:
     except FileNotFoundError:
         return Thumbnail(file, "", "the file is missing")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return Thumbnail(file, "", "the file cannot be read as a image")
+        return Thumbnail(file, "", "the file cannot be read as an image")
     lossless = max(small.size) <= LOSSLESS_EDGE
     small.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -114,7 +114,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 def choose_pairs(audit: Audit, thumbnails: Thumbnails) -> Shown:
     """Return the nearest pairs of every model, worst first.
 
-    Of each model at most ``PAIRS_PER_MODEL``, split evenly over its kinds, so that repeated captions do not crowd the
+    Of each model at most ``PAIRS_PER_MODEL``, split evenly over its kinds, so that duplicated prompts do not crowd the
     others out. Where the images would weigh more than ``IMAGE_BYTES``, the number is halved until they do not.
     """
     rows = audit.pairs.to_pylist()

@@ -55,7 +55,7 @@ BACKGROUND_SCHEMA = pa.schema(
 
 def pair_table(
     name: str,
-    subject: GeneratedSet,
+    generated: GeneratedSet,
     compared: Compared,
     train: Collection,
     samples: Mapping[str, Sequence[Any]] | None,
@@ -64,21 +64,21 @@ def pair_table(
 
     Args:
         name: Of the model.
-        subject: Its generated.
+        generated: Its images.
         compared: What they have in common with the training images.
         train: The training images.
         samples: Columns of the run's ``samples.parquet``, or None.
     """
-    images, count = subject.images, len(subject.images)
+    images, count = generated.images, len(generated.images)
     nearest = compared.nearest.row.tolist()
     unknown = [None] * count
     columns = {
         "model": [name] * count,
-        "kind": subject.kinds,
+        "kind": generated.kinds,
         "caption": images.captions,
-        "seed": subject.seeds or unknown,
+        "seed": generated.seeds or unknown,
         "file": [str(Path(images.place) / file) for file in images.files],
-        "own_file": [train.files[row] for row in subject.own_rows] or unknown,
+        "own_file": [train.files[row] for row in generated.own_rows] or unknown,
         "nearest_file": [train.files[row] for row in nearest],
         "nearest_caption": [train.captions[row] for row in nearest],
         "nearest_sample_id": nearest,
@@ -191,7 +191,7 @@ def _further(model: Mapping[str, Any]) -> list[str]:
     for key, words in (("detection", "caption signal"), ("membership", "loss")):
         if model[key] is not None:
             auc, rate = model[key]["auc"], model[key]["tpr_at_1_fpr"]
-            found.append(f"{words} tells trained from unseen: AUC {auc.value:.3f}, {rate.value:.0%} at 1% false alarms")
+            found.append(f"{words} tells them from held out: AUC {auc.value:.3f}, {rate.value:.0%} at 1% false alarms")
     if attributes := model["attributes"]:
         figures = [attributes[key] for key in ("caption_accuracy", "open_agreement", "chance_agreement")]
         named, opened, chance = ("unknown" if one is None else f"{one.value:.0%}" for one in figures)
@@ -201,12 +201,12 @@ def _further(model: Mapping[str, Any]) -> list[str]:
     quality = model["quality"]
     for key, words in (
         ("kid_train", "KID to training"),
-        ("kid_reference", "KID to unseen"),
+        ("kid_reference", "KID to held out"),
         ("clip_score", "CLIP score"),
     ):
         if quality[key] is not None:
             found.append(f"{words} {quality[key].value:.4g}")
-    for key, words in (("fid_train", "FID to training"), ("fid_reference", "FID to unseen")):
+    for key, words in (("fid_train", "FID to training"), ("fid_reference", "FID to held out")):
         if quality[key] is not None:
             found.append(f"{words} {quality[key]:.4g}")
     return [f"{model['name']}: {'; '.join(found)}."] if found else []

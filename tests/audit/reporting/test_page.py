@@ -88,7 +88,7 @@ def test_missing_and_broken_images_are_named_frames(own_copy):
     (own_copy / "generated/plain/00001.png").write_bytes(b"no image")
     page = page_of(own_copy)
     assert "the file is missing" in page
-    assert "the file cannot be read as a image" in page
+    assert "the file cannot be read as an image" in page
     assert "generated/plain/00000.png" in page
     away = write_report(own_copy, None).read_text()
     assert "the folder of training images is not at hand" in away
@@ -164,7 +164,7 @@ def test_a_report_of_nothing_is_a_report(own_copy):
     for name in ("pairs.parquet", "background.parquet"):
         pq.write_table(pq.read_table(own_copy / name).slice(0, 0), own_copy / name)
     page = page_of(own_copy)
-    assert "Nothing was drawn, so nothing can be said about copies." in page
+    assert "Nothing was generated, so nothing can be said about copies." in page
     assert "There are no pairs." in page
 
 
@@ -216,28 +216,28 @@ def test_transparent_images_are_shown_on_white(tmp_path):
     [
         (
             {"plain": {"repeated": (64, 49, 16, 0.6, 0.9)}, "guarded": {"repeated": (64, 0, 16)}},
-            "plain copies in 77% of its generated images of repeated captions (49 of 64); "
+            "plain copies in 77% of its generated images of duplicated prompts (49 of 64); "
             "guarded in none of 64 (at most 17% at 95% confidence).",
         ),
         (
             {"mine": {"single": (200, 0, 200)}},
-            "No copy was found among the 200 generated images of single captions of mine "
+            "No copy was found among the 200 generated images of unique prompts of mine "
             "(at 95% confidence, at most 1% are copies).",
         ),
         (
             {"mine": {"repeated": (64, 1, 64, 0.0, 0.05)}},
-            "mine copies in 2% of its generated images of repeated captions (1 of 64; 95% interval 0% to 5%).",
+            "mine copies in 2% of its generated images of duplicated prompts (1 of 64; 95% interval 0% to 5%).",
         ),
         (
             {"a": {"repeated": (10, 1, 10)}, "b": {"given": (20, 5, 20)}},
-            "a copies in 10% of its generated images of repeated captions (1 of 10); b copies in 25% of its given "
+            "a copies in 10% of its generated images of duplicated prompts (1 of 10); b copies in 25% of its given "
             "images (5 of 20).",
         ),
         (
             {name: {"repeated": (10, copies, 10)} for name, copies in zip("abcd", (3, 0, 10, 5), strict=True)},
-            "4 models copy in between 0% (b) and 100% (c) of their generated images of repeated captions.",
+            "4 models copy in between 0% (b) and 100% (c) of their generated images of duplicated prompts.",
         ),
-        ({"a": {}}, "Nothing was drawn, so nothing can be said about copies."),
+        ({"a": {}}, "Nothing was generated, so nothing can be said about copies."),
     ],
 )
 def test_verdicts(models, sentence):
@@ -253,7 +253,7 @@ def test_the_verdict_is_put_into_scale():
     scale = verdict(make_audit({"plain": plain, "guarded": guarded})).scale
     assert scale[0].startswith("For scale: of 257 images that were not trained on, 1% are as similar to a training")
     assert (
-        scale[1] == "plain copies in 2% of its generated images of single captions (1 of 64); guarded in 2% (1 of 64)."
+        scale[1] == "plain copies in 2% of its generated images of unique prompts (1 of 64); guarded in 2% (1 of 64)."
     )
     assert scale[-1].startswith("No copy found does not mean that there is none")
     assert not any("overlap" in line for line in scale)

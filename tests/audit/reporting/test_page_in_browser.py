@@ -14,7 +14,10 @@ from tests.audit.planted_audit import planted_generated, write_planted_audit
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the path")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the path"),
+]
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://example.org/x onerror=alert(2)>\u2028<!--"
 LONG = "nobreak" * 60
@@ -98,8 +101,8 @@ def test_the_slider_recounts_copies(open_page, folder):
         marked = page.locator(".pair.is-copy").count()
         assert marked == sum(expected_copies(folder, threshold).values())
         rows = pq.read_table(folder / "background.parquet")
-        unseen = rows.filter(pc.equal(rows["kind"], "reference"))["similarity"].to_numpy()
-        share = np.mean(unseen >= np.float32(threshold))
+        heldout = rows.filter(pc.equal(rows["kind"], "reference"))["similarity"].to_numpy()
+        share = np.mean(heldout >= np.float32(threshold))
         text = page.locator("[data-background=reference]").text_content()
         assert abs(float(text.rstrip("%").split()[-1]) / 100 - share) < 0.006
         seen.add(page.locator(".plot .line").first.get_attribute("x1"))
@@ -199,9 +202,9 @@ def test_without_javascript_the_numbers_are_there(open_page, folder):
     pairs = pq.read_table(folder / "pairs.parquet", filters=[("model", "=", "plain"), ("kind", "=", "repeated")])
     copies = pc.sum(pairs["is_copy"]).as_py()
     assert 0 < copies < 16
-    assert f"{copies / 16:.0%} of its generated images of repeated captions ({copies} of 16)" in text
-    assert f"{copies} of 16 generated images of repeated captions" in text
-    assert "0 of 16 generated images of repeated captions" in text
+    assert f"{copies / 16:.0%} of its generated images of duplicated prompts ({copies} of 16)" in text
+    assert f"{copies} of 16 generated images of duplicated prompts" in text
+    assert "0 of 16 generated images of duplicated prompts" in text
     for control in ("#threshold-bar", "#filters", "#more"):
         assert page.locator(control).is_hidden()
     assert page.locator(".pair:visible").count() == 64
