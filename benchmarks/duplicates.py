@@ -16,8 +16,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from sd_memguard.assets import demo_data_path
-from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups
-from sd_memguard.data.image_check import thumbnail
+from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups, make_thumbnail
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,8 +41,10 @@ def changes(random: np.random.Generator) -> dict[str, Callable[[Image.Image], Im
         "15 % more contrast": lambda image: ImageEnhance.Contrast(image).enhance(1.15),
         "each side cropped by 0 to 2 %": lambda image: crop(image, 0.02, random),
         "each side cropped by 0 to 4 %": lambda image: crop(image, 0.04, random),
+        "each side cropped by 0 to 5 %": lambda image: crop(image, 0.05, random),
+        "each side cropped by 0 to 7 %": lambda image: crop(image, 0.07, random),
         "0 to 3 % cropped, JPEG 70": lambda image: as_jpeg(crop(image, 0.03, random), 70),
-        "flipped": ImageOps.mirror,
+        "flipped, with --duplicates_flip": ImageOps.mirror,
     }
 
 
@@ -69,17 +70,17 @@ def read_distinct(folder: Path) -> list[Image.Image]:
 
 def measure_recall(images: list[Image.Image], random: np.random.Generator) -> dict[str, float]:
     """Return for each change the share of the images whose changed copy comes into their group."""
-    originals, found = np.stack([thumbnail(image) for image in images]), {}
+    originals, found = np.stack([make_thumbnail(image) for image in images]), {}
     for name, change in changes(random).items():
-        copies = np.stack([thumbnail(change(image)) for image in images])
-        groups = find_groups(np.concatenate([originals, copies]))
+        copies = np.stack([make_thumbnail(change(image)) for image in images])
+        groups = find_groups(np.concatenate([originals, copies]), flip=name.startswith("flipped"))
         found[name] = float((groups[: len(images)] == groups[len(images) :]).mean())
     return found
 
 
 def count_mixed_up(images: list[Image.Image]) -> dict[str, int]:
     """Return how many groups there are among distinct files, and the images in them."""
-    _, sizes = np.unique(find_groups(np.stack([thumbnail(image) for image in images])), return_counts=True)
+    _, sizes = np.unique(find_groups(np.stack([make_thumbnail(image) for image in images])), return_counts=True)
     return {"images": len(images), "groups": int((sizes > 1).sum()), "grouped": int(sizes[sizes > 1].sum())}
 
 

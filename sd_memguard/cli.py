@@ -55,10 +55,18 @@ def _inspect(argv: Sequence[str]) -> None:
         main(argv)
 
 
+def _check(argv: Sequence[str]) -> None:
+    from sd_memguard.check.command import main
+
+    with exit_on_user_error():
+        raise SystemExit(main(argv))
+
+
 COMMANDS = {
     "train": Command("fine-tune Stable Diffusion under the memorization guard", _train),
     "run": Command("run one of diffusers' own training scripts under the guard, unmodified", _run),
     "demo": Command("fine-tune the bundled model twice, plain and guarded, and compare what they copy", _demo),
+    "check": Command("find unusable images, faulty captions and duplicates in a folder before training", _check),
     "audit": Command("measure how much models copy of their training images", _audit),
     "export": Command("write a run in another format: a diffusers folder, one file, or a LoRA file", _export),
     "inspect": Command("summarize a run, and show its most memory-prone images and its curves", _inspect),

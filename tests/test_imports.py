@@ -37,6 +37,7 @@ PARTS = {
     "runs": {*ENGINE, "data", "models"},
     "export": {"runs", "models", "console", "distributed", *BASE},
     "inspection": {"runs", "data", "assets", "core", "figures", *BASE},
+    "check": {"core", "data", *BASE},
     "training": {*ENGINE, "assets", "console", "data", "export", "models", "runs"},
     "launcher": {*ENGINE, "flags", "runs"},
     "audit": {*BASE, "assets", "core", "figures", "flags"},

@@ -87,12 +87,13 @@ class FolderImages:
             raise ImageError(f"cannot be read: {error.strerror}") from error
 
 
-def read_folder(folder: str, *, image_column: str, caption_column: str) -> Source:
+def read_folder(folder: str, *, image_column: str, caption_column: str, needs_captions: bool = True) -> Source:
     """Return the rows of a folder: those of its metadata files, else its images with their `.txt` captions.
 
     Metadata files may lie in sub-folders; image files are relative to them. Several are read in the order of their
     paths. Without metadata the rows are the images in the order of their paths; each line of a `.txt` file that is
-    not blank is one caption of the image with the same name.
+    not blank is one caption of the image with the same name. Without ``needs_captions`` a folder of bare images is read
+    as well, and each lacks its caption.
 
     Raises:
         SampleError: no such folder, no images, no captions at all, an unknown column or an unreadable metadata file.
@@ -109,7 +110,7 @@ def read_folder(folder: str, *, image_column: str, caption_column: str) -> Sourc
         rows = _metadata_rows(root, listing, image_column, caption_column)
     elif not listing.images:
         raise SampleError(f"`--train_data_dir` {folder} holds no images (.png, .jpg, ...){_hint(listing, root)}")
-    elif listing.texts.keys().isdisjoint(_stem(file) for file in listing.images):
+    elif needs_captions and listing.texts.keys().isdisjoint(_stem(file) for file in listing.images):
         raise SampleError(
             f"`--train_data_dir` {folder} holds {len(listing.images)} images, but no captions: add {_METADATA_RULE}"
             f" or a `.txt` file of the same name beside each image{_hint(listing, root)}"

@@ -1,0 +1,110 @@
+"""The page of a check: one file, without scripts, with the images that it is about."""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from PIL import Image, ImageOps
+
+from sd_memguard.check.findings import Findings, repeated_captions
+from sd_memguard.data.image_check import ImageError, decode_image
+
+MAX_GROUPS, MAX_MEMBERS, MAX_LISTED = 200, 12, 500
+"""What the page shows at most; check.json has everything."""
+
+_EDGE = 128
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; color-scheme: light dark }
+.group { display: flex; flex-wrap: wrap; gap: .5rem; padding: .75rem 0; border-top: 1px solid #8884 }
+figure { margin: 0; width: 8.5rem; font-size: .8rem; overflow-wrap: anywhere }
+figure img { width: 8rem; height: 8rem; object-fit: contain; background: #8882 }
+figure.kept img { outline: 3px solid #2a7 }
+h3 { flex-basis: 100%; margin: 0; font-size: 1rem }
+td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0; overflow-wrap: anywhere }
+"""
+
+
+def page(findings: Findings, headline: str) -> str:
+    """Return the page as HTML.
+
+    Args:
+        findings: What was found.
+        headline: The summary in a sentence.
+    """
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>Check of {escape(findings.source.name)}</title><style>{_STYLE}</style></head><body>",
+            f"<h1>Check of {escape(findings.source.name)}</h1><p>{escape(headline)}</p>",
+            *_table("Samples that cannot be used", findings, findings.unusable),
+            *_duplicates(findings),
+            *_table("Odd images and captions", findings, findings.odd),
+            *_captions(findings),
+            "</body></html>\n",
+        ]
+    )
+
+
+def _table(heading: str, findings: Findings, faults: dict[int, str]) -> Iterator[str]:
+    if not faults:
+        return
+    yield f"<h2>{heading} ({len(faults):,})</h2><table>"
+    for row, words in list(faults.items())[:MAX_LISTED]:
+        yield f"<tr><td>{escape(findings.file(row))}</td><td>{escape(words)}</td></tr>"
+    yield "</table>" + _more(len(faults) - MAX_LISTED)
+
+
+def _duplicates(findings: Findings) -> Iterator[str]:
+    if not findings.groups:
+        return
+    yield f"<h2>Duplicates ({len(findings.groups):,} groups)</h2>"
+    yield "<p>One of each group, outlined, is kept by <code>--write_filtered</code>.</p>"
+    for group in findings.groups[:MAX_GROUPS]:
+        kind = "equal files" if group.is_exact else "near-duplicates"
+        yield f'<div class="group"><h3>{len(group.rows):,} {kind}</h3>'
+        shown = [group.kept, *(row for row in group.rows if row != group.kept)][:MAX_MEMBERS]
+        yield from (_figure(findings, row, row == group.kept) for row in shown)
+        yield _more(len(group.rows) - MAX_MEMBERS) + "</div>"
+    yield _more(len(findings.groups) - MAX_GROUPS)
+
+
+def _figure(findings: Findings, row: int, is_kept: bool) -> str:
+    captions = findings.captions(row)
+    width, height = findings.sizes[row]
+    text = f"{findings.file(row)}, {width}x{height}" + (f": {captions[0]}" if captions else "")
+    return (
+        f'<figure{" class=kept" if is_kept else ""}><img loading="lazy" alt="" src="{_thumbnail(findings, row)}">'
+        f"<figcaption>{escape(text)}</figcaption></figure>"
+    )
+
+
+def _thumbnail(findings: Findings, row: int) -> str:
+    try:
+        image = decode_image(findings.source.images.read(row))
+    except (ImageError, OSError):
+        image = Image.new("RGB", (1, 1))
+    file = io.BytesIO()
+    ImageOps.contain(image, (_EDGE, _EDGE)).save(file, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _captions(findings: Findings) -> Iterator[str]:
+    repeated = repeated_captions(findings)
+    if not repeated:
+        return
+    yield f"<h2>Captions that different images share ({len(repeated):,})</h2>"
+    yield "<p>Not a fault; but what a caption does not say, a model learns to guess.</p><table>"
+    yield from _counted(repeated[:MAX_LISTED])
+    yield "</table>" + _more(len(repeated) - MAX_LISTED)
+
+
+def _counted(repeated: Sequence[tuple[str, int]]) -> Iterator[str]:
+    for caption, count in repeated:
+        yield f"<tr><td>{count:,}</td><td>{escape(caption)}</td></tr>"
+
+
+def _more(count: int) -> str:
+    return f"<p>and {count:,} more</p>" if count > 0 else ""
