@@ -305,6 +305,7 @@ class Session:
             "memguard": "off" if self.guard.is_neutral else "on",
             "seed": self.guard.seed,
             "num_shards": self.guard.num_shards,
+            "sample_rule": self.guard.sample_rule,
             "steps_per_round": self.guard.attachment.ensemble.schedule.steps_per_round,
             "max_train_steps": steps,
             "actions": [action._asdict() for action in self.guard.actions],

@@ -75,6 +75,7 @@ class Plan:
         return {
             "num_shards": schedule.num_shards,
             "steps_per_round": schedule.steps_per_round,
+            "sample_rule": self.guard.sample_rule,
             "max_train_steps": schedule.total_steps,
         }
 
@@ -210,7 +211,11 @@ def plan_rounds(
         ConfigError: more shards than distinct images, or than steps.
     """
     guard = config.guard
-    kept = {name: recorded[name] for name in ("num_shards", "steps_per_round") if recorded and name in recorded}
+    kept = {
+        name: recorded[name]
+        for name in ("num_shards", "steps_per_round", "sample_rule")
+        if recorded and name in recorded
+    }
     guard = replace(guard, **{name: value for name, value in kept.items() if getattr(guard, name) == "auto"})
     num_images = num_different(samples)
     epoch_length = num_images if guard.group_duplicates == "balance" else len(samples.sample_ids)
