@@ -27,6 +27,7 @@ FOREIGN = {"plot", "work_dir", "num_processes", "images_per_caption", "steps", "
 FOREIGN |= {"quick", "arms", "seeds", "cells", "points", "all_points"}  # of benchmarks/memorization
 # Flags of diffusers' scripts that the launcher runs.
 FOREIGN |= {"do_edm_style_training", "use_dora", "output_kohya_format"}
+FOREIGN |= {"denoiser", "train_text_encoder", "fused_backward_pass", "min_snr_gamma", "debiased_estimation_loss"}
 FOREIGN |= {"loss_type", "weighting_scheme", "cache_latents", "train_text_encoder_ti", "use_lpl"}
 FOREIGN |= {"base_channels", "profile", "size", "upstream_script", "turns", "device", "shards", "clock"}
 FOREIGN |= {"window", "check", "list", "diffusers_examples", "no-deps", "find-links", "no-index"}

@@ -38,7 +38,9 @@ def format_summary(run: RunFolder, num_images: int, width: int) -> str:
 def _heading(run: RunFolder) -> list[str]:
     name = one_line(str(run.path), 200)
     if run.is_finished:
-        return [f"{name}: finished, the fine-tuned pipeline is there"]
+        by_script = "script" in run.config
+        what = "the script has written what it trained" if by_script else "the fine-tuned pipeline is there"
+        return [f"{name}: finished, {what}"]
     lines = [f"{name}: under way or interrupted, {len(run.rounds)} of {run.num_rounds} rounds have ended"]
     checkpoints = list_checkpoints(run.path)
     if checkpoints:
@@ -219,6 +221,9 @@ def memory_prone_rows(run: RunFolder, num_images: int) -> list[dict[str, Any]]:
     seen, unclean = _counts(run)
     order = memory_prone_order(seen, unclean)[:num_images]
     rows: list[dict[str, Any]] = run.samples.take(order).to_pylist()
+    for row in rows:  # the launcher does not know both of every script
+        row["file"] = row["file"] or f"sample {row['sample_id']}"
+        row["caption"] = row["caption"] or ""
     return rows
 
 

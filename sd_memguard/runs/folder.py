@@ -81,8 +81,9 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the pipeline was written."""
-        return len(self.rounds) >= self.num_rounds and (self.path / "model_index.json").exists()
+        """Whether the pipeline was written, or the script that the launcher has run was at its end."""
+        ended = bool(self.summary) if "script" in self.config else (self.path / "model_index.json").exists()
+        return len(self.rounds) >= self.num_rounds and ended
 
 
 def read_run(path: Path) -> RunFolder:
