@@ -227,7 +227,7 @@ def check_images(
 def _key_of(stored: Mapping[str, object]) -> bytes | None:
     try:
         return content_key(stored)
-    except OSError:
+    except (OSError, ValueError):
         return None  # decoding finds it all the same, or names the fault
 
 
