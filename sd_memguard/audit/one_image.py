@@ -115,8 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags of ``sd-memguard audit --image``."""
     parser = argparse.ArgumentParser(
         prog="sd-memguard audit",
-        description="Find the training images that one image is most like, and say whether it is a copy. The exit status "
-        "is 1 where it is.",
+        description="Find the training images that one image is most like, and say whether it is a copy. The exit "
+        "status is 1 where it is.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
