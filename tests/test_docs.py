@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sd_memguard.audit.arguments import build_parser as audit_parser
+from sd_memguard.audit.one_image import build_parser as image_parser
 from sd_memguard.check.command import build_parser as check_parser
 from sd_memguard.config import ALIASES, SETTINGS
 from sd_memguard.export.command import build_parser as export_parser
@@ -17,7 +18,7 @@ PAGES += sorted((ROOT / "examples").rglob("*.md"))
 SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
 OTHERS = {
     option.removeprefix("--")
-    for parser in (audit_parser(), check_parser(), export_parser())
+    for parser in (audit_parser(), image_parser(), check_parser(), export_parser())
     for action in parser._actions
     for option in action.option_strings
 }

@@ -57,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="sd-memguard audit",
-        description="Measure how much models copy of their training images; docs/audit.md defines every figure.",
+        description="Measure how much models copy of their training images; docs/audit.md defines every figure. "
+        "`--image FILE --train_data_dir DIR --output_dir DIR` compares one image instead.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

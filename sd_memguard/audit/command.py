@@ -15,7 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from sd_memguard import __version__
-from sd_memguard.audit import AuditError
+from sd_memguard.audit import AuditError, one_image
 from sd_memguard.audit.arguments import MARKER, AuditSettings, parse_arguments
 from sd_memguard.audit.attribute_probe import AttributeProbe, measure_attributes, prepare_attributes
 from sd_memguard.audit.captions import ChosenCaptions
@@ -103,7 +103,9 @@ class Audited(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the audit that the flags ask for and print its figures."""
+    """Run the audit that the flags ask for and print its figures; with ``--image``, look at one image."""
+    if any(argument == "--image" or argument.startswith("--image=") for argument in argv):
+        raise SystemExit(one_image.main(argv))
     settings = parse_arguments(argv)
     report = run_audit(settings)
     print(records.summary_text(report, settings.output_dir))

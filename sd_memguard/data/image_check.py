@@ -173,6 +173,7 @@ def check_images(
     num_workers: int | None = None,
     progress: bool = True,
     thumbnails: npt.NDArray[np.uint8] | None = None,
+    keys: npt.NDArray[np.bytes_] | None = None,
     cache: CheckCache | None = None,
 ) -> tuple[npt.NDArray[np.int32], dict[int, str]]:
     """Decode every image that is not in the cache, in threads, and return the sizes and what is wrong with them.
@@ -183,6 +184,7 @@ def check_images(
         num_workers: number of threads; one per CPU core by default.
         progress: show a progress bar that disappears when it is full.
         thumbnails: (N, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), filled with small versions of the good images if given.
+        keys: (N,) of 16 bytes, filled with the hashes of the files if given; empty where one cannot be read.
         cache: what earlier checks have found; takes in what this one finds, also where it is interrupted.
 
     Returns:
@@ -197,11 +199,15 @@ def check_images(
         task = rows[start : start + per_task]
         for position, row in enumerate(task.tolist(), start):
             try:
-                seen = _look_at(images.read(row), cache, with_thumbnail=thumbnails is not None)
+                stored = images.read(row)
+                key = None if keys is None and cache is None else _key_of(stored)
+                seen = _look_at(stored, key, cache, with_thumbnail=thumbnails is not None)
             except ImageError as error:
                 faults[row] = printable(str(error))
                 continue
             sizes[position] = seen.size
+            if keys is not None and key is not None:
+                keys[position] = key
             if thumbnails is not None and seen.thumbnail is not None:
                 thumbnails[position] = seen.thumbnail
         return len(task)
@@ -218,14 +224,19 @@ def check_images(
     return sizes, faults
 
 
-def _look_at(stored: Mapping[str, object], cache: CheckCache | None, *, with_thumbnail: bool) -> GoodImage:
-    """Return what is known of an image, which is decoded where nothing is."""
-    if cache is None:
-        return _decoded(stored, with_thumbnail)
+def _key_of(stored: Mapping[str, object]) -> bytes | None:
     try:
-        key = content_key(stored)
-    except OSError:
-        return _decoded(stored, with_thumbnail)  # which finds it all the same, or names the fault
+        return content_key(stored)
+    except (OSError, ValueError):
+        return None  # decoding finds it all the same, or names the fault
+
+
+def _look_at(
+    stored: Mapping[str, object], key: bytes | None, cache: CheckCache | None, *, with_thumbnail: bool
+) -> GoodImage:
+    """Return what is known of an image, which is decoded where nothing is."""
+    if cache is None or key is None:
+        return _decoded(stored, with_thumbnail)
     seen = cache.find(key)
     if seen is None:
         seen = _decoded(stored, with_thumbnail)

@@ -38,6 +38,7 @@ class Checked(NamedTuple):
     sizes: npt.NDArray[np.int32]
     bad: list[BadSample]
     groups: npt.NDArray[np.int64] | None
+    keys: npt.NDArray[np.bytes_] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,7 @@ class Samples:
         bad: what is wrong with the rows that were dropped, by ascending sample id.
         groups: (num_rows,) int64, for each row the first sample of its group of duplicates, itself where it is single
             or not used; None where duplicates were not looked for.
+        keys: (num_rows,) of 16 bytes, the hash of each file as it was checked, empty where it is not known; or None.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Samples:
     _captions: pa.Array = field(repr=False)
     _images: Images = field(repr=False)
     groups: npt.NDArray[np.int64] | None = field(default=None, repr=False)
+    keys: npt.NDArray[np.bytes_] | None = field(default=None, repr=False)
 
     def image(self, sample_id: int) -> PIL.Image.Image:
         """Return the image in RGB, turned upright by its EXIF tag.
@@ -85,15 +88,16 @@ class Samples:
             raise self._changed(sample_id, error) from error
 
     def content_keys(self) -> npt.NDArray[np.bytes_]:
-        """Return the hash of each usable sample's file, (num_good,) of 16 bytes.
+        """Return the hash of each usable sample's file, (num_good,) of 16 bytes: as the check has read it.
 
         Raises:
             SampleError: a file has been removed since it was checked.
         """
-        keys = np.empty(len(self.sample_ids), "S16")
+        keys = np.zeros(len(self.sample_ids), "S16") if self.keys is None else self.keys[self.sample_ids]
+        unknown = np.flatnonzero(keys == b"")
 
         def read(start: int) -> None:
-            for position in range(start, min(start + _KEYS_PER_TASK, len(keys))):
+            for position in unknown[start : start + _KEYS_PER_TASK].tolist():
                 sample_id = int(self.sample_ids[position])
                 try:
                     keys[position] = content_key(self._images.read(sample_id))
@@ -101,7 +105,7 @@ class Samples:
                     raise self._changed(sample_id, error) from error
 
         with ThreadPoolExecutor() as executor:
-            list(executor.map(read, range(0, len(keys), _KEYS_PER_TASK)))
+            list(executor.map(read, range(0, len(unknown), _KEYS_PER_TASK)))
         return keys
 
     def _changed(self, sample_id: int, error: Exception) -> SampleError:
@@ -187,14 +191,14 @@ def load_samples(
         raise SampleError("there are no data to train on: give `--train_data_dir FOLDER` or `--dataset_name NAME`")
     num_rows = len(source.rows.files)
     chosen = _choose_rows(num_rows, max_train_samples, seed)
-    sizes, bad, groups = checked or _check(
+    sizes, bad, groups, keys = checked or _check(
         source, chosen, num_workers, progress, find_duplicates, duplicates_flip, cache
     )
     if bad:
         _report_bad(source.name, bad, len(chosen), on_bad_sample)
     sample_ids = np.setdiff1d(chosen, [one.sample_id for one in bad], assume_unique=True).astype(np.int64)
     files, captions = source.rows.files, source.rows.captions
-    return Samples(source.name, num_rows, sample_ids, sizes, bad, files, captions, source.images, groups)
+    return Samples(source.name, num_rows, sample_ids, sizes, bad, files, captions, source.images, groups, keys)
 
 
 def _report_bad(name: str, bad: list[BadSample], num_samples: int, on_bad_sample: Literal["error", "skip"]) -> None:
@@ -236,9 +240,18 @@ def _check(
     readable = rows[~np.isin(rows, list(row_faults))]
     shape = (len(readable), THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)
     thumbnails = np.empty(shape, dtype=np.uint8) if find_duplicates else None
+    read_keys = np.zeros(len(readable), "S16")
     checked, image_faults = check_images(
-        source.images, readable, num_workers=num_workers, progress=progress, thumbnails=thumbnails, cache=cache
+        source.images,
+        readable,
+        num_workers=num_workers,
+        progress=progress,
+        thumbnails=thumbnails,
+        keys=read_keys,
+        cache=cache,
     )
+    keys = np.zeros(len(files), "S16")
+    keys[readable] = read_keys
     sizes = np.zeros((len(files), 2), dtype=np.int32)
     sizes[readable] = checked
     bad = []
@@ -247,8 +260,8 @@ def _check(
         bad.append(BadSample(row, files[row].as_py(), "; ".join(faults[row] for faults in kinds if row in faults)))
         sizes[row] = 0
     if thumbnails is None:
-        return Checked(sizes, bad, None)
+        return Checked(sizes, bad, None, keys)
     groups = np.arange(len(files))
     good = np.flatnonzero(sizes[readable].all(axis=1))
     groups[readable[good]] = readable[good[find_groups(thumbnails[good], flip=duplicates_flip)]]
-    return Checked(sizes, bad, groups)
+    return Checked(sizes, bad, groups, keys)

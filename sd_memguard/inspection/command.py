@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if written:
         _print(f"\nWrote to {settings.output_dir}: {', '.join(written)}")
     for reason in missing:
-        _print(f"Not plotted: {reason}")
+        _print(f"Not written: {reason}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> InspectSettings:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,14 +66,17 @@ def _share_checked(samples: Samples | None, exchange: ProcessGroup) -> Checked |
     """Return what the main process knows of its samples, None where it has none."""
     tensors: dict[str, Tensor] | None = None
     if exchange.is_main:
-        arrays = {} if samples is None else {"sizes": samples.sizes, "groups": samples.groups}
+        arrays: dict[str, Any] = {} if samples is None else {"sizes": samples.sizes, "groups": samples.groups}
+        if samples is not None and samples.keys is not None:
+            arrays["keys"] = samples.keys.view(np.uint8).reshape(-1, 16)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
     shared = exchange.broadcast_tensors(tensors, "plan")
     bad = exchange.broadcast_object([] if samples is None else samples.bad, "plan")
     if "sizes" not in shared:
         return None
     groups = shared["groups"].numpy() if "groups" in shared else None
-    return Checked(shared["sizes"].numpy(), [BadSample(*one) for one in bad], groups)
+    keys = shared["keys"].numpy().reshape(-1).view("S16") if "keys" in shared else None
+    return Checked(shared["sizes"].numpy(), [BadSample(*one) for one in bad], groups, keys)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def test_a_finished_run(copied, capsys):
     assert all(path.read_bytes() == content for path, content in before.items())
     text = capsys.readouterr().out
     assert "contact_sheet.png, bank.png, fractions.png, heldout_gap.png, moves.png" in text
-    assert "Not drawn" not in text
+    assert "Not written" not in text
     assert "\x1b" not in text
 
 
@@ -50,8 +50,8 @@ def test_what_cannot_be_drawn_is_said(copied, capsys, tmp_path):
     assert not (copied / "memguard/inspect").exists()
     text = " ".join(capsys.readouterr().out.split())
     assert "made before banks were kept there; the rest is shown" in text
-    assert "Not drawn: bank.png" in text
-    assert "Not drawn: the training images, not found in" in text
+    assert "Not written: bank.png" in text
+    assert "Not written: the training images, not found in" in text
 
 
 def test_a_run_before_its_first_round(copied, capsys):
@@ -59,7 +59,7 @@ def test_a_run_before_its_first_round(copied, capsys):
         (copied / "memguard" / name).unlink()
     main([str(copied)])
     assert written(copied / "memguard/inspect") == []
-    assert capsys.readouterr().out.count("Not drawn") == 5
+    assert capsys.readouterr().out.count("Not written") == 5
 
 
 def test_no_run_and_bad_arguments(tmp_path, capsys, copied):

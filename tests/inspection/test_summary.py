@@ -68,7 +68,7 @@ def test_the_ending_against_the_summary(finished_run):
     assert f"samples  96: {summary['skipped_fraction']:.1%} skipped, {summary['augmented_fraction']:.1%} aug" in story
     assert f"({summary['extra_steps']} extra steps on the copies, {summary['augment_queue_left']} left" in story
     assert f"steps    {summary['empty_steps']} without a clean sample, {summary['nonfinite_steps']} not finite" in story
-    assert f"loss {summary['train_loss']:.4f} on images trained on, {summary['heldout_loss']:.4f} on unseen" in story
+    assert f"loss {summary['train_loss']:.4f} on images trained on, {summary['heldout_loss']:.4f} on held-out" in story
     rows = read_rounds(finished_run.output_dir)
     assert sum(row["empty_steps"] for row in rows) == summary["empty_steps"]
     assert sum(row["nonfinite_steps"] for row in rows) == summary["nonfinite_steps"]
@@ -199,5 +199,5 @@ def test_the_lowest_heldout_loss_is_named_when_it_is_past(finished_run):
     run = read_run(finished_run.output_dir)
     rising = [{**row, "heldout_loss": 0.5 + number, "train_loss": 0.5} for number, row in enumerate(run.rounds)]
     story = format_summary(replace(run, rounds=rising), 3, 120)
-    assert "gap      +3.0000: loss 0.5000 on images trained on, 3.5000 on unseen ones" in story
+    assert "gap      +3.0000: loss 0.5000 on images trained on, 3.5000 on held-out ones" in story
     assert "(lowest after round 1: 0.5000)" in story

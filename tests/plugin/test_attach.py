@@ -365,7 +365,7 @@ BAD_LOADERS = {
     "no-batches": (lambda: DataLoader(Vectors(), batch_size=None), "forms its batches"),
     "weighted": (
         lambda: make_loader(shuffle=False, sampler=WeightedRandomSampler([1.0] * 22, 22)),
-        "draws its samples by WeightedRandomSampler",
+        "dataloader samples by WeightedRandomSampler",
     ),
 }
 

@@ -88,7 +88,7 @@ def test_names_that_are_gone_from_the_hub_come_with_their_mirror(configure, monk
         raise OSError("404")
 
     monkeypatch.setattr(StableDiffusionPipeline, "load_config", missing)
-    with pytest.raises(ModelError, match=f"gone from the hub: give its mirror, `.+/{name.split('/')[1]}`"):
+    with pytest.raises(ModelError, match=f"gone from the hub: use `.+/{name.split('/')[1]}`"):
         make_plan(configure(pretrained_model_name_or_path=name))
 
 

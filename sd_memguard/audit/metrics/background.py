@@ -189,6 +189,11 @@ class Gallery:
         keys = [f"{key} {self.train.hashes[row]}" for key, row in zip(images.hashes, own_rows, strict=True)]
         return self.store.rows("verified with its own", keys, compute)[:, 0]
 
+    def pixels_of(self, position: int) -> Tensor:
+        """Return the pixels of the distinct training image at a position, (64 * 64 * 3,) uint8."""
+        size = len(self.pixels[0])
+        return self.pixels[position // size][position % size]
+
     def first_rows(self, rows: Sequence[int]) -> list[int]:
         """Return the first row of the image of each row."""
         return self.rows[self._positions(rows)].tolist()
