@@ -364,11 +364,25 @@ def prepare(
     if loop.dataloader is not None:
         prepared[position] = attachment.loader
     driver = attachment.driver
+    accelerator.skip_first_batches = _skipping(attachment, accelerator.skip_first_batches)
     accelerator.register_save_state_pre_hook(
         lambda models, weights, folder: checkpoint.save(driver, Path(folder)) if accelerator.is_main_process else None
     )
     accelerator.register_load_state_pre_hook(lambda models, folder: checkpoint.announce(driver, Path(folder)))
     return attachment, prepared
+
+
+def _skipping(attachment: Attachment, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what skips batches after a resume: of the loop's order; shards go on by themselves."""
+
+    def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
+        if dataloader is not attachment.loader or dataloader is None:
+            return plain(dataloader, num_batches)
+        if isinstance(dataloader, LabelledLoader):
+            return LabelledLoader(plain(dataloader.inner, num_batches), attachment.driver)
+        return dataloader
+
+    return skip_first_batches
 
 
 def _skip_ema_of_empty_steps(ema: Any, driver: LoopDriver) -> None:

@@ -223,6 +223,16 @@ def test_accelerate_loop_without_weigh():
         pass
 
 
+def test_batches_skipped_after_a_resume_keep_their_samples():
+    guard, loop = make_guard(num_shards=1), Loop()
+    accelerator = Accelerator(cpu=True)
+    _, _, loader, _ = guard.prepare(accelerator, loop.network, loop.optimizer, make_loader(shuffle=False))
+    batches = [batch["sample_id"].tolist() for batch in accelerator.skip_first_batches(loader, 4)]
+
+    assert batches == [[16, 17, 18, 19], [20, 21]]
+    assert guard.attachment.driver.window.sample_ids == [20, 21]
+
+
 def test_weights_that_are_trained_alone_are_not_copied():
     loop = Loop()
     guard = MemorizationGuard(config(num_shards=1, group_duplicates="off"), NUM_SAMPLES)
