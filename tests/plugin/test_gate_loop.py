@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
@@ -212,7 +211,7 @@ def test_a_loop_that_cannot_have_several_shards_keeps_one_where_they_are_automat
 
 def test_accelerate_loop_without_weigh():
     guard, loop = make_guard(), Loop()
-    accelerator = Accelerator(cpu=True)
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
     network, _, loader, _ = guard.prepare(accelerator, loop.network, loop.optimizer, make_loader(), total_steps=TOTAL)
     loop.run(loader, TOTAL)
 
