@@ -1,4 +1,4 @@
-"""Settles what is claimed for a GPU: a row of PASS, FAIL or SKIP for each claim, with figures, and a JSON file.
+"""Checks what is claimed for a GPU: a row of PASS, FAIL or SKIP for each claim, with figures, and a JSON file.
 
     python -m benchmarks.gpu_acceptance --window 1 --output_dir runs/gpu
     python -m benchmarks.gpu_acceptance --window 1 --check resume --check host_waits --output_dir runs/gpu

@@ -287,7 +287,7 @@ def injected_nan(place: Place) -> dict[str, Any]:
 
     with replaced(DenoisingLoss, "__call__", poisoned):
         figures = check_result(run(place, memguard="off"))
-    require(figures["nonfinite_steps"] == 1, f"{figures['nonfinite_steps']} steps were left out")
+    require(figures["nonfinite_steps"] == 1, f"{figures['nonfinite_steps']} steps were skipped")
     return figures
 
 

@@ -5,7 +5,7 @@ Registration can: after the small crop, shift, scale, rotation, flip and global 
 and its source differ by nearly nothing anywhere, and two images that are only alike differ somewhere.
 
 1. Start: the best of a grid of scales and shifts, with and without flip, at 8 x 8.
-2. Refine: an affine map by Gauss-Newton (Lucas and Kanade 1981) at growing sizes. The change of colour is fitted anew
+2. Refine: an affine map by Gauss-Newton (Lucas and Kanade 1981) at growing sizes. The change of colour is fitted again
    in closed form at each step: gain and offset of the brightness, rotation and gain of the chroma. Pairs without a
    chance end early.
 3. Compare: the residual energy of windows of an eighth of the edge over their contrast, forgiving one pixel of
