@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,20 +71,18 @@ def torchrun(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if on_cpu:
         environment["ACCELERATE_USE_CPU"] = "true"
-    with tempfile.TemporaryFile("w+") as output:
+    written = file.with_suffix(".txt")
+    with written.open("w", encoding="utf-8") as output:
         process = subprocess.Popen([*command, *arguments], stdout=output, stderr=output, env=environment, cwd=ROOT)
-        raised, deadline = None, time.monotonic() + seconds
-        try:
-            while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.2)
-                output.seek(0)
-                if raised is None and "raised" in output.read():
-                    raised = time.monotonic()
-        finally:
-            process.kill()
-        status = process.wait()
-        output.seek(0)
-        return status, output.read(), time.monotonic() - (raised or time.monotonic())
+    raised, deadline = None, time.monotonic() + seconds
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+            if raised is None and "raised" in written.read_text(encoding="utf-8"):
+                raised = time.monotonic()
+    finally:
+        process.kill()
+    return process.wait(), written.read_text(encoding="utf-8"), time.monotonic() - (raised or time.monotonic())
 
 
 def two_ranks(place: Place) -> dict[str, Any]:
