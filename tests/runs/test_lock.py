@@ -61,4 +61,4 @@ def test_two_folders_do_not_disturb_each_other(holder, tmp_path):
     with run_lock(tmp_path / "other"):
         folders = (tmp_path, tmp_path / "other")
         owners = [json.loads((folder / "memguard" / "lock.json").read_text()) for folder in folders]
-    assert [owner["pid"] for owner in owners] == [holder.pid, os.getpid()]
+    assert [owner["process"] for owner in owners] == [holder.pid, os.getpid()]
