@@ -12,7 +12,7 @@ from sd_memguard.check.command import main
 from sd_memguard.errors import UserError
 
 
-def picture(seed, size=(96, 96)):
+def smooth(seed, size=(96, 96)):
     """Return a smooth image unlike those of other seeds."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
@@ -23,13 +23,13 @@ def folder(tmp_path):
     """Five good images; then a damaged one, one without caption, copies and oddities."""
     place = tmp_path / "images"
     place.mkdir()
-    images = {f"good-{number}.png": picture(number) for number in range(5)}
-    images["smaller.jpg"] = picture(0).resize((48, 48))
-    images["cropped.png"] = picture(1).crop((3, 2, 92, 94))
-    images["flipped.png"] = ImageOps.mirror(picture(2))
-    images["long.png"] = picture(7, (400, 60))
+    images = {f"good-{number}.png": smooth(number) for number in range(5)}
+    images["smaller.jpg"] = smooth(0).resize((48, 48))
+    images["cropped.png"] = smooth(1).crop((3, 2, 92, 94))
+    images["flipped.png"] = ImageOps.mirror(smooth(2))
+    images["long.png"] = smooth(7, (400, 60))
     images["flat.png"] = Image.new("RGB", (96, 96), (200, 200, 200))
-    images["silent.png"] = picture(8)
+    images["silent.png"] = smooth(8)
     for name, image in images.items():
         image.save(place / name)
     (place / "equal.png").write_bytes((place / "good-3.png").read_bytes())
@@ -98,7 +98,7 @@ def test_the_page_shows_each_group_and_cannot_be_broken_by_captions(folder):
 
 def test_bare_images_are_checked_as_well(tmp_path, capsys):
     for number in range(3):
-        picture(number).save(tmp_path / f"{number}.png")
+        smooth(number).save(tmp_path / f"{number}.png")
     assert main([str(tmp_path)]) == 0
     assert "There are no captions." in capsys.readouterr().out
 
@@ -111,8 +111,8 @@ def test_what_cannot_be_checked_is_told(tmp_path):
 
 
 def test_the_command_gives_scripts_a_status(tmp_path):
-    picture(0).save(tmp_path / "a.png")
-    picture(0).save(tmp_path / "b.png")
+    smooth(0).save(tmp_path / "a.png")
+    smooth(0).save(tmp_path / "b.png")
     done = subprocess.run([sys.executable, "-m", "sd_memguard", "check", str(tmp_path)], capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "  2 times: a.png, b.png")
     done = subprocess.run([sys.executable, "-m", "sd_memguard", "check", str(tmp_path / "c")], capture_output=True)

@@ -132,6 +132,6 @@ def choose_distance(background: Tensor, of: str, false_positive_rate: float = FA
     limit = ordered[allowed].item() * (1 - 1e-6) if allowed < len(ordered) else MAX_DISTANCE
     distance = min(max(limit, MIN_DISTANCE), MAX_DISTANCE)
     found = (ordered <= distance).float().mean().item() if len(ordered) else 0.0
-    same = f", {num_same} of which are one image with a training image and are not counted" if num_same else ""
+    same = f", {num_same} of which are one image with a training image and are not counted," if num_same else ""
     rule = f"at which {found:.1%} of {len(background):,} {of}{same} would be copies"
     return CopyDistance(distance, found, num_same, len(background), rule)
