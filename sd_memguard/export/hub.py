@@ -6,7 +6,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, create_repo, model_info, upload_folder
 
-from sd_memguard.config import TrainConfig
+from sd_memguard.config import GuardConfig, TrainConfig
+from sd_memguard.core.rules import AUGMENT, rule_class
 from sd_memguard.models.pipeline import local_pipeline
 
 logger = logging.getLogger(__name__)
@@ -23,10 +24,10 @@ ALLOWED = [
 """What may leave the machine; no image, caption or file name of the training data is among it."""
 
 
-def push_to_hub(output_dir: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
+def push_to_hub(output_dir: Path, config: TrainConfig, guard: GuardConfig, summary: dict[str, Any]) -> None:
     """Write the model card and upload the pipeline to ``--hub_model_id`` (by default the run folder's name)."""
     repository = create_repo(config.hub_model_id or output_dir.name, exist_ok=True, token=config.hub_token).repo_id
-    model_card(repository, config, summary).save(output_dir / "README.md")
+    model_card(repository, config, guard, summary).save(output_dir / "README.md")
     upload_folder(
         repo_id=repository,
         folder_path=output_dir,
@@ -52,8 +53,15 @@ def base_license(config: TrainConfig) -> dict[str, Any]:
     return {name: known[name] for name in ("license", "license_name", "license_link") if known.get(name)}
 
 
-def model_card(repository: str, config: TrainConfig, summary: dict[str, Any]) -> ModelCard:
-    """Return the card: how the model was trained and guarded, without a word of the training images."""
+def model_card(repository: str, config: TrainConfig, guard: GuardConfig, summary: dict[str, Any]) -> ModelCard:
+    """Return the card: how the model was trained and guarded, without a word of the training images.
+
+    Args:
+        repository: name on the hub.
+        config: of the run.
+        guard: its settings of the guard, with ``auto`` resolved.
+        summary: see ``run_summary``.
+    """
     base = config.pretrained_model_name_or_path
     is_hub_name = local_pipeline(config) is None
     data = ModelCardData(
@@ -63,17 +71,21 @@ def model_card(repository: str, config: TrainConfig, summary: dict[str, Any]) ->
         pipeline_tag="text-to-image",
         tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers-training", "sd-memguard"],
     )
-    guard = config.guard
-    rows = {
-        "shards (proxies)": summary["num_shards"],
-        "rounds": summary["num_rounds"],
+    actions = rule_class(guard.sample_rule).actions
+    thresholds = {
         "skip threshold": guard.skip_threshold,
         "augment threshold": guard.augment_threshold,
         "memory bank": f"{guard.bank_mode}, decay {guard.bank_decay}",
+    }
+    extra = f" + {summary['extra_steps']} on augmented copies" if AUGMENT in actions else ""
+    rows = {
+        "shards (proxies)": summary["num_shards"],
+        "rounds": summary["num_rounds"],
+        "sample rule": guard.sample_rule,
+        **(thresholds if guard.sample_rule == "agc" else {}),
         "redistributed share": guard.redistribute_fraction,
-        "samples skipped": f"{summary['skipped_fraction']:.1%}",
-        "samples augmented": f"{summary['augmented_fraction']:.1%}",
-        "optimizer steps": f"{summary['global_step']} + {summary['extra_steps']} on augmented copies",
+        **{f"samples {action.column}": f"{summary[f'{action.column}_fraction']:.1%}" for action in actions},
+        "optimizer steps": f"{summary['global_step']}{extra}",
         "batch size": config.train_batch_size * config.gradient_accumulation_steps,
         "learning rate": config.learning_rate,
         "resolution": config.resolution,

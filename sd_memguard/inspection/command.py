@@ -10,7 +10,7 @@ from pathlib import Path
 from sd_memguard.errors import UserError
 from sd_memguard.inspection.contact_sheet import contact_sheet, image_folder, image_loader
 from sd_memguard.inspection.plots import NothingToPlotError, bank_figure, fractions_figure, gap_figure, moves_figure
-from sd_memguard.inspection.summary import format_summary, memory_prone_rows, ranking_sentences
+from sd_memguard.inspection.summary import format_summary, memory_prone_rows, no_actions, ranking_sentences
 from sd_memguard.runs.folder import FOLDER, RunFolder, read_run
 
 IMAGES_FOLDER = "inspect"
@@ -98,7 +98,7 @@ def write_images(run: RunFolder, folder: Path | None, settings: InspectSettings)
             written.append(CONTACT_SHEET)
             missing += [] if folder else [f"the training images, {_where_they_were(run)}"]
         else:
-            why = "no round has ended yet" if run.samples is None else "no sample was skipped or augmented"
+            why = "no round has ended yet" if run.samples is None else no_actions(run)
             missing.append(f"{CONTACT_SHEET}, since {why}")
         for name, make in PLOTS.items():
             try:

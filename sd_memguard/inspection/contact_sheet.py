@@ -115,7 +115,7 @@ def _paste_image(
 
 def _write_caption(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], rank: int, row: dict[str, Any]) -> None:
     left, _, _, bottom = box
-    unclean = row["skipped"] + row["augmented"]
+    unclean = round(row["skip_ratio"] * row["seen"])
     y = bottom + 7
     draw.text((left, y), f"{rank}.  {row['skip_ratio']:.0%}", fill=INK, font=_font(15, bold=True))
     counts = f"{unclean} of {row['seen']} times"

@@ -1,4 +1,4 @@
-"""The plots of a run: memory bank, skipped and augmented fractions, held-out gap, moves between shards."""
+"""The plots of a run: memory bank, share of samples that met each action, held-out gap, moves between shards."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from sd_memguard.core.schedule import round_mean
-from sd_memguard.inspection.summary import NO_GAP
+from sd_memguard.inspection.summary import NO_GAP, is_agc
+from sd_memguard.inspection.text_table import one_line
 from sd_memguard.runs.folder import RunFolder
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -44,6 +45,8 @@ def bank_figure(run: RunFolder) -> Figure:
 def _bank_note(run: RunFolder) -> str:
     if not run.is_guarded:
         return "The guard was off: the bank decided nothing."
+    if not is_agc(run):
+        return f"Kept by the sample rule {one_line(str(run.config.get('sample_rule')), 60, keep='end')}."
     skip, augment = run.config.get("skip_threshold") or 0, run.config.get("augment_threshold") or 0
     note = f"A sample below {skip} of its proxy's line is skipped" if skip else "Nothing is skipped"
     note += f", below {augment} augmented" if augment > skip > 0 else ""
@@ -53,22 +56,25 @@ def _bank_note(run: RunFolder) -> str:
 
 
 def fractions_figure(run: RunFolder) -> Figure:
-    """Return the skipped and the augmented share of the samples over the rounds, a line for each shard.
+    """Return the share of the samples that met each action over the rounds, a line for each shard.
 
     Raises:
-        NothingToPlotError: the guard was off, or no round has ended.
+        NothingToPlotError: the guard was off, its rule has no actions, or no round has ended.
     """
     if not run.is_guarded:
-        raise NothingToPlotError("fractions.png, since the guard was off and nothing is skipped or augmented")
+        raise NothingToPlotError("fractions.png, since the guard was off")
+    if not run.actions:
+        raise NothingToPlotError("fractions.png, since the sample rule has no actions")
     if not run.rounds:
         raise NothingToPlotError("fractions.png, since no round has ended yet")
     last = run.rounds[-1]
-    title = "In round {}, {:.0%} of the samples were skipped and {:.0%} augmented".format(
-        last["round"], *(round_mean(last, name) or 0 for name in ("skipped_fraction", "augmented_fraction"))
+    shares = (f"{round_mean(last, f'{column}_fraction') or 0:.0%} {column}" for column in run.columns)
+    title = f"In round {last['round']}, of the samples: {', '.join(shares)}"
+    figure, panels = _figure(
+        len(run.columns), title, "Shares of each shard's samples; the others were trained on as they are."
     )
-    figure, panels = _figure(2, title, "Shares of each shard's samples; the others were trained on as they are.")
     rounds = [row["round"] for row in run.rounds]
-    for axes, kind in zip(panels, ("skipped", "augmented"), strict=True):
+    for axes, kind in zip(panels, run.columns, strict=True):
         for k in range(run.num_shards):
             axes.plot(rounds, _over_rounds(run, k, f"{kind}_fraction"), label=f"shard {k}", marker="o", **_style(k))
         axes.set(xlabel="round", ylim=(0, 1))
@@ -76,7 +82,7 @@ def fractions_figure(run: RunFolder) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panels[0].set_ylabel("share of samples")
-    _legend(panels[1], run.num_shards)
+    _legend(panels[-1], run.num_shards)
     return figure
 
 
@@ -137,7 +143,7 @@ def moves_figure(run: RunFolder) -> Figure:
     pairs = sorted({(source, target) for source, target, _ in counts}) or [(0, 1)]
     matrix = np.array([[counts.get((*pair, row["round"]), 0) for row in rounds] for pair in pairs])
     title = f"{matrix.sum():,} moves between shards in {len(rounds)} redistribution{'s' * (len(rounds) != 1)}"
-    figure, (left, right) = _figure(2, title, "The most skipped samples of each shard go on to the next one.")
+    figure, (left, right) = _figure(2, title, "The most memory-prone samples of each shard go on to the next one.")
     _matrix(left, matrix, [f"{source} to {target}" for source, target in pairs], [row["round"] for row in rounds])
     _moved_samples(right, run)
     return figure

@@ -1,10 +1,12 @@
 """The summary of a run in words: what was trained on what, round by round, how it ended, its memory-prone images."""
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from sd_memguard.core.rules import AUGMENT, shares_text
 from sd_memguard.core.schedule import round_mean
 from sd_memguard.inspection.text_table import display_width, one_line, table
 from sd_memguard.runs.checkpoint import list_checkpoints
@@ -84,16 +86,40 @@ def describe_guard(run: RunFolder) -> str:
     """Return what the guard was set to do."""
     get = run.config.get
     if not run.is_guarded:
-        return "off (--memguard off): plain fine-tuning, there is nothing skipped, augmented or moved"
+        return f"off (--memguard off): plain fine-tuning, there is nothing {either([*run.columns, 'moved'])}"
     skip, augment, moved = get("skip_threshold") or 0, get("augment_threshold") or 0, get("redistribute_fraction") or 0
-    parts = [f"skips below {skip} of the usual loss" if skip else "skips nothing"]
-    parts.append(f"augments below {augment}" if augment > skip > 0 else "augments nothing")
+    if is_agc(run):
+        parts = [f"skips below {skip} of the usual loss" if skip else "skips nothing"]
+        parts.append(f"augments below {augment}" if augment > skip > 0 else "augments nothing")
+    else:
+        parts = [f"sample rule {_name(get('sample_rule'))}"]
     if run.num_shards > 1:
         parts.append(f"moves up to {moved:.0%} of a shard" if moved else "moves nothing")
     if share := get("random_affine"):
         parts.append(f"shows images translated, rotated and scaled by up to {share:.1%}")
-    bank = f"memory bank {get('bank_mode')}, decay {get('bank_decay')}"
-    return f"preset {get('preset')}: {', '.join(parts)}; {bank}"
+    bank = f"; memory bank {get('bank_mode')}, decay {get('bank_decay')}" if is_agc(run) else ""
+    return f"preset {get('preset')}: {', '.join(parts)}{bank}"
+
+
+def is_agc(run: RunFolder) -> bool:
+    """Whether the sample rule is AGC, whose thresholds and memory bank are settings of their own."""
+    return bool(run.config.get("sample_rule") == "agc")
+
+
+def either(words: Sequence[str]) -> str:
+    """Return the words as alternatives.
+
+    >>> either(["skipped", "augmented", "moved"])
+    'skipped, augmented or moved'
+    """
+    return " or ".join([", ".join(words[:-1]), *words[-1:]] if len(words) > 1 else words)
+
+
+def no_actions(run: RunFolder) -> str:
+    """Return why no image is memory-prone."""
+    return (
+        f"no sample was {either(run.prone_columns)}" if run.prone_columns else "no action of the rule is a sign of it"
+    )
 
 
 def _rounds(run: RunFolder) -> list[str]:
@@ -102,10 +128,10 @@ def _rounds(run: RunFolder) -> list[str]:
     probed = any(row.get("heldout_loss") is not None for row in run.rounds)
     header = ["round", "kind", "steps", "loss"]
     if run.is_guarded:
-        header += ["skipped", "augmented", "extra steps", "moves"]
+        header += [*run.columns, *(["extra steps"] if AUGMENT in run.actions else []), "moves"]
     if probed:
         header += ["trained on", "held out", "gap"]
-    rows = [_round_cells(row, run.is_guarded, probed) for row in run.rounds]
+    rows = [_round_cells(row, run, probed) for row in run.rounds]
     lines = table(header, rows, left=["kind"])
     if len(rows) > MAX_ROUNDS_LISTED:
         half = MAX_ROUNDS_LISTED // 2
@@ -116,13 +142,13 @@ def _rounds(run: RunFolder) -> list[str]:
     return [title, *(f"  {line}" for line in lines)]
 
 
-def _round_cells(row: dict[str, Any], is_guarded: bool, probed: bool) -> list[str]:
+def _round_cells(row: dict[str, Any], run: RunFolder, probed: bool) -> list[str]:
     steps = sum(shard["steps"] for shard in row["shards"])
     cells = [str(row["round"]), row["kind"], str(steps), _number(round_mean(row, "loss"))]
-    if is_guarded:
-        moves = sum(move["count"] for move in row["moves"])
-        cells += [_percent(round_mean(row, name)) for name in ("skipped_fraction", "augmented_fraction")]
-        cells += [str(row["extra_steps"]), str(moves)]
+    if run.is_guarded:
+        cells += [_percent(round_mean(row, f"{column}_fraction")) for column in run.columns]
+        cells += [str(row["extra_steps"])] if AUGMENT in run.actions else []
+        cells.append(str(sum(move["count"] for move in row["moves"])))
     if probed:
         trained, heldout = row.get("train_loss"), row.get("heldout_loss")
         gap = None if trained is None or heldout is None else heldout - trained
@@ -177,16 +203,17 @@ NO_GAP = "not measured: it needs images that are not trained on, `--validation_d
 def _sample_lines(run: RunFolder) -> list[str]:
     if run.samples is None:
         return []
-    seen, skipped, augmented = (int(np.sum(run.samples[name].to_numpy())) for name in ("seen", "skipped", "augmented"))
-    if not run.is_guarded or seen == 0:
+    seen, *counts = (int(np.sum(run.samples[name].to_numpy())) for name in ("seen", *run.columns))
+    if not (run.is_guarded and run.columns and seen):
         return [f"  samples  {seen:,}"]
+    shares = {f"{column}_fraction": count / seen for column, count in zip(run.columns, counts, strict=True)}
+    text = f"  samples  {seen:,}: {shares_text(run.actions, shares)}"
+    if AUGMENT not in run.actions:
+        return [text]
     extra = sum(row["extra_steps"] for row in run.rounds)
     left = run.summary.get("augment_queue_left")
     queue = f", {left} left in the queues" if left is not None else ""
-    return [
-        f"  samples  {seen:,}: {skipped / seen:.1%} skipped, {augmented / seen:.1%} augmented "
-        f"({extra} extra steps on the copies{queue})"
-    ]
+    return [f"{text} ({extra} extra steps on the copies{queue})"]
 
 
 def memory_prone_table(run: RunFolder, num_images: int, width: int) -> list[str]:
@@ -195,8 +222,8 @@ def memory_prone_table(run: RunFolder, num_images: int, width: int) -> list[str]
         return []
     prone = memory_prone_rows(run, num_images)
     if not prone:
-        return ["Memory-prone images: none, no sample was skipped or augmented."]
-    header = ["", "skip ratio", "seen", "skipped", "augmented", "moves", "shard"]
+        return [f"Memory-prone images: none, {no_actions(run)}."]
+    header = ["", "skip ratio", "seen", *run.columns, "moves", "shard"]
     numbers = [
         [str(number), _percent(row["skip_ratio"]), *(str(row[name]) for name in header[2:])]
         for number, row in enumerate(prone, start=1)
@@ -235,10 +262,12 @@ def ranking_sentences(run: RunFolder, num_listed: int) -> list[str]:
     num_reached = int(np.sum(memory_prone_score(seen, unclean) >= last - 1e-12))
     expected = expected_by_chance(seen, unclean, last)
     rate = unclean.sum() / seen.sum()
+    total = " + ".join(run.prone_columns)
+    total = f"({total})" if len(run.prone_columns) > 1 else total
     sentences = [
-        "skip ratio = (skipped + augmented) / seen; ranked by (skipped + augmented) / (seen + 1), ties by sample id",
-        f"{num_reached:,} of {len(seen):,} images rank as high as the last one here; if every sample were skipped at "
-        f"the mean rate of {rate:.0%}, chance would put {expected:,.1f} there",
+        f"skip ratio = {total} / seen; ranked by {total} / (seen + 1), ties by sample id",
+        f"{num_reached:,} of {len(seen):,} images rank as high as the last one here; if every sample were "
+        f"{either(run.prone_columns)} at the mean rate of {rate:.0%}, chance would put {expected:,.1f} there",
     ]
     times = f"an image was seen {np.median(seen):g} times (median)"
     if expected >= num_reached:
@@ -250,5 +279,5 @@ def ranking_sentences(run: RunFolder, num_listed: int) -> list[str]:
 
 def _counts(run: RunFolder) -> tuple[Counts, Counts]:
     assert run.samples is not None
-    seen, skipped, augmented = (run.samples[name].to_numpy() for name in ("seen", "skipped", "augmented"))
-    return seen, skipped + augmented
+    seen = run.samples["seen"].to_numpy()
+    return seen, sum((run.samples[column].to_numpy() for column in run.prone_columns), np.zeros_like(seen))

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
 
+from sd_memguard.core.rules import Action
 from sd_memguard.core.schedule import RoundSchedule
 from sd_memguard.errors import UserError
 
@@ -24,8 +25,8 @@ CONFIG, ROUNDS, SAMPLES, BANKS, SUMMARY = (
     "summary.json",
 )
 PROXIES_FOLDER = "proxies"
-COLUMNS = ("sample_id", "file", "caption", "shard", "seen", "skipped", "augmented", "moves", "skip_ratio")
-"""The columns of ``samples.parquet``."""
+ACTIONS = "actions"
+"""What ``config.json`` calls the fields of each ``Action`` of the sample rule."""
 
 
 class RunFolderError(UserError):
@@ -46,7 +47,7 @@ class RunFolder:
 
     Attributes:
         path: the run folder.
-        config: every setting, with ``auto`` resolved.
+        config: every setting, with ``auto`` resolved, and the actions of the sample rule.
         rounds: the rows of ``rounds.jsonl``, none before the first round has ended.
         samples: ``samples.parquet``, None where there is none.
         banks: one for each proxy, none where there is no such file.
@@ -73,6 +74,21 @@ class RunFolder:
         return RoundSchedule.plan(
             self.config["max_train_steps"], self.num_shards, self.config["steps_per_round"], redistributes=False
         ).num_rounds
+
+    @property
+    def actions(self) -> list[Action]:
+        """What the sample rule could do with a sample besides a clean update."""
+        return [Action(**action) for action in self.config[ACTIONS]]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of ``samples.parquet`` that count how often each action was taken."""
+        return [action.column for action in self.actions]
+
+    @property
+    def prone_columns(self) -> list[str]:
+        """Those of them that count towards the skip ratio."""
+        return [action.column for action in self.actions if action.memory_prone]
 
     @property
     def is_guarded(self) -> bool:
@@ -115,7 +131,7 @@ def read_run(path: Path) -> RunFolder:
         path,
         config,
         rounds,
-        samples=attempt(SAMPLES, _read_samples, None, ""),
+        samples=attempt(SAMPLES, lambda file: _read_samples(file, config[ACTIONS]), None, ""),
         banks=attempt(BANKS, lambda file: _read_banks(file, int(config["num_shards"])), [], old),
         summary=attempt(SUMMARY, lambda file: dict(json.loads(file.read_text(encoding="utf-8"))), {}, ""),
         notices=notices,
@@ -136,6 +152,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         for name in ("num_shards", "steps_per_round", "max_train_steps"):
             if not isinstance(config[name], int) or config[name] < 1:
                 raise ValueError(f"`{name}` is {config[name]!r}")
+        for action in config[ACTIONS]:
+            Action(**action)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(
             f"{file} cannot be read ({type(error).__name__}: {error}); name the folder of another run"
@@ -157,10 +175,14 @@ def _read_rounds(file: Path) -> tuple[list[dict[str, Any]], int | None]:
     return rows, None
 
 
-def _read_samples(file: Path) -> pa.Table:
-    return pq.read_table(file).select(list(COLUMNS))
+def _read_samples(file: Path, actions: list[dict[str, str]]) -> pa.Table:
+    counts = [action["column"] for action in actions]
+    return pq.read_table(file).select(["sample_id", "file", "caption", "shard", "seen", *counts, "moves", "skip_ratio"])
 
 
 def _read_banks(file: Path, num_shards: int) -> list[Bank]:
+    """Return the memory banks, none where the sample rule keeps no running mean of the loss."""
     tensors = safetensors.numpy.load_file(file)
+    if not any(name.endswith(".mean") for name in tensors):
+        return []
     return [Bank(tensors[f"shard_{k}.mean"], tensors[f"shard_{k}.times_seen"]) for k in range(num_shards)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from sd_memguard.config import TrainConfig, make_train_config
 from sd_memguard.models.pipeline import TRAINED_PARTS, find_pipeline, load_unet, read_config, weights_file
 from sd_memguard.runs.checkpoint import PREFIX, verify_checkpoint
-from sd_memguard.runs.folder import FOLDER, RunFolderError
+from sd_memguard.runs.folder import ACTIONS, FOLDER, RunFolderError
 
 UNET, INDEX = "unet", "model_index.json"
 
@@ -104,7 +104,9 @@ def read_trained_run(folder: Path, pretrained: str | None = None) -> TrainedRun:
     if is_checkpoint:
         verify_checkpoint(folder, within=f"{UNET}/")
     try:
-        config = make_train_config(**json.loads(record.read_text(encoding="utf-8")))
+        settings = json.loads(record.read_text(encoding="utf-8"))
+        settings.pop(ACTIONS, None)
+        config = make_train_config(**settings)
     except (ValueError, TypeError) as error:
         raise RunFolderError(f"{record} cannot be read: {error}") from error
     if pretrained is not None:

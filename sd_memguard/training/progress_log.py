@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sd_memguard.core.decision import Verdict
 from sd_memguard.core.progress import Progress
+from sd_memguard.core.rules import AUGMENT, Action, shares_text
 from sd_memguard.core.schedule import RoundSchedule
 from sd_memguard.data.image_check import shortened
 from sd_memguard.ensemble import round_text
@@ -40,7 +42,7 @@ class RunLog:
         self._redirect = logging_redirect_tqdm()
         self._bar: tqdm | None = None
         self._loss = math.nan
-        self._skipped = 0.0
+        self._shares = dict.fromkeys((action.column for action in state.ensemble.guard.actions), 0.0)
         self._first_forward = 0
         self._started = time.monotonic()
 
@@ -101,21 +103,24 @@ class RunLog:
             self._first_forward = progress.image_forwards
         count = max(sum(len(verdict.losses) for verdict in verdicts), 1)
         loss = sum(float(verdict.losses.sum()) for verdict in verdicts) / count
-        skipped = sum(verdict.num_skipped for verdict in verdicts) / count
-        augmented = sum(verdict.num_augmented for verdict in verdicts) / count
+        counts = [verdict.counts for verdict in verdicts]
+        shares = {column: sum(one[column] for one in counts) / count for column in self._shares}
         # The mean begins again after a loss that is not finite.
         self._loss = SMOOTHING * self._loss + (1 - SMOOTHING) * loss if math.isfinite(self._loss) else loss
-        self._skipped = SMOOTHING * self._skipped + (1 - SMOOTHING) * skipped
+        self._shares = {
+            column: SMOOTHING * self._shares[column] + (1 - SMOOTHING) * share for column, share in shares.items()
+        }
         schedule = self.plan.schedule
         self._bar.set_description_str(
             f"round {progress.round_index + 1}/{schedule.num_rounds} "
             f"shard {progress.shard_index + 1}/{schedule.num_shards}",
             refresh=False,
         )
-        self._bar.set_postfix_str(f"loss {self._loss:.4f}, skipped {self._skipped:.0%}", refresh=False)
+        shown = (f"{share:.0%} {column}" for column, share in self._shares.items())
+        self._bar.set_postfix_str(", ".join((f"loss {self._loss:.4f}", *shown)), refresh=False)
         self._bar.update(progress.global_step - self._bar.n)
-        values = {"train_loss": loss, "lr": learning_rate, "skipped_fraction": skipped, "augmented_fraction": augmented}
-        self.accelerator.log(values, step=progress.global_step)
+        fractions = {f"{column}_fraction": share for column, share in shares.items()}
+        self.accelerator.log({"train_loss": loss, "lr": learning_rate, **fractions}, step=progress.global_step)
 
     def round(self, row: dict[str, Any]) -> None:
         """Write the line of a round and send its curves to the trackers."""
@@ -180,15 +185,21 @@ def epochs_per_round(plan: Plan) -> float:
     return min(plan.schedule.steps_per_round, plan.schedule.shard_steps(0)) * plan.effective_batch_size / per_shard
 
 
-def summary_text(summary: dict[str, Any], output_dir: Path) -> str:
-    """Return the closing lines of a run."""
-    lines = [
-        f"done: {summary['global_step']} steps, {summary['extra_steps']} extra steps on augmented copies, "
-        f"{summary['images_per_second']:.1f} images per second",
-        f"samples skipped {summary['skipped_fraction']:.1%}, augmented {summary['augmented_fraction']:.1%}; "
-        f"steps without a clean sample {summary['empty_steps']}; samples moved {summary['moved_samples']}; "
-        f"left in the augmentation queues {summary['augment_queue_left']}",
-    ]
+def summary_text(summary: dict[str, Any], actions: Sequence[Action], output_dir: Path) -> str:
+    """Return the closing lines of a run.
+
+    Args:
+        summary: see ``run_summary``.
+        actions: of the sample rule.
+        output_dir: the run folder.
+    """
+    steps = [f"done: {summary['global_step']} steps", f"{summary['images_per_second']:.1f} images per second"]
+    counts = [f"samples: {shares_text(actions, summary)}"] if actions else []
+    counts += [f"steps without a clean sample {summary['empty_steps']}", f"samples moved {summary['moved_samples']}"]
+    if AUGMENT in actions:
+        steps.insert(1, f"{summary['extra_steps']} extra steps on augmented copies")
+        counts.append(f"left in the augmentation queues {summary['augment_queue_left']}")
+    lines = [", ".join(steps), "; ".join(counts)]
     if summary["unreadable_samples"]:
         lines.append(f"samples whose image could no longer be read: {summary['unreadable_samples']}")
     if None not in (summary["train_loss"], summary["heldout_loss"]):
@@ -196,7 +207,8 @@ def summary_text(summary: dict[str, Any], output_dir: Path) -> str:
             f"denoising loss: images trained on {summary['train_loss']:.4f}, held out {summary['heldout_loss']:.4f}"
         )
     if summary["memory_prone"]:
-        lines.append("most memory-prone samples (share skipped or augmented of the times seen):")
+        columns = " or ".join(action.column for action in actions if action.memory_prone)
+        lines.append(f"most memory-prone samples (share {columns} of the times seen):")
         lines += [
             f"  {row['skip_ratio']:4.0%} of {row['seen']:4d}  {shortened(row['file'])}  {shortened(row['caption'])}"
             for row in summary["memory_prone"]

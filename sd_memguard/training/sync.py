@@ -18,8 +18,6 @@ from sd_memguard.training.ranks import Ranks
 
 COUNTERS = ("empty_steps", "nonfinite_steps", "unreadable_samples", "image_forwards", "round_extra_steps")
 """What every process counts for itself between two rank_sync, and adds up there."""
-COUNTED = ("seen", "skipped", "augmented", "skips")
-"""Columns of the ledger that a process changes between two rank_sync, in the rows of its own shards."""
 
 
 class Reason(IntEnum):

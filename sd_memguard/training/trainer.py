@@ -427,9 +427,9 @@ class Trainer:
         summary = {**self._summary(), **exports.summary()}
         self.records.write_summary(summary)
         shutil.rmtree(self.records.folder / PROXIES_FOLDER, ignore_errors=True)  # the offloaded ones, if on disk
-        self.log.end(summary_text(summary, output_dir))
+        self.log.end(summary_text(summary, self.guard.actions, output_dir))
         if config.push_to_hub:
-            push_to_hub(output_dir, config, summary)
+            push_to_hub(output_dir, config, self.plan.guard, summary)
         exports.raise_failures()
         return TrainResult(output_dir, progress.global_step, summary)
 

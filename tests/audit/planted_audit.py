@@ -132,8 +132,6 @@ def write_planted_audit(output_dir: Path, generated: Sequence[Planted] | None = 
                 "is_l2_copy": bool(ratio < 0.5),
                 "shard": row % 4 if guarded else None,
                 "seen": 20 + row % 7 if guarded else None,
-                "skipped": 8 if guarded else None,
-                "augmented": 7 if guarded else None,
                 "moves": row % 3 if guarded else None,
                 "skip_ratio": np.float32(15 / (20 + row % 7)) if guarded else None,
             }
@@ -141,7 +139,7 @@ def write_planted_audit(output_dir: Path, generated: Sequence[Planted] | None = 
     for pair in pairs:
         del pair["image"]
     schema = {"seed": pa.int64(), "own_file": pa.string(), "own_similarity": pa.float32(), "shard": pa.int16()}
-    schema |= {name: pa.int32() for name in ("seen", "skipped", "augmented", "moves")} | {"skip_ratio": pa.float32()}
+    schema |= {name: pa.int32() for name in ("seen", "moves")} | {"skip_ratio": pa.float32()}
     table = pa.Table.from_pylist(pairs)
     for name, kind in schema.items():
         table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))

@@ -119,7 +119,7 @@ def test_a_run_tells_the_history_of_the_nearest_image_and_a_data_set_shows_it(pl
     (model / "memguard").mkdir()
     (model / "memguard" / "config.json").write_text("{}")
     (model / "memguard" / "rounds.jsonl").write_text("")
-    counts = {name: range(60) for name in ("shard", "seen", "skipped", "augmented", "moves")}
+    counts = {name: range(60) for name in ("shard", "seen", "moves")}
     known = {"sample_id": range(60), "file": ["x"] * 60, **counts, "skip_ratio": [row / 60 for row in range(60)]}
     samples = pa.table({name: list(values)[:59] for name, values in known.items()})
     pq.write_table(samples, model / "memguard" / "samples.parquet")

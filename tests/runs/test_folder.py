@@ -14,7 +14,8 @@ from sd_memguard.files import replace_file, replace_text
 from sd_memguard.runs.folder import RunFolderError, read_run
 
 ROOT = Path(__file__).parents[2]
-CONFIG = {"num_shards": 2, "steps_per_round": 5, "max_train_steps": 25, "memguard": "on"}
+ACTIONS = [{"name": "skip", "column": "skipped"}]
+CONFIG = {"num_shards": 2, "steps_per_round": 5, "max_train_steps": 25, "memguard": "on", "actions": ACTIONS}
 
 
 @pytest.fixture
@@ -76,7 +77,16 @@ def test_what_is_no_run_is_refused(tmp_path, folder):
         read_run(checkpoint)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps({**CONFIG, "num_shards": "auto"})])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        json.dumps({**CONFIG, "num_shards": "auto"}),
+        json.dumps({**CONFIG, "actions": [{"name": "skip"}]}),
+    ],
+)
 def test_a_config_that_cannot_be_read_is_refused(folder, text):
     (folder / "memguard/config.json").write_text(text)
     with pytest.raises(RunFolderError, match=r"config\.json cannot be read"):

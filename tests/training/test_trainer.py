@@ -18,7 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sd_memguard.config import ConfigError
+from sd_memguard.config import ConfigError, GuardConfig
 from sd_memguard.export.hub import ALLOWED, model_card
 from sd_memguard.models.pipeline import ModelError
 from sd_memguard.runs.checkpoint import CheckpointError, list_checkpoints
@@ -216,7 +216,9 @@ def test_the_hub_gets_the_pipeline_and_no_word_of_the_data(run, configure, image
     assert "model_index.json" in sent
     assert any(name.startswith("checkpoint-") for name in files)
     assert not [name for name in sent if name.startswith(("checkpoint-", "memguard", "logs"))]
-    card = str(model_card("me/mine", configure(hub_token="hf_secret_token"), result.summary))
+    config = configure(hub_token="hf_secret_token")
+    card = str(model_card("me/mine", config, GuardConfig(sample_rule="agc"), result.summary))
+    assert f"| samples skipped | {result.summary['skipped_fraction']:.1%} |" in card
     assert result.summary["memory_prone"]
     assert not [word for word in ("secret", "private thing", "another word", str(images)) if word in card]
 

@@ -36,8 +36,6 @@ PAIR_COLUMNS = {
     "is_l2_copy": pa.bool_(),
     "shard": pa.int16(),
     "seen": pa.int32(),
-    "skipped": pa.int32(),
-    "augmented": pa.int32(),
     "moves": pa.int32(),
     "skip_ratio": pa.float32(),
 }

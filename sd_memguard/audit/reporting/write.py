@@ -20,8 +20,6 @@ REPORT, PAIRS, BACKGROUND = "report.json", "pairs.parquet", "background.parquet"
 RUN_COLUMNS = {
     "shard": pa.int16(),
     "seen": pa.int32(),
-    "skipped": pa.int32(),
-    "augmented": pa.int32(),
     "moves": pa.int32(),
     "skip_ratio": pa.float32(),
 }

@@ -2,7 +2,7 @@
 
 from sd_memguard.core.rules.agc import AntiGradientControl
 from sd_memguard.core.rules.anchored import AnchoredControl
-from sd_memguard.core.rules.base import AUGMENT, SKIP, Action, Decision, SampleRule
+from sd_memguard.core.rules.base import AUGMENT, SKIP, Action, Decision, SampleRule, shares_text
 from sd_memguard.core.rules.registry import make_rule, register_rule, rule_class
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "make_rule",
     "register_rule",
     "rule_class",
+    "shares_text",
 ]

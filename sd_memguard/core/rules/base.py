@@ -1,7 +1,7 @@
 """What a sample rule is: the decision on each sample of a batch, and the state the decision rests on."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,6 +26,19 @@ SKIP = Action("skip", "skipped")
 """The sample contributes no gradient."""
 AUGMENT = Action("augment", "augmented")
 """The sample contributes no gradient and joins the queue of samples to be trained from an augmented copy."""
+
+
+def shares_text(actions: Iterable[Action], values: Mapping[str, Any]) -> str:
+    """Return the share of samples that each action met, empty without actions.
+
+    Args:
+        actions: of a sample rule.
+        values: has the share, in [0, 1], under ``<column>_fraction`` for each action.
+
+    >>> shares_text((SKIP, AUGMENT), {"skipped_fraction": 0.012, "augmented_fraction": 0.003})
+    '1.2% skipped, 0.3% augmented'
+    """
+    return ", ".join(f"{values[f'{action.column}_fraction']:.1%} {action.column}" for action in actions)
 
 
 class Decision(NamedTuple):
