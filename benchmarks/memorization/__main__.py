@@ -127,8 +127,7 @@ def train_timed(config: TrainConfig) -> None:
 
 def describe(case: Case, step: int, checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return what made a result and what it cost."""
-    state = load_state(checkpoint / "memguard", "state")
-    progress = state["progress"]
+    progress = load_state(checkpoint / "memguard", "state")["ensemble"]["progress"]
     weights = (checkpoint / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     return {
         "case": case._asdict(),
