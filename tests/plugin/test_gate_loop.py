@@ -224,7 +224,7 @@ def test_accelerate_loop_without_weigh():
 
 def test_batches_skipped_after_a_resume_keep_their_samples():
     guard, loop = make_guard(num_shards=1), Loop()
-    accelerator = Accelerator(cpu=True)
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
     _, _, loader, _ = guard.prepare(accelerator, loop.network, loop.optimizer, make_loader(shuffle=False))
     batches = [batch["sample_id"].tolist() for batch in accelerator.skip_first_batches(loader, 4)]
 
