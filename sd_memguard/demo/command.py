@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from sd_memguard.assets import BUNDLED
+from sd_memguard.audit.arguments import AuditSettings
 from sd_memguard.audit.arguments import parse_arguments as parse_audit
 from sd_memguard.audit.command import run_audit
 from sd_memguard.config import make_train_config
@@ -26,7 +27,7 @@ from sd_memguard.demo.measure import (
     describe,
     figures,
     generate_heldout,
-    learn_attributes,
+    known_attributes,
     read_audit,
     real_figures,
 )
@@ -85,12 +86,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     configure_logging()
     prepare_folder(settings.output_dir)
     trainings = {model: fine_tune(model, settings) for model in MODELS}
-    page = audit(settings)
-    generated = read_audit(settings.output_dir / AUDIT)
+    audited = audit(settings)
+    generated = read_audit(audited.output_dir)
     for model in MODELS:
         generated += generate_heldout(model, settings.output_dir / model, NUM_HELDOUT_PROMPTS, settings.seed)
-    print("Learning the attributes of the images, from real ones", flush=True)
-    known = learn_attributes()
+    known = known_attributes(audited)
     found, ceiling = figures(generated, known), real_figures(known)[0]
     compare(trainings, found, generated, settings).save(settings.output_dir / COMPARISON, optimize=True)
     record = {
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     (settings.output_dir / RESULTS).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     print(report(trainings, found, ceiling, settings))
-    print(f"The audit of both models, with every pair to look at: {page}")
+    print(f"The audit of both models, with every pair to look at: {audited.output_dir / 'report.html'}")
 
 
 def _as_dicts(found: Mapping[str, Figures]) -> dict[str, Any]:
@@ -185,8 +185,8 @@ def fine_tune(model: str, settings: DemoSettings) -> Training:
     return Training(float(summary["heldout_loss"]), float(summary["train_loss"]), round(time.monotonic() - start, 1))
 
 
-def audit(settings: DemoSettings) -> Path:
-    """Audit both models as `sd-memguard audit` does, into the folder ``audit``, and return its page."""
+def audit(settings: DemoSettings) -> AuditSettings:
+    """Audit both models as `sd-memguard audit` does, into the folder ``audit``, and return how."""
     folder = settings.output_dir / AUDIT
     flags = {
         "train_data_dir": BUNDLED,
@@ -199,8 +199,9 @@ def audit(settings: DemoSettings) -> Path:
         "output_dir": folder,
     }
     models = [text for model in MODELS for text in ("--model", f"{model}={settings.output_dir / model}")]
-    run_audit(parse_audit([*models, *(text for name, value in flags.items() for text in (f"--{name}", str(value)))]))
-    return folder / "report.html"
+    parsed = parse_audit([*models, *(text for name, value in flags.items() for text in (f"--{name}", str(value)))])
+    run_audit(parsed)
+    return parsed
 
 
 def training_kinds(found: Mapping[str, Mapping[str, Figures]]) -> list[str]:

@@ -12,14 +12,14 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from sd_memguard.assets import demo_data_path, demo_heldout_path
+from sd_memguard.audit.arguments import AuditSettings
+from sd_memguard.audit.attribute_probe import AttributeProbe, prepare_attributes
+from sd_memguard.audit.features.cache import Store
 from sd_memguard.audit.generate import draw, load_pipeline
 from sd_memguard.audit.images import as_image
-from sd_memguard.audit.metrics.attributes import (
-    AttributeClassifier,
-    AttributeFigures,
-    attribute_figures,
-    train_classifier,
-)
+from sd_memguard.audit.inputs import open_inputs
+from sd_memguard.audit.metrics.attributes import AttributeClassifier, AttributeFigures, attribute_figures
+from sd_memguard.audit.metrics.background import Gallery
 from sd_memguard.core.seeding import derive_seed
 
 NUM_INFERENCE_STEPS = 20
@@ -107,17 +107,20 @@ def generate_heldout(model: str, folder: Path, num_prompts: int, seed: int) -> l
     ]
 
 
-def learn_attributes() -> Known:
-    """Train a classifier of the attributes of the demo set on its real images, about a minute."""
+def known_attributes(audit: AuditSettings) -> Known:
+    """Return the attributes of the demo set's images, with the classifier that an audit of it has trained and kept."""
+    device = torch.device("cpu")
+    store = Store(audit.output_dir / "cache")
+    inputs = open_inputs(audit, store, device)
+    gallery = Gallery(inputs.train, inputs.extractor, store, device, audit.batch_size)
+    probe = prepare_attributes(gallery, inputs.reference, None, audit.seed)
+    assert isinstance(probe, AttributeProbe)
     named, opened = {}, {}
     for folder in (demo_data_path(), demo_heldout_path()):
         for row in map(json.loads, (folder / "attributes.jsonl").read_text(encoding="utf-8").splitlines()):
             named[folder / row["file_name"]], opened[folder / row["file_name"]] = row["named"], row["open"]
-    everything = [named[file] | opened[file] for file in named]
-    images = [Image.open(file).convert("RGB") for file in named]
-    classifier = train_classifier(_stack(images), everything)
-    heldout = [known for file, known in zip(named, everything, strict=True) if file.parent == demo_heldout_path()]
-    return Known(named, opened, heldout, classifier)
+    heldout = [named[file] | opened[file] for file in named if file.parent == demo_heldout_path()]
+    return Known(named, opened, heldout, probe.classifier)
 
 
 def figures(generated: Sequence[Generated], known: Known) -> dict[str, dict[str, Figures]]:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 
 from sd_memguard.assets import demo_data_path, tiny_sd_path
+from sd_memguard.audit import attribute_probe
 from sd_memguard.audit.metrics import attributes
 from sd_memguard.demo import command as demo
 from sd_memguard.demo import measure
@@ -28,8 +30,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(demo, "NUM_HELDOUT_PROMPTS", 2)
     monkeypatch.setattr(demo, "NUM_INFERENCE_STEPS", 2)
     monkeypatch.setattr(measure, "NUM_INFERENCE_STEPS", 2)
-    train = attributes.train_classifier
-    monkeypatch.setattr(measure, "train_classifier", lambda images, known: train(images, known, num_steps=3))
+    quickly = partial(attributes.train_classifier, num_steps=3)
+    monkeypatch.setattr(attribute_probe, "train_classifier", quickly)
 
 
 def test_two_equal_models_come_out_equal_twice_in_one_folder(quick, tmp_path, capsys):

@@ -1,0 +1,12 @@
+from functools import partial
+
+import pytest
+
+from sd_memguard.audit import attribute_probe
+from sd_memguard.audit.metrics.attributes import train_classifier
+
+
+@pytest.fixture(autouse=True)
+def quick_classifier(monkeypatch):
+    """Audits of the bundled images, whose attributes are known, learn them in few steps."""
+    monkeypatch.setattr(attribute_probe, "train_classifier", partial(train_classifier, num_steps=3))
