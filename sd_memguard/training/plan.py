@@ -148,6 +148,8 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     config = replace(config, seed=seed, guard=guard)
     check_output_dir(config)
     check_extras(config)
+    if guard.sample_rule != "auto":
+        rule_class(guard.sample_rule)  # refuses a rule that cannot be imported
     # The kind of model before the images, whose check takes longer; a download after them.
     pipeline = None
     if local_pipeline(config) is None:

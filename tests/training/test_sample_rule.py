@@ -73,7 +73,7 @@ def test_a_rule_of_ones_own_is_trained_resumed_recorded_and_shown(run, configure
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("nonsense", "must be one of agc"),
+        ("nonsense", "must be one of agc, anchored or"),
         ("tests.nowhere:Rule", "cannot be imported"),
         ("json:dumps", "no `SampleRule`"),
     ],
