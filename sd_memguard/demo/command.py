@@ -228,17 +228,17 @@ def compare(
     ]
     table = Table(
         (
-            "copies, prompts of duplicated images",
-            "copies, prompts of unique images",
+            "own training image is the nearest, duplicated",
+            "own training image is the nearest, unique",
             "traits shared beyond the prompt, duplicated (chance)",
-            "prompt followed, held-out prompts",
+            "held-out prompts followed",
             "held-out loss",
         ),
         [
             (
                 NAMES[model],
                 (
-                    *(f"{found[model][kind].copies:.0%}" for kind in (duplicated, unique)),
+                    *(f"{found[model][kind].own:.0%}" for kind in (duplicated, unique)),
                     f"{found[model][duplicated].open_agreement:.0%} ({found[model][duplicated].chance:.0%})",
                     f"{found[model][HELDOUT].caption_accuracy:.0%}",
                     f"{trainings[model].heldout_loss:.4f}",
@@ -253,8 +253,8 @@ def compare(
         "style, plain and with sd_memguard. Prompts name some traits of a person and leave the others open.",
         table,
         blocks,
-        "Shown is the first image generated from each prompt, both models from the same noise; framed in red: a copy "
-        "of a training image by the audit. The figures are over all generated images. "
+        "Shown is the first image generated from each prompt, both models from the same noise. Framed in red: of all "
+        "training images, that of the prompt is the nearest. The figures are over all generated images. "
         f"One run, seed {settings.seed}.",
     )
 
@@ -269,7 +269,7 @@ def columns(generated: Sequence[Generated], kind: str) -> list[Column]:
         Column(
             next(iter(by_model.values())).prompt,
             [Image.open(original), *(by_model[model].image for model in MODELS)],
-            [False, *(bool(by_model[model].is_copy) for model in MODELS)],
+            [False, *(bool(by_model[model].is_own) for model in MODELS)],
         )
         for original, by_model in list(first.items())[:PROMPTS_SHOWN]
     ]
@@ -285,7 +285,8 @@ def report(
     kinds = training_kinds(found)
     rows = [("", *MODELS)]
     for kind in kinds:
-        rows.append((f"copies, {kind} prompts", *(f"{found[model][kind].copies:.0%}" for model in MODELS)))
+        for name, label in (("own", "own training image is the nearest"), ("copies", "verified copies")):
+            rows.append((f"{label}, {kind}", *(f"{getattr(found[model][kind], name):.0%}" for model in MODELS)))
     for kind in kinds:
         texts = (
             f"{one.open_agreement:.0%} (chance {one.chance:.0%})" for one in (found[model][kind] for model in MODELS)

@@ -1,4 +1,4 @@
-"""One image that puts what two models generate beside the original images, copies framed in red."""
+"""One image that puts what two models generate beside the original images, replicas framed in red."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 class Column(NamedTuple):
-    """A prompt with its images from top to bottom: the original, then one of each model; and which are copies."""
+    """A prompt with its images from top to bottom: the original, then one of each model; and which are framed."""
 
     prompt: str
     images: Sequence[Image.Image]
-    is_copy: Sequence[bool]
+    framed: Sequence[bool]
 
 
 class Block(NamedTuple):
@@ -121,8 +121,8 @@ class _Page:
             self.y += IMAGE + GAP
         for index, column in enumerate(block.columns):
             x = MARGIN + LABELS + index * (IMAGE + GAP)
-            for row, (image, is_copy) in enumerate(zip(column.images, column.is_copy, strict=True)):
-                self._place(x, top + row * (IMAGE + GAP), image, framed=is_copy)
+            for row, (image, framed) in enumerate(zip(column.images, column.framed, strict=True)):
+                self._place(x, top + row * (IMAGE + GAP), image, framed=framed)
             self._prompt(x, self.y - 6, column.prompt)
         self.y += PROMPT_HEIGHT
 

@@ -37,7 +37,8 @@ class Generated(NamedTuple):
         prompt: caption of the original.
         original: file of the training or held-out image.
         image: the generated image.
-        is_copy: whether the audit calls it a copy of a training image; None for held-out prompts.
+        is_own: whether, of all training images, the original is the most similar; None for held-out prompts.
+        is_copy: whether the audit has verified it as a copy of a training image; None for held-out prompts.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Generated(NamedTuple):
     prompt: str
     original: Path
     image: Image.Image
+    is_own: bool | None
     is_copy: bool | None
 
 
@@ -53,13 +55,15 @@ class Figures(NamedTuple):
 
     Attributes:
         num_images: generated images.
-        copies: of them, copies of a training image; None for held-out prompts.
+        own: of them, those most similar to the prompt's own training image; None for held-out prompts.
+        copies: of them, verified copies of a training image; None for held-out prompts.
         caption_accuracy: attributes named by the prompt that the image shows.
         open_agreement: attributes that the prompt leaves open in which the image agrees with the original.
         chance: the same agreement between images that nobody copied.
     """
 
     num_images: int
+    own: float | None
     copies: float | None
     caption_accuracy: float
     open_agreement: float
@@ -82,7 +86,10 @@ def read_audit(folder: Path) -> list[Generated]:
     return [
         Generated(
             *(row["model"], row["kind"], row["caption"], train / row["own_file"]),
-            *(Image.open(folder / row["file"]).convert("RGB"), row["is_copy"]),
+            Image.open(folder / row["file"]).convert("RGB"),
+            # Equal images are equally similar: of the copies of a duplicated image any may be the nearest.
+            row["own_similarity"] >= row["similarity"],
+            row["is_copy"],
         )
         for row in rows
     ]
@@ -102,7 +109,7 @@ def generate_heldout(model: str, folder: Path, num_prompts: int, seed: int) -> l
         description=f"held-out prompts, {model}",
     )
     return [
-        Generated(model, HELDOUT, row["text"], heldout / row["file_name"], as_image(image), None)
+        Generated(model, HELDOUT, row["text"], heldout / row["file_name"], as_image(image), None, None)
         for row, image in zip(rows, pixels, strict=True)
     ]
 
@@ -129,17 +136,21 @@ def figures(generated: Sequence[Generated], known: Known) -> dict[str, dict[str,
     for model, kind in dict.fromkeys((one.model, one.kind) for one in generated):
         images = [one for one in generated if (one.model, one.kind) == (model, kind)]
         shares = _attributes(images, known)
-        flags = [one.is_copy for one in images if one.is_copy is not None]
-        copies = sum(flags) / len(flags) if flags else None
+        own, copies = _share([one.is_own for one in images]), _share([one.is_copy for one in images])
         means = (float(values[~values.isnan()].mean()) for values in shares)
-        found.setdefault(model, {})[kind] = Figures(len(images), copies, *means)
+        found.setdefault(model, {})[kind] = Figures(len(images), own, copies, *means)
     return found
+
+
+def _share(flags: Sequence[bool | None]) -> float | None:
+    known = [flag for flag in flags if flag is not None]
+    return sum(known) / len(known) if known else None
 
 
 def real_figures(known: Known) -> tuple[float, float]:
     """Return the ceiling of ``caption_accuracy``, what the classifier finds on real held-out images, and its base."""
     files = [file for file in known.named if file.parent == demo_heldout_path()]
-    images = [Generated("", "", "", file, Image.open(file).convert("RGB"), None) for file in files]
+    images = [Generated("", "", "", file, Image.open(file).convert("RGB"), None, None) for file in files]
     return float(_attributes(images, known).caption_accuracy.nanmean()), len(files)
 
 
@@ -161,6 +172,13 @@ def _stack(images: Sequence[Image.Image]) -> Tensor:
 def describe(generated: Sequence[Generated]) -> list[Mapping[str, Any]]:
     """Return a JSON-ready row for each generated image."""
     return [
-        {"model": one.model, "kind": one.kind, "prompt": one.prompt, "file": one.original.name, "is_copy": one.is_copy}
+        {
+            "model": one.model,
+            "kind": one.kind,
+            "prompt": one.prompt,
+            "file": one.original.name,
+            "is_own": one.is_own,
+            "is_copy": one.is_copy,
+        }
         for one in generated
     ]

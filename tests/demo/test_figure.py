@@ -7,8 +7,8 @@ RED, GREEN = ImageColor.getrgb(COPY), (0, 160, 0)
 TABLE = Table(("copies", "held-out loss"), [("Plain", ("77%", "0.0712")), ("Guarded", ("0%", "0.0688"))])
 
 
-def make_column(prompt="a prompt", is_copy=(False, False, False)):
-    return Column(prompt, [Image.new("RGB", (64, 64), GREEN)] * 3, is_copy)
+def make_column(prompt="a prompt", framed=(False, False, False)):
+    return Column(prompt, [Image.new("RGB", (64, 64), GREEN)] * 3, framed)
 
 
 def make_image(*columns):
@@ -28,10 +28,10 @@ def test_every_image_of_every_column_is_shown_whole(number):
     assert count(image, GREEN) == number * 3 * IMAGE * IMAGE
 
 
-def test_only_copies_are_framed():
+def test_only_what_is_to_be_framed_is():
     frame = (IMAGE + 2 * FRAME) ** 2 - IMAGE**2
-    for is_copy in ((0, 0, 0), (0, 1, 0), (0, 1, 1)):
-        assert count(make_image(make_column(is_copy=is_copy)), RED) == sum(is_copy) * frame
+    for framed in ((0, 0, 0), (0, 1, 0), (0, 1, 1)):
+        assert count(make_image(make_column(framed=framed)), RED) == sum(framed) * frame
 
 
 def test_long_and_foreign_prompts_stay_in_their_column():
