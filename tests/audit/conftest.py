@@ -6,7 +6,9 @@ from sd_memguard.audit import attribute_probe
 from sd_memguard.audit.metrics.attributes import train_classifier
 
 
-@pytest.fixture(autouse=True)
-def quick_classifier(monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def quick_classifier():
     """Audits of the bundled images, whose attributes are known, learn them in few steps."""
-    monkeypatch.setattr(attribute_probe, "train_classifier", partial(train_classifier, num_steps=3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attribute_probe, "train_classifier", partial(train_classifier, num_steps=3))
+        yield

@@ -1,6 +1,7 @@
 """Attributes of coloured squares, from folders to figures."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sd_memguard.audit.attribute_probe import measure_attributes, prepare_attrib
 from sd_memguard.audit.collection import read_folder
 from sd_memguard.audit.features.cache import Store
 from sd_memguard.audit.features.extractors import Bundled
+from sd_memguard.audit.metrics.attributes import train_classifier
 from sd_memguard.audit.metrics.background import Gallery
 from sd_memguard.audit.metrics.measures import GeneratedSet
 
@@ -39,8 +41,7 @@ def test_a_copying_model_agrees_in_what_captions_leave_open(tmp_path, monkeypatc
     held_out = write_folder(tmp_path / "heldout", range(1, 5))
     store = Store(tmp_path / "cache")
     gallery = Gallery(train, Bundled(None, torch.device("cpu")), store, torch.device("cpu"), 16)
-    monkeypatch.setattr(attribute_probe, "NUM_STEPS", 40)
-    monkeypatch.setattr(attribute_probe.train_classifier, "__kwdefaults__", {"seed": 0, "num_steps": 40})
+    monkeypatch.setattr(attribute_probe, "train_classifier", partial(train_classifier, num_steps=40))
     probe = prepare_attributes(gallery, held_out, None, 0)
     copies = GeneratedSet(
         write_folder(tmp_path / "copies", range(0, 24, 2), extra=1), ["single"] * 48, 1, [], range(48)
