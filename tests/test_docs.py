@@ -30,6 +30,7 @@ FOREIGN |= {"quick", "arms", "seeds", "cells", "points", "all_points"}  # of ben
 FOREIGN |= {"do_edm_style_training", "use_dora", "output_kohya_format"}
 FOREIGN |= {"denoiser", "train_text_encoder", "fused_backward_pass", "min_snr_gamma", "debiased_estimation_loss"}
 FOREIGN |= {"loss_type", "weighting_scheme", "cache_latents", "train_text_encoder_ti", "use_lpl"}
+FOREIGN |= {"datasets", "variants", "duplicates", "points", "results"}  # of benchmarks.memorization
 FOREIGN |= {"base_channels", "profile", "size", "upstream_script", "turns", "device", "shards", "clock"}
 FOREIGN |= {"window", "check", "list", "diffusers_examples", "no-deps", "find-links", "no-index"}
 # Flags of the programs that start several processes.

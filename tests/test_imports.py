@@ -35,7 +35,7 @@ PARTS = {
     "models": {"assets", "core", "proxies", *BASE},
     "data": {"assets", "core", "distributed", "models", *BASE},
     "runs": {*ENGINE, "data", "models"},
-    "export": {"runs", "models", "console", "distributed", *BASE},
+    "export": {"core", "runs", "models", "console", "distributed", *BASE},
     "inspection": {"runs", "data", "assets", "core", "figures", *BASE},
     "check": {"core", "data", *BASE},
     "training": {*ENGINE, "assets", "console", "data", "export", "models", "runs"},

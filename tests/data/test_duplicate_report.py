@@ -88,7 +88,7 @@ def test_the_plan_counts_images_as_the_mode_says(configure, repeated, capsys, ru
         plan = make_plan(configure(group_duplicates=mode, **settings))
         steps[mode] = (plan.epoch_length, plan.schedule.total_steps)
     assert steps == {"off": (33, 4 * 9), "shard": (33, 4 * 9), "balance": (24, 4 * 6)}
-    with pytest.raises(ConfigError, match=r"near-identical ones counted as one \(24\), got 25"):
+    with pytest.raises(ConfigError, match=r"near-duplicates counted once \(24\), got 25"):
         make_plan(configure(**{**settings, "num_shards": 25}))
     make_plan(configure(**{**settings, "num_shards": 25}, group_duplicates="off"))
     run(**settings, dry_run=True)

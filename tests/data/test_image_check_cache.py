@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 
 from sd_memguard.config import make_train_config
+from sd_memguard.core.duplicates import THUMBNAIL_SIDE
 from sd_memguard.data import image_check as sample_check
 from sd_memguard.data.image_check_cache import CheckCache, CheckCacheError, GoodImage
 from sd_memguard.data.samples import load_samples
@@ -95,7 +96,7 @@ def test_a_damaged_file_of_the_cache_is_named_and_made_anew(folder, tmp_path, de
 
 def test_a_row_comes_back_as_it_was(tmp_path):
     cache = CheckCache(tmp_path, thumbnails=True)
-    thumbnail = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    thumbnail = np.random.default_rng(0).integers(0, 256, (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), dtype=np.uint8)
     cache.add(b"key", GoodImage((70_000, 3), thumbnail))
     cache.flush()
     found = CheckCache(tmp_path, thumbnails=True).find(b"key")

@@ -274,7 +274,7 @@ def test_more_shards_than_samples_are_refused(guarded):
     ("name", "value", "message"),
     [
         ("WORLD_SIZE", "2", "2 processes were launched, and the proxies of 2 shards"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "configured for DEEPSPEED"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "configured for DeepSpeed"),
     ],
 )
 def test_several_processes_are_refused(guarded, monkeypatch, name, value, message):

@@ -57,8 +57,8 @@ def test_the_echo_of_a_signal_does_not_abort():
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path):
     (tmp_path / "memguard").mkdir()
-    other = SimpleNamespace(size=2, rank=1, is_main=False, wait=lambda purpose: None, agreed=nullcontext)
-    other.share = lambda value, purpose: "the word of the main process"
+    other = SimpleNamespace(size=2, rank=1, is_main=False, barrier=lambda purpose: None, raise_on_any_rank=nullcontext)
+    other.broadcast_object = lambda value, purpose: "the word of the main process"
     with pytest.raises(RunFolderError, match="process 1"):
         check_shared(tmp_path, other)
     (tmp_path / "memguard/processes").write_text("the word of the main process")
@@ -92,7 +92,7 @@ def test_a_run_that_meets_an_error_leaves_the_process_group_alone(run, monkeypat
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_the_process_group_is_taken_down_when_all_have_come_to_the_end(destroyed, is_stopped):
     other = process(1, 2)
-    other.wait = lambda purpose: destroyed.append(f"waited: {purpose}")
+    other.barrier = lambda purpose: destroyed.append(f"waited: {purpose}")
     with pytest.raises(Interrupted) if is_stopped else nullcontext(), leaving_together(other):
         if is_stopped:
             raise Interrupted(143)
@@ -101,7 +101,7 @@ def test_the_process_group_is_taken_down_when_all_have_come_to_the_end(destroyed
 
 def test_after_an_error_nobody_is_waited_for(destroyed):
     other = process(1, 2)
-    other.wait = lambda purpose: destroyed.append(purpose)
+    other.barrier = lambda purpose: destroyed.append(purpose)
     with pytest.raises(OSError, match="gone"), leaving_together(other):
         raise OSError("gone")
     assert destroyed == []
@@ -143,7 +143,7 @@ def test_errors_of_this_process_do_not_pass_for_a_lost_one(monkeypatch, error, i
 
     monkeypatch.setattr(torch.distributed, "all_reduce", fail)
     with pytest.raises(ProcessLostError if is_loss else type(error)) as raised:
-        process(0, 2).sum(torch.ones(1), "test")
+        process(0, 2).all_reduce(torch.ones(1), "test")
     assert isinstance(raised.value, ProcessLostError) == is_loss
 
 
