@@ -145,7 +145,7 @@ def attribute(results: Sequence[Result], kind: str, name: str) -> float | None:
 def agreement_text(results: Sequence[Result]) -> str:
     """Return how often generated images agree with the training image beyond the prompt, and chance, as text."""
     return ", ".join(
-        f"{_share(attribute(results, kind, 'open_agreement'))} ({_share(attribute(results, kind, 'chance'))})"
+        f"{_share(attribute(results, kind, 'open_agreement'))} ({_share(attribute(results, kind, 'chance_agreement'))})"
         for kind in ("duplicated", "unique")
     )
 
