@@ -117,7 +117,7 @@ def parse_arguments(argv: Sequence[str] | None) -> DemoSettings:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
-    parser.add_argument("--max_train_steps", type=_count, default=1000, help="optimizer steps of each fine-tune")
+    parser.add_argument("--max_train_steps", type=_count, default=900, help="optimizer steps of each fine-tune")
     parser.add_argument("--seed", type=int, default=0, help="seed of training and generation")
     parser.add_argument("--num_images_per_prompt", type=_count, default=2, help="generated images of each prompt")
     return DemoSettings(**vars(parser.parse_args(argv)))

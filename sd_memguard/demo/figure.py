@@ -34,11 +34,11 @@ class Table(NamedTuple):
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 PAGE, LINE, INK, MUTED, COPY = "#ffffff", "#d9d9de", "#1f2328", "#656d76", "#d1242f"
-WIDTH, MARGIN = 1200, 40
-LABELS = 150
+WIDTH, MARGIN = 1280, 40
+LABELS = 184
 """Width of the names of the rows."""
 IMAGE, GAP, FRAME = 112, 16, 4
-PROMPT_HEIGHT = 66
+PROMPT_HEIGHT, PROMPT_WIDTH = 66, IMAGE + GAP - 6
 
 
 def comparison_image(title: str, subtitle: str, table: Table, blocks: Sequence[Block], note: str) -> Image.Image:
@@ -52,7 +52,7 @@ def comparison_image(title: str, subtitle: str, table: Table, blocks: Sequence[B
         note: wrapped at the bottom.
 
     Returns:
-        An RGB image 1200 pixels wide; its height follows from the number of blocks and the length of the texts.
+        An RGB image 1280 pixels wide; its height follows from the number of blocks and the length of the texts.
     """
     page = _Page()
     page.paragraph(title, 34, INK)
@@ -128,12 +128,12 @@ class _Page:
 
     def _prompt(self, x: int, y: int, prompt: str) -> None:
         font = ImageFont.load_default(13)
-        lines = _wrapped(prompt, font, IMAGE + GAP - 6)
+        lines = _wrapped(prompt, font, PROMPT_WIDTH)
         room = PROMPT_HEIGHT // 17
         if len(lines) > room:
             lines = [*lines[: room - 1], lines[room - 1] + " ..."]
         for number, line in enumerate(lines):
-            self.draw.text((x, y + 17 * number), _shortened(_writable(line), font, IMAGE), fill=MUTED, font=font)
+            self.draw.text((x, y + 17 * number), _shortened(_writable(line), font, PROMPT_WIDTH), fill=MUTED, font=font)
 
     def _place(self, x: int, y: int, image: Image.Image, *, framed: bool) -> None:
         edge = FRAME if framed else 1

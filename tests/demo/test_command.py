@@ -50,7 +50,7 @@ def test_two_equal_models_come_out_equal_twice_in_one_folder(quick, tmp_path, ca
     copied = [row["is_copy"] for row in pq.read_table(folder / "audit" / "pairs.parquet").to_pylist()]
     assert [row["is_copy"] for row in generated if row["is_copy"] is not None] == copied
     with Image.open(folder / "compare.png") as image:
-        assert image.width == 1200
+        assert image.width == 1280
     printed = capsys.readouterr().out
     assert printed.count("Replacing the earlier demonstration") == 1
     assert str(folder / "compare.png") in printed
