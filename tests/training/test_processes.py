@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from sd_memguard.config import ConfigError, TrainConfig
 from sd_memguard.data.samples import SampleError, Samples
+from sd_memguard.environment import SPREADING
 from sd_memguard.runs.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
-from sd_memguard.training import ranks
 from sd_memguard.training.signals import Interrupted
 from sd_memguard.training.trainer import Trainer, train
 from tests.conftest import short_run
@@ -330,7 +330,7 @@ def test_a_sigterm_to_the_launcher_saves_once_and_ends_all(home, pipeline, image
 @pytest.mark.parametrize("plugin", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
 def test_what_spreads_one_model_is_refused_by_name(configure, monkeypatch, plugin):
     monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
-    with pytest.raises(ConfigError, match=ranks.REFUSED[plugin]):
+    with pytest.raises(ConfigError, match=SPREADING[plugin]):
         train(configure("spread"))
 
 
