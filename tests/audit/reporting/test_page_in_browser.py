@@ -95,7 +95,7 @@ def test_the_slider_recounts_copies(open_page, folder):
     stated = shown_copies(page)
     static = page.locator("[data-share]").all_text_contents()
     seen = set()
-    for threshold in (0.3, 0.55, 0.7, 0.8, 0.999):
+    for threshold in (0.65, 0.7, 0.8, 0.9, 0.999):
         slide(page, threshold)
         assert shown_copies(page) == expected_copies(folder, threshold)
         marked = page.locator(".pair.is-copy").count()
