@@ -35,7 +35,7 @@ from sd_memguard.errors import UserError
 from sd_memguard.training.trainer import train
 
 SIZE = 64
-NUM_PROMPTS, NUM_HELDOUT_PROMPTS = 32, 96
+NUM_PROMPTS, NUM_HELDOUT_PROMPTS, NUM_PROBES = 32, 96, 96
 PROMPTS_SHOWN = 8
 MODELS = {"plain": "off", "guarded": "on"}
 """The folder of each fine-tune and its ``--memguard``."""
@@ -193,6 +193,7 @@ def audit(settings: DemoSettings) -> AuditSettings:
         "reference_data_dir": BUNDLED,
         "num_prompts": NUM_PROMPTS,
         "num_images_per_prompt": settings.num_images_per_prompt,
+        "num_probes": NUM_PROBES,
         "num_inference_steps": NUM_INFERENCE_STEPS,
         "guidance_scale": GUIDANCE_SCALE,
         "seed": settings.seed,

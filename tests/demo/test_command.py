@@ -28,6 +28,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(demo, "fine_tune", fine_tune)
     monkeypatch.setattr(demo, "NUM_PROMPTS", 3)
     monkeypatch.setattr(demo, "NUM_HELDOUT_PROMPTS", 2)
+    monkeypatch.setattr(demo, "NUM_PROBES", 4)
     monkeypatch.setattr(demo, "NUM_INFERENCE_STEPS", 2)
     monkeypatch.setattr(measure, "NUM_INFERENCE_STEPS", 2)
     quickly = partial(attributes.train_classifier, num_steps=3)
