@@ -22,6 +22,7 @@ from sd_memguard.demo.measure import (
     GUIDANCE_SCALE,
     HELDOUT,
     NUM_INFERENCE_STEPS,
+    SIZE,
     Figures,
     Generated,
     describe,
@@ -34,7 +35,6 @@ from sd_memguard.demo.measure import (
 from sd_memguard.errors import UserError
 from sd_memguard.training.trainer import train
 
-SIZE = 64
 NUM_PROMPTS, NUM_HELDOUT_PROMPTS, NUM_PROBES = 32, 96, 96
 PROMPTS_SHOWN = 8
 MODELS = {"plain": "off", "guarded": "on"}

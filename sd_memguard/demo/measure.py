@@ -16,12 +16,14 @@ from sd_memguard.audit.arguments import AuditSettings
 from sd_memguard.audit.attribute_probe import AttributeProbe, prepare_attributes
 from sd_memguard.audit.features.cache import Store
 from sd_memguard.audit.generate import draw, load_pipeline
-from sd_memguard.audit.images import as_image
+from sd_memguard.audit.images import as_image, as_rows, load_images
 from sd_memguard.audit.inputs import open_inputs
 from sd_memguard.audit.metrics.attributes import AttributeClassifier, AttributeFigures, attribute_figures
 from sd_memguard.audit.metrics.background import Gallery
+from sd_memguard.audit.metrics.similarity import find_copies
 from sd_memguard.core.seeding import derive_seed
 
+SIZE = 64
 NUM_INFERENCE_STEPS = 20
 GUIDANCE_SCALE = 2.5
 HELDOUT = "held-out"
@@ -37,7 +39,7 @@ class Generated(NamedTuple):
         prompt: caption of the original.
         original: file of the training or held-out image.
         image: the generated image.
-        is_own: whether, of all training images, the original is the most similar; None for held-out prompts.
+        is_own: whether, of all training images, the original is the nearest by pixels; None for held-out prompts.
         is_copy: whether the audit has verified it as a copy of a training image; None for held-out prompts.
     """
 
@@ -55,7 +57,7 @@ class Figures(NamedTuple):
 
     Attributes:
         num_images: generated images.
-        own: of them, those most similar to the prompt's own training image; None for held-out prompts.
+        own: of them, those whose nearest training image is the prompt's own; None for held-out prompts.
         copies: of them, verified copies of a training image; None for held-out prompts.
         caption_accuracy: attributes named by the prompt that the image shows.
         open_agreement: attributes that the prompt leaves open in which the image agrees with the original.
@@ -81,18 +83,22 @@ class Known(NamedTuple):
 
 def read_audit(folder: Path) -> list[Generated]:
     """Return the generated images of an audit's ``pairs.parquet``."""
-    rows = pq.read_table(folder / "pairs.parquet").to_pylist()
-    train = demo_data_path()
+    rows, train = pq.read_table(folder / "pairs.parquet").to_pylist(), demo_data_path()
+    images = [Image.open(folder / row["file"]).convert("RGB") for row in rows]
+    originals = [train / row["own_file"] for row in rows]
     return [
-        Generated(
-            *(row["model"], row["kind"], row["caption"], train / row["own_file"]),
-            Image.open(folder / row["file"]).convert("RGB"),
-            # Equal images are equally similar: of the copies of a duplicated image any may be the nearest.
-            row["own_similarity"] >= row["similarity"],
-            row["is_copy"],
-        )
-        for row in rows
+        Generated(row["model"], row["kind"], row["caption"], original, image, is_own, row["is_copy"])
+        for row, original, image, is_own in zip(rows, originals, images, _are_nearest(images, originals), strict=True)
     ]
+
+
+def _are_nearest(images: Sequence[Image.Image], originals: Sequence[Path]) -> list[bool]:
+    """Return for each image whether its original is, by pixels, the nearest of all training images."""
+    gallery = load_images(demo_data_path(), SIZE).pixels
+    own = _stack([Image.open(file).convert("RGB") for file in originals]).permute(0, 2, 3, 1)
+    nearest = find_copies(as_rows(_stack(images).permute(0, 2, 3, 1)), as_rows(gallery)).nearest
+    # Compared by content: of the copies of a duplicated image any may be the nearest.
+    return [torch.equal(gallery[row], pixels) for row, pixels in zip(nearest.tolist(), own, strict=True)]
 
 
 def generate_heldout(model: str, folder: Path, num_prompts: int, seed: int) -> list[Generated]:
