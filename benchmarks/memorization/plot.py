@@ -35,6 +35,7 @@ def plot(groups: Groups, file: Path) -> None:
         axis.set(
             title=f"{group[0]}, duplicates: {group[1]}", xlabel="held-out loss", ylabel="own training image nearest, %"
         )
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, frameon=False)
