@@ -23,7 +23,7 @@ def find_duplicates(images: Iterable[Any], *, flip: bool = False) -> Tensor:
 
     >>> from PIL import Image
     >>> down, right = (Image.linear_gradient("L").rotate(angle) for angle in (0, 90))
-    >>> find_duplicates([down, right, red.resize((64, 64))]).tolist()
+    >>> find_duplicates([down, right, down.resize((64, 64))]).tolist()
     [0, 1, 0]
     """
     thumbnails = [make_thumbnail(image) for image in images]
