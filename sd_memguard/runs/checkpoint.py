@@ -90,7 +90,7 @@ def save_checkpoint(output_dir: Path, global_step: int, write: Callable[[Path], 
     for path in [*files, temporary / MANIFEST]:
         flush(path)
     if final.exists():
-        shutil.rmtree(final)
+        _discard(final)
     temporary.rename(final)
     if os.name == "posix":
         _flush_folder(output_dir)
@@ -109,13 +109,18 @@ def remove_leftovers(output_dir: Path) -> None:
         shutil.rmtree(folder)
 
 
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint under a temporary name: half removed it would pass for one of another program."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{TEMPORARY_PREFIX}{checkpoint.name}-removed")))
+
+
 def prune_checkpoints(output_dir: Path, total_limit: int | None) -> None:
     """Remove the checkpoints that were written first, beyond the limit."""
     if total_limit is None:
         return
     for folder in list_checkpoints(output_dir)[:-total_limit]:
         try:
-            shutil.rmtree(folder)
+            _discard(folder)
         except OSError as error:  # on Windows somebody may have a file of it open; the next time will do
             logger.warning("%s is beyond --checkpoints_total_limit, but cannot be removed: %s", folder, error)
 

@@ -8,8 +8,10 @@ import pytest
 from sd_memguard.runs.checkpoint import (
     CheckpointError,
     find_checkpoint,
+    foreign_checkpoints,
     list_checkpoints,
     prune_checkpoints,
+    remove_leftovers,
     save_checkpoint,
 )
 from sd_memguard.runs.folder import RunFolderError
@@ -71,3 +73,24 @@ def test_checkpoints_of_others_are_neither_replaced_nor_pruned(diffusers_checkpo
         save_checkpoint(folder, 500, write)
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-500", "checkpoint-600"]
     assert json.loads((diffusers_checkpoint / "optimizer.bin").read_text()) == {}
+
+
+def test_a_checkpoint_whose_removal_is_cut_short_does_not_pass_for_another_programs(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, write)
+    with monkeypatch.context() as patch:
+        patch.setattr("sd_memguard.runs.checkpoint.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoints(tmp_path, 1)
+    assert foreign_checkpoints(tmp_path) == []
+    assert names(list_checkpoints(tmp_path)) == ["checkpoint-2"]
+    remove_leftovers(tmp_path)
+    assert names(list(tmp_path.iterdir())) == ["checkpoint-2"]
+
+
+def killed(folder, *_, **__):
+    """Remove what says whose checkpoint it is, and get no further."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.unlink()
+    raise KeyboardInterrupt
