@@ -14,12 +14,12 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import diffusers
 import torch
 
-from benchmarks.memorization.datasets import DATASETS, Dataset, load_dataset, training_folder
+from benchmarks.memorization.datasets import DATASETS, Dataset, Duplicates, load_dataset, training_folder
 from benchmarks.memorization.judge import Exam, judge, prepare_exam
 from benchmarks.memorization.variants import COMMON, VARIANTS
 from sd_memguard.assets import tiny_sd_path
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="where the runs go; may be removed afterwards")
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=["avatars"], help="what is trained on")
-    parser.add_argument("--duplicates", nargs="+", choices=("exact", "near", "none"), default=["exact"])
+    parser.add_argument("--duplicates", nargs="+", choices=get_args(Duplicates), default=["exact"])
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=["base", "plain", "balance", "default", "paper"]
     )

@@ -18,8 +18,8 @@ from PIL import Image
 from sd_memguard.assets import demo_data_path, demo_heldout_path
 
 SIZE = 64
-NUM_DUPLICATED, NUM_COPIES = 32, 16
-Duplicates = Literal["exact", "near", "none"]
+NUM_DUPLICATED, NUM_COPIES, NUM_FEW = 32, 16, 160
+Duplicates = Literal["exact", "near", "none", "few"]
 EMOJI = Path(__file__).parent / "emoji"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 CLOTHES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
@@ -53,14 +53,15 @@ def training_folder(dataset: Dataset, duplicates: Duplicates, folder: Path) -> P
     Args:
         dataset: whose images.
         duplicates: of the first 32 images: ``exact`` copies under their own caption; ``near`` ones, each cropped by 2
-            to 10%, some flipped, the hue turned and recompressed, under reworded captions; or ``none``.
+            to 10%, some flipped, the hue turned and recompressed, under reworded captions; ``none``; or ``few``, the
+            first 160 images alone, each once, for runs of many epochs.
         folder: where to.
     """
     if (folder / "metadata.jsonl").exists():
         return folder
     draw = random.Random(0)
-    rows = list(dataset.train)
-    for image in dataset.train[:NUM_DUPLICATED] if duplicates != "none" else ():
+    rows = list(dataset.train[:NUM_FEW] if duplicates == "few" else dataset.train)
+    for image in dataset.train[:NUM_DUPLICATED] if duplicates in ("exact", "near") else ():
         rows += [image if duplicates == "exact" else _altered(image, draw) for _ in range(NUM_COPIES - 1)]
     draw.shuffle(rows)
     folder.mkdir(parents=True, exist_ok=True)
