@@ -18,7 +18,7 @@ from benchmarks.denoising import BATCH_SIZE, Encoded, denoising_losses, encode
 from benchmarks.memorization.datasets import NUM_DUPLICATED, CaptionedImage, Dataset, as_pixels
 from sd_memguard.assets import tiny_sd_path
 from sd_memguard.audit.features.extractors import Extractor, make_extractor
-from sd_memguard.audit.generate import draw, load_pipeline
+from sd_memguard.audit.generate import generate_images, load_pipeline
 from sd_memguard.audit.images import as_rows
 from sd_memguard.audit.metrics.attributes import AttributeClassifier, attribute_figures, train_classifier
 from sd_memguard.audit.metrics.similarity import find_copies
@@ -120,7 +120,7 @@ def judge(exam: Exam, unet_folder: Path, generated: Path, description: str) -> d
 def _generate(exam: Exam, kind: str, description: str) -> Tensor:
     """Return the generated images of the prompts of a kind, (prompts * images, H, W, 3) uint8."""
     count, prompts = NUM_IMAGES[kind], [image.text for image in exam.images[kind][0]]
-    return draw(
+    return generate_images(
         exam.pipeline,
         [prompt for prompt in prompts for _ in range(count)],
         [derive_seed(0, f"benchmark {kind}", row, number) for row in range(len(prompts)) for number in range(count)],

@@ -8,16 +8,16 @@ from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD, NUM_NEIGHBORS, 
 
 
 class ChosenCaptions(NamedTuple):
-    """Row numbers of training images, ascending: of repeated images, and of images that are in the set once."""
+    """Row numbers of training images, ascending: of duplicated images, and of images that are in the set once."""
 
-    repeated: list[int]
-    single: list[int]
+    duplicated: list[int]
+    unique: list[int]
 
 
 def choose_captions(images: Images, count: int) -> ChosenCaptions:
     """Return the first rows whose image is in the set many times, and the first whose image is in it once.
 
-    A repeated image has one caption throughout. Images with a near-duplicate (a man and a woman, two clock faces) are
+    A duplicated image has one caption throughout. Images with a near-duplicate (a man and a woman, two clock faces) are
     not chosen: a generated image near one of those need not be a copy of it. The measure is that of near copies: the
     distance to the nearest *other* image is below ``COPY_THRESHOLD`` of the mean to the 50 nearest others.
 

@@ -334,12 +334,12 @@ def _describe_extractor(extractor: Extractor) -> dict[str, Any]:
 
 
 def _describe_images(images: Collection) -> dict[str, Any]:
-    repeated = sum(count > 1 for count in Counter(images.hashes).values())
+    duplicated = sum(count > 1 for count in Counter(images.hashes).values())
     return {
         "folder": images.place,
         "num_images": len(images),
         "num_distinct": len(images.distinct),
-        "num_repeated": repeated,
+        "num_duplicated": duplicated,
         "sha256": images.sha256,
     }
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from sd_memguard.audit.features.cache import Store, digest
 from sd_memguard.audit.models import load_pipeline
 
-__all__ = ["GenerationSettings", "draw", "generate_into", "image_key", "load_pipeline"]
+__all__ = ["GenerationSettings", "generate_images", "generate_into", "image_key", "load_pipeline"]
 
 
 class GenerationSettings(NamedTuple):
@@ -25,7 +25,7 @@ class GenerationSettings(NamedTuple):
     batch_size: int
 
 
-def draw(
+def generate_images(
     pipeline: StableDiffusionPipeline,
     captions: Sequence[str],
     seeds: Sequence[int],

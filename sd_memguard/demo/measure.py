@@ -15,7 +15,7 @@ from sd_memguard.assets import demo_data_path, demo_heldout_path
 from sd_memguard.audit.arguments import AuditSettings
 from sd_memguard.audit.attribute_probe import AttributeProbe, prepare_attributes
 from sd_memguard.audit.features.cache import Store
-from sd_memguard.audit.generate import draw, load_pipeline
+from sd_memguard.audit.generate import generate_images, load_pipeline
 from sd_memguard.audit.images import as_image, as_rows, load_images
 from sd_memguard.audit.inputs import open_inputs
 from sd_memguard.audit.metrics.attributes import AttributeClassifier, AttributeFigures, attribute_figures
@@ -106,7 +106,7 @@ def generate_heldout(model: str, folder: Path, num_prompts: int, seed: int) -> l
     heldout = demo_heldout_path()
     lines = (heldout / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:num_prompts]
     rows = [json.loads(line) for line in lines]
-    pixels = draw(
+    pixels = generate_images(
         load_pipeline(folder),
         [row["text"] for row in rows],
         [derive_seed(seed, "demo held-out image", number) for number in range(len(rows))],

@@ -41,11 +41,11 @@ def planted_generated(num_captions: int = 6, per_caption: int = 2) -> list[Plant
     strangers = [Image.open(heldout / row["file_name"]).convert("RGB") for row in demo_rows(heldout)]
     generated = []
     for model in ("plain", "guarded"):
-        for kind, chosen in (("repeated", often), ("single", once)):
+        for kind, chosen in (("duplicated", often), ("unique", once)):
             for row in chosen:
                 for seed in range(per_caption):
                     own = Image.open(train / row["file_name"]).convert("RGB")
-                    copied = model == "plain" and kind == "repeated" and len(generated) % 4 != 3
+                    copied = model == "plain" and kind == "duplicated" and len(generated) % 4 != 3
                     blur = own.filter(ImageFilter.GaussianBlur(1 + seed))
                     image = blur if copied else strangers[len(generated)].filter(ImageFilter.GaussianBlur(2))
                     generated.append(Planted(model, kind, row["text"], row["file_name"], seed, image))
@@ -164,14 +164,14 @@ def write_planted_audit(output_dir: Path, generated: Sequence[Planted] | None = 
             "folder": "bundled",
             "num_images": len(rows),
             "num_distinct": len(distinct),
-            "num_repeated": 32,
+            "num_duplicated": 32,
             "sha256": "1" * 64,
         },
         "reference": {
             "folder": "bundled",
             "num_images": len(reference),
             "num_distinct": len(reference),
-            "num_repeated": 0,
+            "num_duplicated": 0,
             "sha256": "2" * 64,
         },
         "background": {

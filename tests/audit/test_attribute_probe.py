@@ -44,7 +44,7 @@ def test_a_copying_model_agrees_in_what_captions_leave_open(tmp_path, monkeypatc
     monkeypatch.setattr(attribute_probe, "train_classifier", partial(train_classifier, num_steps=40))
     probe = prepare_attributes(gallery, held_out, None, 0)
     copies = GeneratedSet(
-        write_folder(tmp_path / "copies", range(0, 24, 2), extra=1), ["single"] * 48, 1, [], range(48)
+        write_folder(tmp_path / "copies", range(0, 24, 2), extra=1), ["unique"] * 48, 1, [], range(48)
     )
     found = measure_attributes(probe, copies, gallery, 0)
     assert found["caption_accuracy"].value == found["open_agreement"].value == 1

@@ -12,24 +12,24 @@ def make_set(num_images, repeats):
     return Images(files, captions, noise[numbers]), numbers
 
 
-def test_repeated_and_single_images_are_told_apart_in_order():
+def test_duplicated_and_unique_images_are_told_apart_in_order():
     images, numbers = make_set(20, {3: 4, 7: 2})
     chosen = choose_captions(images, 5)
-    assert [numbers[row] for row in chosen.repeated] == [3, 7]
-    assert [numbers[row] for row in chosen.single] == [0, 1, 2, 4, 5]
-    assert chosen.repeated[0] == numbers.index(3)
+    assert [numbers[row] for row in chosen.duplicated] == [3, 7]
+    assert [numbers[row] for row in chosen.unique] == [0, 1, 2, 4, 5]
+    assert chosen.duplicated[0] == numbers.index(3)
 
 
 def test_look_alikes_are_left_out():
     images, _ = make_set(20, {})
     images.pixels[4] = images.pixels[2]
     images.pixels[4, 0, 0, 0] ^= 1
-    assert choose_captions(images, 20).single == [row for row in range(20) if row not in (2, 4)]
+    assert choose_captions(images, 20).unique == [row for row in range(20) if row not in (2, 4)]
 
 
-def test_a_repeated_image_with_several_captions_is_of_neither_kind():
+def test_a_duplicated_image_with_several_captions_is_of_neither_kind():
     images, numbers = make_set(20, {3: 2, 7: 2})
     images.captions[numbers.index(3)] = "something else"
     chosen = choose_captions(images, 30)
-    assert [numbers[row] for row in chosen.repeated] == [7]
-    assert 3 not in [numbers[row] for row in chosen.single]
+    assert [numbers[row] for row in chosen.duplicated] == [7]
+    assert 3 not in [numbers[row] for row in chosen.unique]

@@ -81,15 +81,15 @@ def test_a_recompressed_copy_does_not_take_the_duplicated_image_out_of_the_audit
     for row in rows:
         train.image(row).save(folder / f"{row}.png")
     known, apart = candidates_of(folder, lines, tmp_path / "before")
-    duplicated = known.single[0]  # an image like no other, with a caption of its own
+    duplicated = known.unique[0]  # an image like no other, with a caption of its own
     assert duplicated not in apart
     name, caption = lines[duplicated]
     shutil.copyfile(folder / name, folder / "again.png")
     Image.open(folder / name).convert("RGB").save(folder / "recompressed.jpg", quality=60)
     lines += [("again.png", caption), ("recompressed.jpg", caption)]
     chosen, apart = candidates_of(folder, lines, tmp_path / "after")
-    assert chosen.repeated.count(duplicated) == 1
-    assert len(lines) - 1 not in chosen.single
+    assert chosen.duplicated.count(duplicated) == 1
+    assert len(lines) - 1 not in chosen.unique
     assert duplicated not in apart
 
 
@@ -154,14 +154,14 @@ def test_a_model_that_was_not_trained_on_them_sits_at_the_background(base):
     for measure in ("detection", "membership"):
         assert model[measure]["auc"]["low"] <= 0.5 <= model[measure]["auc"]["high"]
     assert model["detection"]["num_train"] == 12
-    assert {row["kind"] for row in pairs} == {"repeated", "single"}
+    assert {row["kind"] for row in pairs} == {"duplicated", "unique"}
     assert all((folder / row["file"]).is_file() for row in pairs)
 
 
 def test_rows_say_what_the_report_says(base):
     _, report, pairs = base
     threshold = report["threshold"]["distance"]
-    for kind in ("repeated", "single"):
+    for kind in ("duplicated", "unique"):
         rows = [row for row in pairs if row["kind"] == kind]
         figures = report["models"][0]["copies"][kind]
         assert figures["count"] == len(rows)
@@ -210,15 +210,15 @@ def copying(monkeypatch):
 def test_a_model_that_copies_is_caught(copying, tmp_path):
     report, pairs = audit(tmp_path, "--model", f"thief={BUNDLED}", *SETS, *DRAWING, "--num_probes", "0")
     copies = report["models"][0]["copies"]
-    assert copies["repeated"]["share"]["value"] == copies["repeated"]["extraction"]["value"] == 1
-    assert copies["repeated"]["captions_copied"] == copies["repeated"]["captions"] == 6
-    assert copies["repeated"]["l2_copies"]["value"] == 1
-    assert copies["single"]["copies"] == copies["single"]["captions_copied"] == 0
+    assert copies["duplicated"]["share"]["value"] == copies["duplicated"]["extraction"]["value"] == 1
+    assert copies["duplicated"]["captions_copied"] == copies["duplicated"]["captions"] == 6
+    assert copies["duplicated"]["l2_copies"]["value"] == 1
+    assert copies["unique"]["copies"] == copies["unique"]["captions_copied"] == 0
     for row in pairs:
         own = copying.files.index(row["own_file"])
-        assert row["kind"] == ("repeated" if copying.captions.count(row["caption"]) > 1 else "single")
+        assert row["kind"] == ("duplicated" if copying.captions.count(row["caption"]) > 1 else "unique")
         assert copying.captions[own] == row["caption"]
-        if row["kind"] == "repeated":
+        if row["kind"] == "duplicated":
             assert row["nearest_file"] == row["own_file"]
             assert row["l2_ratio"] == 0
             assert row["own_similarity"] == pytest.approx(1, abs=1e-3)

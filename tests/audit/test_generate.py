@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sd_memguard.assets import tiny_sd_path
-from sd_memguard.audit.generate import draw, load_pipeline
+from sd_memguard.audit.generate import generate_images, load_pipeline
 
 CAPTIONS = ["grinning face", "red apple", "grinning face"]
 
@@ -16,15 +16,15 @@ def pipeline():
 
 
 def test_batches_change_nothing(pipeline):
-    together = draw(pipeline, CAPTIONS, [1, 2, 3], num_inference_steps=2, batch_size=3)
-    apart = draw(pipeline, CAPTIONS, [1, 2, 3], num_inference_steps=2, batch_size=2)
+    together = generate_images(pipeline, CAPTIONS, [1, 2, 3], num_inference_steps=2, batch_size=3)
+    apart = generate_images(pipeline, CAPTIONS, [1, 2, 3], num_inference_steps=2, batch_size=2)
     assert together.shape == (3, 64, 64, 3)
     assert together.dtype == torch.uint8
     assert (together.int() - apart.int()).abs().max() <= 1
 
 
 def test_caption_and_seed_decide_the_image(pipeline):
-    images = draw(pipeline, [*CAPTIONS, "grinning face"], [1, 1, 3, 1], num_inference_steps=2)
+    images = generate_images(pipeline, [*CAPTIONS, "grinning face"], [1, 1, 3, 1], num_inference_steps=2)
     assert (images[0].int() - images[3].int()).abs().max() <= 1
     assert (images[0].int() - images[1].int()).abs().max() > 10
     assert (images[0].int() - images[2].int()).abs().max() > 10

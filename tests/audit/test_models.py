@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from sd_memguard.assets import tiny_sd_path
 from sd_memguard.audit import AuditError
-from sd_memguard.audit.generate import draw
+from sd_memguard.audit.generate import generate_images
 from sd_memguard.audit.models import LORA_FILE, ModelFiles, find_model, load_pipeline, model_sha256, read_run_records
 from sd_memguard.export.single_file import single_file_weights
 
@@ -36,7 +36,8 @@ def test_a_lora_is_put_on_its_base(lora):
     assert files == ModelFiles(tiny_sd_path(), lora)
     assert find_model(f"{tiny_sd_path()}+{lora.parent}") == files
     plain, adapted = (
-        draw(load_pipeline(model, CPU), ["red apple"], [1], num_inference_steps=2) for model in (tiny_sd_path(), files)
+        generate_images(load_pipeline(model, CPU), ["red apple"], [1], num_inference_steps=2)
+        for model in (tiny_sd_path(), files)
     )
     assert (plain.int() - adapted.int()).abs().max() > 10
     assert model_sha256(files) != model_sha256(find_model("bundled"))
@@ -55,7 +56,7 @@ def test_a_one_file_checkpoint_is_loaded_with_the_configs_of_a_folder(tmp_path):
     expected, found = pipeline.unet.state_dict(), loaded.unet.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
-    generated = [draw(model, ["red apple"], [1], num_inference_steps=2) for model in (pipeline, loaded)]
+    generated = [generate_images(model, ["red apple"], [1], num_inference_steps=2) for model in (pipeline, loaded)]
     assert torch.equal(*generated)
 
 

@@ -32,7 +32,7 @@ class GeneratedSet(NamedTuple):
 
     Attributes:
         images: The generated.
-        kinds: ``repeated``, ``single`` or ``given`` for each generated image.
+        kinds: ``duplicated``, ``unique`` or ``given`` for each generated image.
         per_caption: n.
         seeds: Of each generated image, empty where unknown.
         own_rows: Row of each generated image's training image, empty where unknown.

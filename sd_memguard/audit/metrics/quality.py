@@ -37,7 +37,7 @@ def quality_figures(generated: GeneratedSet, quality: Quality, seed: int) -> dic
     """
     figures: dict[str, Any] = {}
     missing: dict[str, str] = {}
-    kinds = {"single", "given"}
+    kinds = {"unique", "given"}
     rows = [row for row, kind in enumerate(generated.kinds) if kind in kinds]
     features = quality.features_of(generated.images, rows[:MAX_QUALITY_IMAGES]) if rows else None
     for name, real in (("train", quality.train), ("reference", quality.reference)):

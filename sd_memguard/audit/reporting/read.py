@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from sd_memguard.audit import AuditError
 
 FORMAT = "sd-memguard-audit-1"
-KINDS = ("repeated", "single", "given")
+KINDS = ("duplicated", "unique", "given")
 """Kinds of generated images, in the order they are told of: the most exposed captions first."""
 
 FACTS = ("settings", "extractor", "quality_extractor", "train", "reference")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sd_memguard.audit.reporting.read import KINDS, Audit, Copies, Estimate, Model
 
 CONFIDENCE = 0.95
-KIND_WORDS = {"repeated": "duplicated prompts", "single": "unique prompts", "given": "given images"}
+KIND_WORDS = {"duplicated": "duplicated prompts", "unique": "unique prompts", "given": "given images"}
 MOST_MODELS_IN_A_SENTENCE = 3
 
 

@@ -18,8 +18,8 @@ from sd_memguard.audit.reporting.sentences import (
 )
 
 GROUPS = {
-    "repeated": "Generated images of duplicated prompts",
-    "single": "Generated images of unique prompts",
+    "duplicated": "Generated images of duplicated prompts",
+    "unique": "Generated images of unique prompts",
     "given": "Given images",
     "all": "All generated images",
     "detection": "Detection, without generated image",

@@ -135,7 +135,7 @@ def disguise(image):
 def test_planted_copies_are_found_and_unrelated_images_are_not():
     images = load_images(demo_data_path(), 64)
     gallery = as_rows(images.pixels)
-    rows = choose_captions(images, 40).single
+    rows = choose_captions(images, 40).unique
     planted, hidden = rows[:10], rows[10:]
     disguised = torch.stack([disguise(as_image(images.pixels[row])) for row in planted]).float() / 255
     copies = find_copies(disguised, gallery)

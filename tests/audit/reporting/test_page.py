@@ -66,7 +66,7 @@ def test_everything_is_inside_the_page(planted):
 def test_captions_and_names_cannot_become_markup(own_copy):
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \u2028 <!-- & \" '"
     image = Image.new("RGB", (8, 8), "red")
-    generated = [Planted(hostile, "repeated", hostile, "0000.png", 1, image)]
+    generated = [Planted(hostile, "duplicated", hostile, "0000.png", 1, image)]
     write_planted_audit(own_copy, [generated[0]._replace(model="plain")])
     page = page_of(own_copy)
     assert "<script>alert" not in page
@@ -187,7 +187,7 @@ def test_pairs_are_worst_first_and_capped_evenly_over_kinds(planted, monkeypatch
     assert scores == sorted(scores, reverse=True)
     rows = audit.pairs.to_pylist()
     for model in ("plain", "guarded"):
-        for kind in ("repeated", "single"):
+        for kind in ("duplicated", "unique"):
             best = sorted(row["similarity"] for row in rows if (row["model"], row["kind"]) == (model, kind))[-3:]
             own = [p.row["similarity"] for p in shown.pairs if (p.row["model"], p.row["kind"]) == (model, kind)]
             assert own == best[::-1]
@@ -215,26 +215,26 @@ def test_transparent_images_are_shown_on_white(tmp_path):
     ("models", "sentence"),
     [
         (
-            {"plain": {"repeated": (64, 49, 16, 0.6, 0.9)}, "guarded": {"repeated": (64, 0, 16)}},
+            {"plain": {"duplicated": (64, 49, 16, 0.6, 0.9)}, "guarded": {"duplicated": (64, 0, 16)}},
             "plain copies in 77% of its generated images of duplicated prompts (49 of 64); "
             "guarded in none of 64 (at most 17% at 95% confidence).",
         ),
         (
-            {"mine": {"single": (200, 0, 200)}},
+            {"mine": {"unique": (200, 0, 200)}},
             "No copy was found among the 200 generated images of unique prompts of mine "
             "(at 95% confidence, at most 1% are copies).",
         ),
         (
-            {"mine": {"repeated": (64, 1, 64, 0.0, 0.05)}},
+            {"mine": {"duplicated": (64, 1, 64, 0.0, 0.05)}},
             "mine copies in 2% of its generated images of duplicated prompts (1 of 64; 95% interval 0% to 5%).",
         ),
         (
-            {"a": {"repeated": (10, 1, 10)}, "b": {"given": (20, 5, 20)}},
+            {"a": {"duplicated": (10, 1, 10)}, "b": {"given": (20, 5, 20)}},
             "a copies in 10% of its generated images of duplicated prompts (1 of 10); b copies in 25% of its given "
             "images (5 of 20).",
         ),
         (
-            {name: {"repeated": (10, copies, 10)} for name, copies in zip("abcd", (3, 0, 10, 5), strict=True)},
+            {name: {"duplicated": (10, copies, 10)} for name, copies in zip("abcd", (3, 0, 10, 5), strict=True)},
             "4 models copy in between 0% (b) and 100% (c) of their generated images of duplicated prompts.",
         ),
         ({"a": {}}, "Nothing was generated, so nothing can be said about copies."),
@@ -248,8 +248,8 @@ def test_verdicts(models, sentence):
 
 
 def test_the_verdict_is_put_into_scale():
-    plain = {"repeated": make_copies(64, 49, 16, 0.6, 0.9), "single": make_copies(64, 1, 16, 0.0, 0.05)}
-    guarded = {"repeated": make_copies(64, 0, 16), "single": make_copies(64, 1, 16, 0.0, 0.05)}
+    plain = {"duplicated": make_copies(64, 49, 16, 0.6, 0.9), "unique": make_copies(64, 1, 16, 0.0, 0.05)}
+    guarded = {"duplicated": make_copies(64, 0, 16), "unique": make_copies(64, 1, 16, 0.0, 0.05)}
     scale = verdict(make_audit({"plain": plain, "guarded": guarded})).scale
     assert scale[0].startswith("For scale: of 257 images that were not trained on, 1% are as similar to a training")
     assert (
@@ -262,8 +262,8 @@ def test_the_verdict_is_put_into_scale():
 
 
 def test_what_the_intervals_do_not_carry_is_said():
-    few = {"repeated": make_copies(64, 3, 16, 0.0, 0.1)}
-    scale = verdict(make_audit({"a": few, "b": {"repeated": make_copies(64, 0, 16)}})).scale
+    few = {"duplicated": make_copies(64, 3, 16, 0.0, 0.1)}
+    scale = verdict(make_audit({"a": few, "b": {"duplicated": make_copies(64, 0, 16)}})).scale
     assert "The copies of a are not clearly more than near-duplicates make in that background." in scale
     assert any(line.startswith("The intervals of a and b overlap") for line in scale)
 

@@ -125,18 +125,18 @@ def test_the_slider_obeys_the_keyboard(open_page):
 def test_filters_leave_what_was_asked_for(open_page):
     page = open_page()
     page.locator("#filter-model").select_option("1")
-    page.locator("#filter-kind").select_option("single")
+    page.locator("#filter-kind").select_option("unique")
     shown = page.locator(".pair:visible")
-    assert shown.evaluate_all("all => all.map(e => e.dataset.model + e.dataset.kind)") == ["1single"] * 16
+    assert shown.evaluate_all("all => all.map(e => e.dataset.model + e.dataset.kind)") == ["1unique"] * 16
     assert page.locator("#filtered").text_content() == "16 of 16 pairs"
     page.locator("#filter-copies").check()
     assert (
-        page.locator(".pair:visible").count() == page.locator(".pair.is-copy[data-model='1'][data-kind=single]").count()
+        page.locator(".pair:visible").count() == page.locator(".pair.is-copy[data-model='1'][data-kind=unique]").count()
     )
     slide(page, 0.5)
     assert (
         page.locator(".pair:visible").count()
-        == page.locator(".pair.is-copy[data-model='1'][data-kind=single]").count()
+        == page.locator(".pair.is-copy[data-model='1'][data-kind=unique]").count()
         > 0
     )
 
@@ -199,7 +199,7 @@ def test_text_is_legible_in_either_scheme(open_page, scheme):
 def test_without_javascript_the_numbers_are_there(open_page, folder):
     page = open_page(java_script_enabled=False)
     text = page.inner_text("body")
-    pairs = pq.read_table(folder / "pairs.parquet", filters=[("model", "=", "plain"), ("kind", "=", "repeated")])
+    pairs = pq.read_table(folder / "pairs.parquet", filters=[("model", "=", "plain"), ("kind", "=", "duplicated")])
     copies = pc.sum(pairs["is_copy"]).as_py()
     assert 0 < copies < 16
     assert f"{copies / 16:.0%} of its generated images of duplicated prompts ({copies} of 16)" in text
