@@ -1,6 +1,7 @@
 """Window 2: several processes, NCCL, an error on one rank, and diffusers' own scripts under the launcher."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -73,7 +74,9 @@ def torchrun(
         environment["ACCELERATE_USE_CPU"] = "true"
     written = file.with_suffix(".txt")
     with written.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen([*command, *arguments], stdout=output, stderr=output, env=environment, cwd=ROOT)
+        process = subprocess.Popen(
+            [*command, *arguments], stdout=output, stderr=output, env=environment, cwd=ROOT, start_new_session=True
+        )
     raised, deadline = None, time.monotonic() + seconds
     try:
         while process.poll() is None and time.monotonic() < deadline:
@@ -81,7 +84,8 @@ def torchrun(
             if raised is None and "raised" in written.read_text(encoding="utf-8"):
                 raised = time.monotonic()
     finally:
-        process.kill()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher alone would leave its ranks behind
     return process.wait(), written.read_text(encoding="utf-8"), time.monotonic() - (raised or time.monotonic())
 
 
