@@ -5,6 +5,7 @@ import os
 import pickle
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sd_memguard.audit.metrics import background
 from sd_memguard.core.aggregation import aggregate, distance
 from sd_memguard.data.transforms import PixelDataset, Preprocess
 from sd_memguard.proxies.lora import DOWN, UP, LoraProxies
@@ -148,6 +150,31 @@ def test_averages_of_adapters_need_no_float64_on_the_device():
     torch.testing.assert_close(shown, merged)
     assert proxies.average([1.0, 1.0])[0] > 0
     torch.testing.assert_close(proxies.merged([1.0, 1.0])["layer"], merged)
+
+
+def test_ratios_of_distances_need_no_float64_on_the_device(monkeypatch):
+    """`Gallery.pixel_ratios` with a device that gives its scores in float32."""
+    pixels = torch.randint(256, (7, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    train = [pixels[2:].float()]
+    gallery = SimpleNamespace(
+        rows=range(5),
+        pixels=train,
+        keys=(),
+        device="cpu",
+        extract=lambda *_: [pixels[:2]],
+        store=SimpleNamespace(rows=lambda _, hashes, compute: compute(range(len(hashes)))),
+    )
+    collection = type("Images", (list,), {"hashes": ["a", "b"]})([0, 1])
+    on_cpu = background.Gallery.pixel_ratios(gallery, collection)
+    find = background.best_matches
+
+    def found_on_mps(*arguments):
+        found = find(*arguments)
+        return found._replace(scores=found.scores.as_subclass(OnMPS))
+
+    monkeypatch.setattr(background, "best_matches", found_on_mps)
+    for found, expected in zip(background.Gallery.pixel_ratios(gallery, collection), on_cpu, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -209,8 +209,8 @@ class Gallery:
 
         def compute(rows: range) -> Tensor:
             query = pixels[rows.start : rows.stop].to(self.device).float()
-            distances = -best_matches(query, self.pixels, count, negative_distance).scores.double()
-            return torch.stack([distance_ratio(distances), squared_distance_ratio(distances)], 1).cpu()
+            distances = -best_matches(query, self.pixels, count, negative_distance).scores.cpu().double()
+            return torch.stack([distance_ratio(distances), squared_distance_ratio(distances)], 1)
 
         found = self.store.rows(f"pixel ratios in {digest(*self.keys)}", images.hashes, compute)
         return PixelRatios(*found.float().T)
