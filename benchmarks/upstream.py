@@ -1,10 +1,15 @@
-"""The same fine-tune by diffusers' `train_text_to_image.py` and by this project: how good, and how fast.
+"""The same fine-tune by one of diffusers' text-to-image scripts and by this project: how good, and how fast.
 
-Three variants train the bundled model on the bundled images with the same settings: upstream's script, this project
+Three variants train a model on the bundled images with the same settings: upstream's script, this project
 with the guard off ("plain") and with it on ("guarded"). They take turns, once per seed. Then the UNet of each run is
 measured on the 256 held-out images, at the same timesteps with the same noise, and by code of this file's own.
 
     python -m benchmarks.upstream --upstream_script train_text_to_image.py --output_dir runs/upstream
+
+The model is the bundled one; for `train_text_to_image_sdxl.py` and `train_text_to_image_lora_sdxl.py` an SDXL of that
+size with the bundled VAE and random weights elsewhere. With the two scripts of LoRA, this project trains LoRA, too.
+
+Further flags go to all variants, such as `--learning_rate=1e-3` and `--max_train_samples=256`.
 
 Time is measured twice: the whole process from start to end, and the loop alone, between the tracker's entries of the
 first and the last step (both write them in the same way). Images are those of the schedule: steps times batch size.
@@ -14,18 +19,21 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.denoising import Encoded, denoising_losses, encode
+from benchmarks.upstream_scripts import LORA, make_tiny_sdxl
 from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
 from sd_memguard.audit.images import load_images
 
@@ -43,10 +51,28 @@ class Run(NamedTuple):
     loop_rate: float
 
 
-def command(variant: str, upstream_script: Path, seed: int, steps: int, folder: Path) -> list[str]:
-    """Return the command of one run; every variant gets the same flags."""
+def make_model(upstream_script: Path, folder: Path) -> Path:
+    """Return the folder of the model that the script trains; an SDXL is made there."""
+    if "sdxl" not in upstream_script.stem:
+        return tiny_sd_path()
+    make_tiny_sdxl(folder)
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(tiny_sd_path() / "vae", folder / "vae")
+    return folder
+
+
+def command(
+    variant: str,
+    upstream_script: Path,
+    seed: int,
+    steps: int,
+    folder: Path,
+    model: Path | None = None,
+    extra: Sequence[str] = (),
+) -> list[str]:
+    """Return the command of one run; every variant gets the same flags, the extra ones last, which win."""
     flags = {
-        "pretrained_model_name_or_path": tiny_sd_path(),
+        "pretrained_model_name_or_path": model or tiny_sd_path(),
         "train_data_dir": demo_data_path(),
         "resolution": RESOLUTION,
         "train_batch_size": BATCH_SIZE,
@@ -62,18 +88,36 @@ def command(variant: str, upstream_script: Path, seed: int, steps: int, folder: 
     }
     start = [str(upstream_script)] if variant == "upstream" else ["-m", "sd_memguard.train"]
     own = {"upstream": [], "plain": ["--memguard=off"], "guarded": ["--memguard=on"]}[variant]
-    return [sys.executable, *start, *(f"--{name}={value}" for name, value in flags.items()), "--center_crop", *own]
+    if variant != "upstream" and "lora" in upstream_script.stem:
+        own = [*own, "--proxy=lora"]
+    return [
+        sys.executable,
+        *start,
+        *(f"--{name}={value}" for name, value in flags.items()),
+        "--center_crop",
+        *own,
+        *extra,
+    ]
 
 
-def train(variant: str, upstream_script: Path, seed: int, steps: int, folder: Path, heldout: Encoded) -> Run:
+def train(
+    variant: str,
+    upstream_script: Path,
+    seed: int,
+    steps: int,
+    folder: Path,
+    model: Path,
+    heldout: Encoded,
+    extra: Sequence[str] = (),
+) -> Run:
     """Train one variant in a process of its own and measure the result."""
     start = time.monotonic()
     with (folder.parent / f"{folder.name}.log").open("w") as log:
-        run = command(variant, upstream_script, seed, steps, folder)
+        run = command(variant, upstream_script, seed, steps, folder, model, extra)
         offline = os.environ | {"HF_HUB_OFFLINE": "1"}
         subprocess.run(run, stdout=log, stderr=subprocess.STDOUT, env=offline, check=True)
     seconds = time.monotonic() - start
-    return Run(heldout_loss(folder, heldout), steps * BATCH_SIZE / seconds, loop_rate(folder))
+    return Run(heldout_loss(folder, heldout, model), steps * BATCH_SIZE / seconds, loop_rate(folder))
 
 
 def loop_rate(folder: Path) -> float:
@@ -90,16 +134,27 @@ def _scalars(file: Path) -> EventAccumulator:
     return events
 
 
-def load_heldout() -> Encoded:
+def load_heldout(model: Path) -> Encoded:
     """Encode the held-out images."""
     images = load_images(demo_heldout_path(), RESOLUTION)
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_path(), torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
     return encode(images.pixels, images.captions, pipeline)
 
 
-def heldout_loss(folder: Path, heldout: Encoded) -> float:
-    """Return the mean squared error of a UNet's noise over all held-out images at fixed timesteps and noise."""
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
+def heldout_loss(folder: Path, heldout: Encoded, model: Path) -> float:
+    """Return the mean squared error of a UNet's noise over all held-out images at fixed timesteps and noise.
+
+    Args:
+        folder: of a run: with a UNet, or with a LoRA alone.
+        heldout: the images.
+        model: that was trained, on which a LoRA is put.
+    """
+    if (folder / "unet").is_dir():
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
+    else:
+        pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+        pipeline.load_lora_weights(folder, weight_name=LORA)
+        unet = pipeline.unet
     return float(denoising_losses(unet, heldout).mean())
 
 
@@ -142,16 +197,29 @@ def main() -> None:
     parser.add_argument("--upstream_script", type=Path, required=True, help="a copy of diffusers' script")
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder: the runs, and upstream.json")
     parser.add_argument("--max_train_steps", type=int, default=150, help="optimizer steps of each run")
+    parser.add_argument(
+        "--model", type=Path, help="folder of the model to train, in place of the bundled or random one"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant, 2 or more")
-    settings = parser.parse_args()
+    settings, extra = parser.parse_known_args()
     settings.output_dir.mkdir(parents=True)
-    heldout = load_heldout()
-    before = heldout_loss(tiny_sd_path(), heldout)
+    model = settings.model or make_model(settings.upstream_script, settings.output_dir.absolute() / "model")
+    heldout = load_heldout(model)
+    before = heldout_loss(model, heldout, model)
     runs: dict[str, list[Run]] = {variant: [] for variant in VARIANTS}
     for seed in range(settings.seeds):
         for variant in VARIANTS:
             folder = settings.output_dir.absolute() / f"{variant}-{seed}"
-            run = train(variant, settings.upstream_script, seed, settings.max_train_steps, folder, heldout)
+            run = train(
+                variant,
+                settings.upstream_script,
+                seed,
+                settings.max_train_steps,
+                folder,
+                model,
+                heldout,
+                extra,
+            )
             runs[variant].append(run)
             print(variant, seed, runs[variant][-1], flush=True)
             record = {name: [run._asdict() for run in row] for name, row in runs.items()}

@@ -1,8 +1,8 @@
 """Every setting of a training run, declared once: name, type, default, help, rule.
 
 `GuardConfig` holds the memorization guard's settings, `TrainConfig` those of the drop-in script: all flags of
-diffusers' `train_text_to_image.py` and `train_text_to_image_lora.py` under their names, and ours. Both are checked when
-they are made, so that whoever holds one holds valid settings.
+diffusers' `train_text_to_image.py`, `_lora.py`, `_sdxl.py` and `_lora_sdxl.py` under their names, and ours. Both are
+checked when they are made, so that whoever holds one holds valid settings.
 """
 
 from collections.abc import Mapping
@@ -151,7 +151,8 @@ class GuardConfig:
 class TrainConfig:
     """Settings of a run of the drop-in script, resolved and checked; `guard` holds the guard's own.
 
-    `guard.seed` always equals `seed`. Settings that belong to LoRA proxies alone are None with full ones.
+    `guard.seed` always equals `seed`. Settings that belong to LoRA proxies alone are None with full ones. Defaults that
+    depend on the kind of model are None until that is known, see `of_kind`.
 
     Raises:
         ConfigError: If a setting is of the wrong type, out of range, or at odds with another one.
@@ -160,10 +161,13 @@ class TrainConfig:
     pretrained_model_name_or_path: str = setting(
         None,
         "Model",
-        "Stable Diffusion 1.x/2.x to start from: a folder, a hub name, or `bundled`",
+        "Stable Diffusion 1.x/2.x or SDXL to start from: a folder, a hub name, or `bundled`",
         fix="name a pipeline folder or a hub model, or `bundled` for the tiny model that is included",
     )
-    revision: str | None = setting(None, "Model", "branch, tag or commit of the hub model")
+    pretrained_vae_model_name_or_path: str | None = setting(
+        None, "Model", "another VAE to train and generate with: a folder or hub name; SDXL's own overflows in fp16"
+    )
+    revision: str | None = setting(None, "Model", "branch, tag or commit of the hub model, and of the VAE")
     variant: str | None = setting(None, "Model", "which files of the hub model, e.g. fp16")
     non_ema_revision: str | None = setting(
         None, "Model", "revision of the UNet to train; that of the model if not given"
@@ -171,7 +175,7 @@ class TrainConfig:
     prediction_type: Literal["epsilon", "v_prediction"] | None = setting(
         None, "Model", "what the UNet predicts; as the model's scheduler says if not given"
     )
-    rank: int | None = setting(None, "Model", "rank of the LoRA adapters", POSITIVE_COUNT, by_proxy={"lora": 4})
+    rank: int | None = setting(None, "Model", "rank of the LoRA adapters", POSITIVE_COUNT, default_for={"lora": 4})
     cache_dir: str | None = setting(None, "Model", "folder for models and datasets that come from the hub")
 
     dataset_name: str | None = setting(None, "Data", "dataset on the hub, or a local folder that `datasets` can read")
@@ -187,7 +191,13 @@ class TrainConfig:
     on_bad_sample: Literal["error", "skip"] = setting(
         "error", "Data", "stop with a list of unreadable samples, or train without them"
     )
-    resolution: int = setting(512, "Data", "side of the square training images in pixels", MULTIPLE_OF_8)
+    resolution: int = setting(
+        None,
+        "Data",
+        "side of the square training images in pixels",
+        MULTIPLE_OF_8,
+        default_for={"sd": 512, "sdxl": 1024},
+    )
     image_interpolation_mode: Literal[
         "bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"
     ] = setting("lanczos", "Data", "filter that resizes the images")
@@ -243,6 +253,17 @@ class TrainConfig:
     snr_gamma: float | None = setting(None, "Training", "gamma of the min-SNR loss weights, e.g. 5", GREATER_THAN_ZERO)
     noise_offset: float = setting(0.0, "Training", "scale of the noise offset", NOT_NEGATIVE)
     input_perturbation: float = setting(0.0, "Training", "scale of the input perturbation, e.g. 0.1", NOT_NEGATIVE)
+    timestep_bias_strategy: Literal["earlier", "later", "range", "none"] = setting(
+        "none", "Training", "which timesteps are trained more or less often: the first, the last, or a range"
+    )
+    timestep_bias_multiplier: float = setting(
+        1.0, "Training", "how much more often these timesteps are trained than the others", GREATER_THAN_ZERO
+    )
+    timestep_bias_begin: int = setting(0, "Training", "strategy range: first timestep", NOT_NEGATIVE)
+    timestep_bias_end: int = setting(1000, "Training", "strategy range: the timestep after the last", NOT_NEGATIVE)
+    timestep_bias_portion: float = setting(
+        0.25, "Training", "strategies earlier and later: share of the timesteps", PROBABILITY
+    )
     dream_training: bool = setting(False, "Training", "DREAM: one more forward pass per step corrects the target")
     dream_detail_preservation: float = setting(1.0, "Training", "DREAM's exponent for details", GREATER_THAN_ZERO)
     use_ema: bool = setting(False, "Training", "keep an exponential moving average of the UNet, and export it")
@@ -267,14 +288,16 @@ class TrainConfig:
     )
 
     validation_prompts: tuple[str, ...] | None = setting(None, "Validation", "prompts to generate from while training")
-    validation_prompt: str | None = setting(
-        None, "Validation", "a prompt to generate from while training", by_proxy={"lora": None}
-    )
-    num_validation_images: int | None = setting(
-        None, "Validation", "generated images of validation_prompt; 0: none", NOT_NEGATIVE, by_proxy={"lora": 4}
+    validation_prompt: str | None = setting(None, "Validation", "a prompt to generate from while training")
+    num_validation_images: int = setting(
+        4, "Validation", "generated images of validation_prompt; 0: none", NOT_NEGATIVE
     )
     validation_epochs: int = setting(
-        None, "Validation", "generate every so many epochs", POSITIVE_COUNT, by_proxy={"full": 5, "lora": 1}
+        None,
+        "Validation",
+        "generate every so many epochs",
+        POSITIVE_COUNT,
+        default_for={"full": 5, "lora": 1, "sdxl": 1},
     )
     validation_data_dir: str | None = setting(
         None, "Validation", "folder of captioned images not trained on, to measure the loss on; `bundled`: the demo's"
@@ -284,7 +307,11 @@ class TrainConfig:
         None,
         "Output",
         "folder of the run: final model, checkpoints, logs",
-        by_proxy={"full": "sd-model-finetuned", "lora": "sd-model-finetuned-lora"},
+        default_for={
+            "full": "sd-model-finetuned",
+            "lora": "sd-model-finetuned-lora",
+            "sdxl full": "sdxl-model-finetuned",
+        },
     )
     checkpointing_steps: int = setting(500, "Output", "optimizer steps between checkpoints", POSITIVE_COUNT)
     checkpoints_total_limit: int | None = setting(None, "Output", "keep the newest so many checkpoints", POSITIVE_COUNT)
@@ -296,6 +323,9 @@ class TrainConfig:
     report_to: Literal[
         "all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"
     ] = setting("tensorboard", "Output", "tracker of losses and generated images")
+    debug_loss: bool = setting(
+        False, "Output", "log the loss of each image by its file name, which the tracker then knows"
+    )
     tracker_project_name: str = setting("text2image-fine-tune", "Output", "name of the project in the tracker")
 
     push_to_hub: bool = setting(False, "Hub", "upload the final model and its card; no images or captions")
@@ -303,11 +333,13 @@ class TrainConfig:
     hub_model_id: str | None = setting(None, "Hub", "repository to upload to; the name of output_dir if not given")
 
     guard: GuardConfig = field(default_factory=GuardConfig)
+    model_kind: str | None = None
+    """Kind of the model, one of `MODEL_KINDS`; no flag: the model's folder says it."""
 
     def __post_init__(self) -> None:
         """Fill in what depends on other settings, then check each one, then all together."""
-        self._resolve_by_proxy()
-        check_settings(self)
+        self._resolve_defaults()
+        check_settings(self, open=() if self.model_kind else MODEL_SETTINGS)
         _check_together(self)
         self._set("non_ema_revision", self.non_ema_revision or self.revision)
         self._set("guard", replace(self.guard, seed=self.seed))
@@ -321,15 +353,20 @@ class TrainConfig:
             if not SETTINGS[name].secret
         }
 
-    def _resolve_by_proxy(self) -> None:
+    def of_kind(self, model_kind: str) -> "TrainConfig":
+        """Return the settings with the defaults for a kind of model; those of a kind that is known stay."""
+        return self if self.model_kind == model_kind else replace(self, model_kind=model_kind)
+
+    def _resolve_defaults(self) -> None:
         TRAIN_SETTINGS["proxy"].check(self.proxy)
         for declared in TRAIN_SETTINGS.values():
-            if not declared.by_proxy:
+            if not declared.default_for or (declared.depends_on_model and self.model_kind is None):
                 continue
+            case = declared.case(self.model_kind, self.proxy)
             if getattr(self, declared.name) is None:
-                self._set(declared.name, declared.by_proxy.get(self.proxy))
-            elif self.proxy not in declared.by_proxy:
-                owner = " or ".join(f"`--proxy {proxy}`" for proxy in declared.by_proxy)
+                self._set(declared.name, None if case is None else declared.default_for[case])
+            elif case is None:
+                owner = " or ".join(f"`--proxy {proxy}`" for proxy in declared.default_for)
                 raise ConfigError(f"`--{declared.name}` belongs to {owner}, got `--proxy {self.proxy}`; omit it")
 
     def _set(self, name: str, value: Any) -> None:
@@ -339,7 +376,14 @@ class TrainConfig:
 GUARD_SETTINGS = {declared.name: declared for declared in settings_of(GuardConfig)}
 TRAIN_SETTINGS = {declared.name: declared for declared in settings_of(TrainConfig)}
 SETTINGS = {**TRAIN_SETTINGS, **GUARD_SETTINGS}
-ALIASES = {"pretrained": "pretrained_model_name_or_path"}
+MODEL_SETTINGS = [declared.name for declared in TRAIN_SETTINGS.values() if declared.depends_on_model]
+ALIASES = {"pretrained": "pretrained_model_name_or_path", "proportion_empty_prompts": "caption_dropout"}
+REFUSED = {
+    "train_text_encoder": "only the UNet is trained here, and averages of proxies hold nothing else; omit it, or run "
+    "diffusers' own script under the launcher, `accelerate launch -m sd_memguard.run train_text_to_image_lora_sdxl.py`",
+    "enable_npu_flash_attention": "it needs an NPU, for which this program is neither made nor tested; omit it",
+}
+"""Flags of diffusers' scripts that cannot be had: why, and the way out."""
 
 
 POLYNOMIAL_END = 1e-7
@@ -362,7 +406,9 @@ def make_train_config(**settings: Any) -> TrainConfig:
 
 
 def refuse_unknown(name: str) -> None:
-    """Raise a `ConfigError` that suggests the nearest name, unless `name` is a setting."""
+    """Raise a `ConfigError` that says why, or suggests the nearest name, unless `name` is a setting."""
+    if name in REFUSED:
+        raise ConfigError(f"`--{name}` is not supported: {REFUSED[name]}")
     if name not in SETTINGS and name not in ALIASES:
         guess = nearest(name, [*SETTINGS, *ALIASES])
         raise ConfigError(f"unknown setting `{name}`{guess}; `sd-memguard train --help` lists them all")
@@ -389,6 +435,11 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             f"`--lr_scheduler polynomial` falls to {POLYNOMIAL_END:g}, so `--learning_rate` must be above it, got "
             f"{config.learning_rate:g}; raise it or choose another schedule"
+        )
+    begin, end = config.timestep_bias_begin, config.timestep_bias_end
+    if config.timestep_bias_strategy == "range" and begin >= end:
+        raise ConfigError(
+            f"`--timestep_bias_begin` must be below `--timestep_bias_end`, got {begin} and {end}; swap or omit them"
         )
     if config.dream_training and config.prediction_type == "v_prediction":
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sd_memguard.config import ALIASES, SETTINGS, TrainConfig, make_train_config, refuse_unknown
+from sd_memguard.config import ALIASES, REFUSED, SETTINGS, TrainConfig, make_train_config, refuse_unknown
 from sd_memguard.errors import ConfigError, exit_on_user_error
 from sd_memguard.settings import Setting, nearest
 
@@ -29,6 +29,8 @@ def parse_train_args(argv: Sequence[str], *, prog: str | None = None) -> TrainCo
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
+        if flag.removeprefix("--") in REFUSED:
+            parser.error(f"`{flag}` is not supported: {REFUSED[flag.removeprefix('--')]}")
         known = [f"--{name}" for name in (*SETTINGS, *ALIASES, "config")]
         parser.error(f"unknown argument `{flag}`{nearest(flag, known)}; see --help for all of them")
     given = vars(namespace)
@@ -129,6 +131,5 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
 
 
 def _describe_default(setting: Setting) -> str:
-    if setting.by_proxy:
-        return f" (default: {', '.join(f'{value} with --proxy {proxy}' for proxy, value in setting.by_proxy.items())})"
-    return "" if setting.default is None or setting.kind is bool else f" (default: {setting.default})"
+    text = setting.default_text()
+    return f" (default: {text})" if text else ""

@@ -21,6 +21,14 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
 
 
+MODEL_KINDS = ("sd", "sdxl")
+CASES = {
+    **{proxy: f"{{quote}}--proxy {proxy}{{quote}}" for proxy in ("full", "lora")},
+    "sd": "SD 1.x/2.x",
+    "sdxl": "SDXL",
+}
+"""What a default can depend on, in words."""
+
 POSITIVE_COUNT = Rule("1 or more", lambda count: count >= 1)
 NOT_NEGATIVE = Rule("0 or more", lambda number: 0 <= number < float("inf"))
 GREATER_THAN_ZERO = Rule("greater than 0", lambda number: number > 0)
@@ -34,7 +42,7 @@ def setting(
     help: str,
     rule: Rule | None = None,
     *,
-    by_proxy: Mapping[str, Any] | None = None,
+    default_for: Mapping[str, Any] | None = None,
     fix: str = "",
     secret: bool = False,
 ) -> Any:
@@ -45,11 +53,13 @@ def setting(
         group: The heading under which `--help` lists it.
         help: What it does, in one line, lower case, units included.
         rule: What its value has to fulfil besides its type.
-        by_proxy: Its default for each kind of proxy where they differ; it belongs to those kinds alone.
+        default_for: Its default where that depends on the proxy ("full", "lora"), the kind of model ("sd", "sdxl") or
+            both ("sdxl full", which comes first); where none applies, it must not be given.
         fix: The way out that the error message offers; by default, to leave the setting out.
         secret: Whether it must never be printed or written to a file.
     """
-    declared = {"group": group, "help": help, "rule": rule, "by_proxy": by_proxy or {}, "fix": fix, "secret": secret}
+    words = {"group": group, "help": help, "fix": fix}
+    declared = {**words, "rule": rule, "default_for": default_for or {}, "secret": secret}
     return dataclasses.field(default=default, repr=not secret, metadata={"setting": declared})
 
 
@@ -65,9 +75,27 @@ class Setting(NamedTuple):
     group: str
     help: str
     rule: Rule | None
-    by_proxy: Mapping[str, Any]
+    default_for: Mapping[str, Any]
     fix: str
     secret: bool
+
+    @property
+    def depends_on_model(self) -> bool:
+        """Whether the default depends on the kind of model."""
+        return any(word in MODEL_KINDS for case in self.default_for for word in case.split())
+
+    def case(self, model_kind: str | None, proxy: str) -> str | None:
+        """Return the case of ``default_for`` that applies, the most special one; None where none does."""
+        return next((case for case in (f"{model_kind} {proxy}", model_kind, proxy) if case in self.default_for), None)
+
+    def default_text(self, quote: str = "") -> str:
+        """Return the default as text, with the cases that it depends on; empty where there is none."""
+        if not self.default_for:
+            return "" if self.default is None or self.kind is bool else f"{quote}{self.default}{quote}"
+        return ", ".join(
+            f"{quote}{value}{quote} with {' and '.join(CASES[word].format(quote=quote) for word in case.split())}"
+            for case, value in self.default_for.items()
+        )
 
     def read(self, text: str) -> Any:
         """Return the value that `text` stands for, or `text` itself where it stands for none, for `check` to refuse."""
@@ -106,7 +134,8 @@ class Setting(NamedTuple):
     def refusal(self, rule: str, value: Any) -> ConfigError:
         """The error that says that `value` breaks `rule`, and what to do."""
         guess = nearest(value, self.words) if isinstance(value, str) else ""
-        default = "" if self.default is None else f", which is {_as_text(self.default)}"
+        text = self.default_text() if self.default_for else "" if self.default is None else _as_text(self.default)
+        default = f", which is {text}" if text else ""
         fix = self.fix or f"omit it for the default{default}"
         got = "something else" if self.secret else _as_text(value)
         return ConfigError(f"`--{self.name}` must be {rule}, got {got}{guess}; {fix}")
@@ -143,13 +172,19 @@ def settings_of(owner: type) -> tuple[Setting, ...]:
     )
 
 
-def check_settings(config: object) -> None:
+def check_settings(config: object, open: Iterable[str] = ()) -> None:
     """Hold a frozen dataclass to its declarations and bring its values to their normal form.
+
+    Args:
+        config: The dataclass.
+        open: Settings that may be None, since what they depend on is not known yet.
 
     Raises:
         ConfigError: Naming the first setting that is of the wrong type or breaks its rule.
     """
     for declared in settings_of(type(config)):
+        if declared.name in open and getattr(config, declared.name) is None:
+            continue
         object.__setattr__(config, declared.name, declared.check(getattr(config, declared.name)))
 
 

@@ -83,6 +83,56 @@ def pipeline(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def sdxl_pipeline(tmp_path_factory) -> Path:
+    """Return an SDXL of 32 px and some ten thousand weights, with two text encoders of different widths."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("tiny-sdxl") / "pipeline"
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        cross_attention_dim=16 + 24,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    )
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        sample_size=RESOLUTION,
+        mid_block_add_attention=False,
+    )
+    shared = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": 49407}
+    shared["max_position_embeddings"] = 16
+    first = CLIPTextConfig(**shared, hidden_size=16, projection_dim=16)
+    second = CLIPTextConfig(**shared, hidden_size=24, projection_dim=20, hidden_act="gelu")
+    tokenizer = CLIPTokenizer.from_pretrained(assets.tiny_sd_path() / "tokenizer")
+    tokenizer_2 = CLIPTokenizer.from_pretrained(assets.tiny_sd_path() / "tokenizer", pad_token="!")
+    tokenizer.model_max_length = tokenizer_2.model_max_length = 16
+    diffusers.StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(first),
+        text_encoder_2=CLIPTextModelWithProjection(second),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet,
+        scheduler=diffusers.DDPMScheduler(**SCHEDULE, clip_sample=False),
+    ).save_pretrained(folder)
+    return folder
+
+
 def write_images(folder: Path, sizes: list[tuple[int, int]]) -> Path:
     """Write random images of these sizes, every third with a list of two captions."""
     from PIL import Image

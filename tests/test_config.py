@@ -135,6 +135,8 @@ def test_settings_that_cannot_stand_together():
     make(report_to="tensorboard", hub_token="secret")
     with pytest.raises(ConfigError, match="`--dream_training` must not be given together with `--prediction_type v_pr"):
         make(dream_training=True, prediction_type="v_prediction")
+    with pytest.raises(ConfigError, match="`--timestep_bias_begin` must be below `--timestep_bias_end`, got 9 and 9"):
+        make(timestep_bias_strategy="range", timestep_bias_begin=9, timestep_bias_end=9)
     with pytest.raises(ConfigError, match="`--use_ema` must not be given together with `--proxy lora`"):
         make(use_ema=True, proxy="lora")
     assert make(dream_training=True, prediction_type="epsilon").dream_training
@@ -148,21 +150,40 @@ def test_a_learning_rate_below_the_end_of_the_polynomial_schedule_is_refused():
     assert make(report_to="wandb").report_to == "wandb"
 
 
-@pytest.mark.parametrize(("name", "value"), [("rank", 4), ("validation_prompt", "a cat"), ("num_validation_images", 4)])
-def test_settings_of_lora_belong_to_lora(name, value):
-    with pytest.raises(ConfigError, match=f"`--{name}` belongs to `--proxy lora`, got `--proxy full`; omit it"):
-        make(**{name: value})
-    assert getattr(make(), name) is None
+def test_settings_of_lora_belong_to_lora():
+    with pytest.raises(ConfigError, match="`--rank` belongs to `--proxy lora`, got `--proxy full`; omit it"):
+        make(rank=4)
+    assert make().rank is None
 
 
 def test_defaults_depend_on_the_proxy():
-    full, lora = make(), make(proxy="lora")
+    full, lora = make().of_kind("sd"), make(proxy="lora").of_kind("sd")
     assert (full.output_dir, full.validation_epochs) == ("sd-model-finetuned", 5)
     assert (lora.output_dir, lora.validation_epochs) == ("sd-model-finetuned-lora", 1)
     assert (lora.rank, lora.num_validation_images, lora.validation_prompt) == (4, 4, None)
     assert make(proxy="lora", validation_prompt="a cat", num_validation_images=0).num_validation_images == 0  # as in L
     given = make(proxy="lora", rank=8, validation_epochs=3, output_dir="out", validation_prompt="a cat")
     assert (given.rank, given.validation_epochs, given.output_dir) == (8, 3, "out")
+
+
+def test_defaults_depend_on_the_kind_of_model_once_that_is_known():
+    assert make().resolution is make().output_dir is make().validation_epochs is None
+    names = ("resolution", "output_dir", "validation_epochs")
+    defaults = {
+        (kind, proxy): [getattr(make(proxy=proxy).of_kind(kind), name) for name in names]
+        for kind in ("sd", "sdxl")
+        for proxy in ("full", "lora")
+    }
+    assert defaults == {
+        ("sd", "full"): [512, "sd-model-finetuned", 5],
+        ("sd", "lora"): [512, "sd-model-finetuned-lora", 1],
+        ("sdxl", "full"): [1024, "sdxl-model-finetuned", 1],
+        ("sdxl", "lora"): [1024, "sd-model-finetuned-lora", 1],
+    }
+    given = make(resolution=512, output_dir="out").of_kind("sdxl")
+    assert (given.resolution, given.output_dir, given.of_kind("sdxl")) == (512, "out", given)
+    with pytest.raises(ConfigError, match="`--resolution` must be a positive multiple of 8"):
+        make(resolution=100)
 
 
 def test_words_are_those_of_the_libraries():
@@ -206,7 +227,7 @@ def test_make_train_config_knows_every_setting_by_its_flag():
 
 
 def test_to_dict_holds_every_setting_but_the_token():
-    values = make(hub_token="secret", validation_prompts=["x"], num_shards=2, seed=3).to_dict()
+    values = make(hub_token="secret", validation_prompts=["x"], num_shards=2, seed=3).of_kind("sd").to_dict()
     assert set(values) == set(SETTINGS) - {"hub_token"}
     assert (values["validation_prompts"], values["num_shards"], values["seed"]) == (["x"], 2, 3)
     assert values["output_dir"] == "sd-model-finetuned"

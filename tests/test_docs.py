@@ -9,7 +9,7 @@ import pytest
 from sd_memguard.audit.arguments import build_parser as audit_parser
 from sd_memguard.audit.one_image import build_parser as image_parser
 from sd_memguard.check.command import build_parser as check_parser
-from sd_memguard.config import ALIASES, SETTINGS
+from sd_memguard.config import ALIASES, REFUSED, SETTINGS
 from sd_memguard.export.command import build_parser as export_parser
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ OTHERS = {
     for action in parser._actions
     for option in action.option_strings
 }
-KNOWN = {*SETTINGS, *ALIASES, *OTHERS, "config", "help"}
+KNOWN = {*SETTINGS, *ALIASES, *REFUSED, *OTHERS, "config", "help"}
 # Flags of other programs, and those that the text says are refused or do not exist yet.
 FOREIGN = {"plot", "work_dir", "num_processes", "images_per_caption", "steps", "num_images"}
 FOREIGN |= {"quick", "arms", "seeds", "cells", "points", "all_points"}  # of benchmarks/memorization

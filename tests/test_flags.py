@@ -4,13 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from sd_memguard.config import SETTINGS, GuardConfig, TrainConfig
+from sd_memguard.config import ALIASES, REFUSED, SETTINGS, GuardConfig, TrainConfig
 from sd_memguard.flags import build_parser, parse_train_args
 
 FIXTURES = Path(__file__).parent / "fixtures"
 UPSTREAM = json.loads((FIXTURES / "upstream_flags.json").read_text(encoding="utf-8"))["scripts"]
-SCRIPTS = {"full": UPSTREAM["train_text_to_image.py"], "lora": UPSTREAM["train_text_to_image_lora.py"]}
-FLAGS = [(proxy, name) for proxy, flags in SCRIPTS.items() for name in flags]
+# Upstream's script for each kind of model and proxy.
+SCRIPTS = {
+    ("sd", "full"): UPSTREAM["train_text_to_image.py"],
+    ("sd", "lora"): UPSTREAM["train_text_to_image_lora.py"],
+    ("sdxl", "full"): UPSTREAM["train_text_to_image_sdxl.py"],
+    ("sdxl", "lora"): UPSTREAM["train_text_to_image_lora_sdxl.py"],
+}
+FLAGS = [(script, name) for script, flags in SCRIPTS.items() for name in flags if name not in REFUSED]
 TYPES = {"str": str, "int": int, "float": float}
 # Upstream takes any text for these and fails later, or, for the type of prediction, trains on something else.
 NARROWED = {"lr_scheduler": "cosine", "prediction_type": "v_prediction", "report_to": "wandb"}
@@ -23,10 +29,10 @@ def plain_environment(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
-def upstream_parser(proxy: str) -> argparse.ArgumentParser:
+def upstream_parser(script: tuple[str, str]) -> argparse.ArgumentParser:
     """The parser of diffusers' script, rebuilt from the committed table."""
     parser = argparse.ArgumentParser()
-    for name, words in SCRIPTS[proxy].items():
+    for name, words in SCRIPTS[script].items():
         typed = {"type": TYPES[words["type"]]} if "type" in words else {}
         parser.add_argument(f"--{name}", **{**words, **typed})
     return parser
@@ -49,9 +55,19 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-def sample_arguments(proxy: str, name: str) -> list[str]:
+def ours_of(script: tuple[str, str], argv: list[str]) -> TrainConfig:
+    """Our settings for the same model as the script's."""
+    kind, proxy = script
+    return parse_train_args([*argv, "--proxy", proxy]).of_kind(kind)
+
+
+def value_of(config: TrainConfig, name: str) -> object:
+    return as_upstream(getattr(config, ALIASES.get(name, name)))
+
+
+def sample_arguments(script: tuple[str, str], name: str) -> list[str]:
     """Arguments that set the flag `name` to something other than its default."""
-    words = SCRIPTS[proxy][name]
+    words = SCRIPTS[script][name]
     if words.get("action") == "store_true":
         return [f"--{name}"]
     if words.get("nargs") == "+":
@@ -66,47 +82,57 @@ def as_upstream(value: object) -> object:
 
 
 def test_the_table_is_whole():
-    assert {proxy: len(flags) for proxy, flags in SCRIPTS.items()} == {"full": 57, "lora": 51}
+    assert [len(flags) for flags in SCRIPTS.values()] == [57, 51, 59, 55]
 
 
-@pytest.mark.parametrize(("proxy", "name"), FLAGS)
-def test_upstream_flag_reads_the_same(proxy, name):
-    argv = [*NEEDED, *sample_arguments(proxy, name)]
-    upstream = getattr(upstream_parser(proxy).parse_args(argv), name)
-    ours = getattr(parse_train_args([*argv, "--proxy", proxy]), name)
-    assert as_upstream(ours) == upstream
-    default = SCRIPTS[proxy][name].get("default")
+@pytest.mark.parametrize(("script", "name"), FLAGS)
+def test_upstream_flag_reads_the_same(script, name):
+    argv = [*NEEDED, *sample_arguments(script, name)]
+    upstream = getattr(upstream_parser(script).parse_args(argv), name)
+    assert value_of(ours_of(script, argv), name) == upstream
+    default = SCRIPTS[script][name].get("default")
     if name not in ("pretrained_model_name_or_path", "train_data_dir"):
         assert upstream != default  # the sample says something
 
 
-@pytest.mark.parametrize("proxy", SCRIPTS)
-def test_upstream_defaults_are_the_same(proxy):
-    upstream = vars(upstream_parser(proxy).parse_args(NEEDED))
-    ours = parse_train_args([*NEEDED, "--proxy", proxy])
-    assert {name: as_upstream(getattr(ours, name)) for name in upstream} == upstream
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_upstream_defaults_are_the_same(script):
+    upstream = vars(upstream_parser(script).parse_args(NEEDED))
+    ours = ours_of(script, NEEDED)
+    assert {name: value_of(ours, name) for name in upstream if name not in REFUSED} == {
+        name: value for name, value in upstream.items() if name not in REFUSED
+    }
 
 
-@pytest.mark.parametrize(("proxy", "name"), FLAGS)
-def test_upstream_flag_has_the_same_declaration(proxy, name):
-    words, setting = SCRIPTS[proxy][name], SETTINGS[name]
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_flag_that_cannot_be_had_is_refused_with_reason_and_way_out(name, capsys, tmp_path):
+    assert any(name in flags for flags in SCRIPTS.values())
+    for argv in ([f"--{name}"], ["--config", write(tmp_path / "run.yaml", f"{name}: true\n")]):
+        printed = fails(capsys, *NEEDED, *argv)
+        assert f"`--{name}` is not supported: " in printed
+        assert "omit it" in printed
+
+
+@pytest.mark.parametrize(("script", "name"), FLAGS)
+def test_upstream_flag_has_the_same_declaration(script, name):
+    words, setting = SCRIPTS[script][name], SETTINGS[ALIASES.get(name, name)]
     assert setting.kind in (bool if words.get("action") == "store_true" else TYPES[words["type"]], None)
     assert setting.many == (words.get("nargs") == "+")
     if name not in NARROWED:
         assert set(setting.words) == set(words.get("choices", []))
 
 
-@pytest.mark.parametrize(("proxy", "name"), FLAGS)
-def test_upstream_flag_refuses_the_same(proxy, name, capsys):
-    words = SCRIPTS[proxy][name]
+@pytest.mark.parametrize(("script", "name"), FLAGS)
+def test_upstream_flag_refuses_the_same(script, name, capsys):
+    words = SCRIPTS[script][name]
     if words.get("type") not in ("int", "float") and "choices" not in words:
         bad = [f"--{name}=text"] if words.get("action") == "store_true" else [f"--{name}"]  # a value too many, too few
     else:
         bad = [f"--{name}", "neither number nor word"]
     with pytest.raises(SystemExit):
-        upstream_parser(proxy).parse_args([*NEEDED, *bad])
+        upstream_parser(script).parse_args([*NEEDED, *bad])
     capsys.readouterr()
-    assert f"--{name}" in fails(capsys, *NEEDED, *bad)
+    assert f"--{ALIASES.get(name, name)}" in fails(capsys, *NEEDED, *bad)
 
 
 def test_alias_of_the_model():
@@ -124,8 +150,8 @@ def test_help_lists_every_flag_with_its_default_under_its_heading(capsys):
         assert flag in groups[setting.group], setting.name
         assert setting.help in groups[setting.group], setting.name
     assert usage.startswith("usage: train.py --pretrained")
-    assert "(default: 512)" in groups["Data"]
-    assert "(default: 5 with --proxy full, 1 with --proxy lora)" in groups["Validation"]
+    assert "(default: 512 with SD 1.x/2.x, 1024 with SDXL)" in groups["Data"]
+    assert "(default: 5 with --proxy full, 1 with --proxy lora, 1 with SDXL)" in groups["Validation"]
 
 
 def test_unknown_flags_are_refused_with_the_nearest(capsys):
@@ -140,7 +166,8 @@ def test_unknown_flags_are_refused_with_the_nearest(capsys):
 def test_mistakes_print_one_line(capsys):
     printed = fails(capsys, *NEEDED, "--resolution", "100")
     assert printed == (
-        "error: `--resolution` must be a positive multiple of 8, got 100; omit it for the default, which is 512\n"
+        "error: `--resolution` must be a positive multiple of 8, got 100; omit it for the default, "
+        "which is 512 with SD 1.x/2.x, 1024 with SDXL\n"
     )
     assert fails(capsys, "--train_data_dir", "x").count("\n") == 1
 
@@ -221,11 +248,12 @@ def test_missing_configuration_file(tmp_path, capsys):
     assert "`--config` must be a readable .yaml file" in fails(capsys, "--config", str(tmp_path / "none.yaml"))
 
 
-@pytest.mark.parametrize("proxy", SCRIPTS)
-def test_a_saved_configuration_can_be_given_back(tmp_path, proxy):
-    config = parse("--proxy", proxy, "--preset", "paper", "--max_grad_norm", "inf", "--validation_prompts", "a", "b")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_saved_configuration_can_be_given_back(tmp_path, script):
+    words = [*NEEDED, "--preset", "paper", "--max_grad_norm", "inf", "--validation_prompts", "a", "b"]
+    config = ours_of(script, words)
     file = write(tmp_path / "config.json", json.dumps(config.to_dict()))
-    assert parse_train_args(["--config", file]) == config
+    assert parse_train_args(["--config", file]).of_kind(script[0]) == config
 
 
 def test_parser_holds_no_defaults():

@@ -1,10 +1,12 @@
 """From samples to tensors: images become latents and captions embeddings, once in a cache or every time."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,6 +21,7 @@ from sd_memguard.data.samples import Samples
 from sd_memguard.data.transforms import PixelDataset, Preprocess, sample_address
 from sd_memguard.distributed import ProcessGroup
 from sd_memguard.models.encoders import Encoders
+from sd_memguard.models.kinds import Condition
 
 __all__ = ["NOTHING", "Batch", "BatchSource", "Encoders", "sample_address"]
 
@@ -26,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """What one forward takes, float32 on the device: scaled latents (B, C, h, w), embeddings (B, tokens, width)."""
+    """What one forward takes, float32 on the device: scaled latents (B, C, h, w), and the condition of the UNet."""
 
     latents: Tensor
-    embeddings: Tensor
+    condition: Condition
 
 
-NOTHING = Batch(torch.empty(0), torch.empty(0))
+NOTHING = Batch(torch.empty(0), Condition(torch.empty(0)))
 """The batch of no samples."""
 
 
@@ -127,7 +130,8 @@ class BatchSource:
         """Return a batch without chance: center crop, no flip, the mean latent and the first caption."""
         pixels = torch.stack([self.preprocess.fixed(self.samples.image(sample_id)) for sample_id in sample_ids])
         captions = [self.captions.first(sample_id) for sample_id in sample_ids]
-        return Batch(self.encoders.latents(self.encoders.moments(pixels).float()), self._embed(captions))
+        condition = self._condition(sample_ids, [None] * len(sample_ids), captions)
+        return Batch(self.encoders.latents(self.encoders.moments(pixels).float()), condition)
 
     @property
     def caches_latents(self) -> bool:
@@ -146,7 +150,31 @@ class BatchSource:
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         noise = to_device(draw_normal(self.seed, f"{purpose}latent", addresses, shape), moments.device)
         captions = [self.captions(sample_id, address) for sample_id, address in zip(sample_ids, addresses, strict=True)]
-        return Batch(self.encoders.latents(moments.float(), noise), self._embed(captions))
+        return Batch(self.encoders.latents(moments.float(), noise), self._condition(sample_ids, addresses, captions))
+
+    def _condition(self, sample_ids: list[int], addresses: Sequence[Address | None], captions: list[int]) -> Condition:
+        """Return what the UNet takes of captions, and of sizes where it is told those."""
+        sizes = None
+        if self.encoders.kind.takes_sizes:
+            extents, keys = self.samples.sizes[sample_ids].tolist(), self._keys(sample_ids)
+            rows = [
+                self.preprocess.sizes(width, height, key, address)
+                for (width, height), key, address in zip(extents, keys, addresses, strict=True)
+            ]
+            sizes = torch.tensor(rows)
+        return self.encoders.condition(self._embed(captions), sizes)
+
+    def _keys(self, sample_ids: list[int]) -> list[bytes]:
+        """Return the hashes of files, by which affine maps are chosen; empty ones where there are none."""
+        if not self.preprocess.random_affine:
+            return [b""] * len(sample_ids)
+        rows = np.searchsorted(self.samples.sample_ids, sample_ids)
+        # numpy drops zeros at the end.
+        return [key.ljust(16, b"\0") for key in self._content_keys[rows].tolist()]
+
+    @cached_property
+    def _content_keys(self) -> npt.NDArray[np.bytes_]:
+        return self.samples.content_keys()
 
     def _embed(self, captions: list[int]) -> Tensor:
         if self._embeddings is None:

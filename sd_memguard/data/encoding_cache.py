@@ -214,7 +214,7 @@ def latent_caches(
     channels, factor = encoders.moments_shape
     side = config.resolution // factor
     shape = (channels, side, side)
-    need = CacheSpec("cache_latents", len(views) * len(samples.sample_ids), shape, encoders.dtype, num_samples_seen)
+    need = CacheSpec("cache_latents", len(views) * len(samples.sample_ids), shape, encoders.vae_dtype, num_samples_seen)
     place = choose_place_together(need, config, exchange)
     if place == "off":
         return []
@@ -227,7 +227,7 @@ def latent_caches(
     if place == "memory":
         keys = samples.content_keys()
         _, first, slots = np.unique(keys, return_index=True, return_inverse=True)
-        rows = torch.empty(len(views), len(first), *shape, dtype=encoders.dtype)
+        rows = torch.empty(len(views), len(first), *shape, dtype=encoders.vae_dtype)
         for positions, read_keys, moments in encoded(np.sort(first)):
             if (keys[positions] != np.array(read_keys, keys.dtype)).any():
                 raise SampleError(CHANGED)
@@ -243,7 +243,7 @@ def latent_caches(
     with exchange.raise_on_any_rank(), _named_faults("cache_latents", config):
         folder = cache_folder(config)
         stores = [
-            EncodingStore(folder, "latents", {**context, **_view_context(view, config)}, shape, encoders.dtype)
+            EncodingStore(folder, "latents", {**context, **_view_context(view, config)}, shape, need.dtype)
             for view in views
         ]
         keys = samples.content_keys()
@@ -274,8 +274,11 @@ def embedding_cache(
             rows[torch.from_numpy(numbers)] = embedded
         return MemoryCache(rows, np.arange(need.num_rows))
     context = {
-        "text_encoder": fingerprint(encoders.text_encoder),
-        "tokenizer": tokenizer_fingerprint(encoders.tokenizer),
+        **{part: fingerprint(network) for part, network in encoders.text.encoders.items()},
+        **{
+            encoders.kind.tokenizers[part]: tokenizer_fingerprint(tokenizer)
+            for part, tokenizer in encoders.text.tokenizers.items()
+        },
         **_circumstances(encoders, CAPTIONS_AT_ONCE),
     }
 

@@ -60,12 +60,12 @@ class Preprocess:
         if magnitude is not None:
             image = self._augment(image, address, magnitude)
         view = self.views[int(self.choose_views([address])[0])]
-        return self._seen(image, key, self._place(image, address), view)
+        return self._seen(image, key, self._place(*image.size, address), view)
 
     def centered(self, image: Image, key: bytes, view: View) -> Tensor:
         """Return the middle of an image in one view, (3, resolution, resolution) in [-1, 1]."""
         image = self.resize(image)
-        return self._seen(image, key, self._middle(image), view)
+        return self._seen(image, key, self._middle(*image.size), view)
 
     def fixed(self, image: Image) -> Tensor:
         """Return the middle of an image as it is, (3, resolution, resolution) in [-1, 1]."""
@@ -80,6 +80,39 @@ class Preprocess:
         tensor = TF.pil_to_tensor(image).float() / 127.5 - 1
         return tensor.flip(-1) if flip else tensor
 
+    def sizes(self, width: int, height: int, key: bytes, address: Address | None) -> list[float]:
+        """Return what a UNet is told of the sizes of an image and of its square, see ``models.kinds.NUM_SIZES``.
+
+        The edges of the crop are those in the image as it is seen: counted from the other side where it is flipped, and
+        moved with the square by an affine map, though never below 0: beyond the image lies its reflection, and of
+        negative edges a pretrained model knows nothing.
+
+        Args:
+            width: of the image before it is resized, in pixels.
+            height: the same.
+            key: hash of its file.
+            address: of the sample; None for the middle of the image as it is.
+        """
+        resized = self._resized(width, height)
+        left, top = self._middle(*resized) if address is None else self._place(*resized, address)
+        view = View(0, flip=False) if address is None else self.views[int(self.choose_views([address])[0])]
+        if view.flip:
+            left = resized[0] - self.resolution - left
+        if self.random_affine and address is not None:
+            right, down, _, scale = self._map(key, view.map)
+            side, by = self.resolution, 1 + 2 * scale
+            left, top = (
+                max(0, round((edge + side / 2) * by - side / 2) - round(shift * side))
+                for edge, shift in ((left, -right if view.flip else right), (top, down))
+            )
+        return [float(number) for number in (height, width, top, left, self.resolution, self.resolution)]
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Return width and height after ``resize``, as torchvision computes them."""
+        shorter, longer = sorted((width, height))
+        stretched = int(self.resolution * longer / shorter)
+        return (self.resolution, stretched) if width <= height else (stretched, self.resolution)
+
     def choose_views(self, addresses: list[Address]) -> Tensor:
         """Return in which of the views images are seen, (B,) int64."""
         flips = maps = torch.zeros(len(addresses), dtype=torch.int64)
@@ -89,19 +122,19 @@ class Preprocess:
             maps = draw_integers(self.seed, "map", addresses, NUM_AFFINE_VARIANTS)
         return maps * (2 if self.random_flip else 1) + flips
 
-    def _place(self, image: Image, address: Address) -> tuple[int, int]:
-        """Return the left and upper edge of the square to take."""
-        if self.center_crop or image.width == image.height:
-            return self._middle(image)
+    def _place(self, width: int, height: int, address: Address) -> tuple[int, int]:
+        """Return the left and upper edge of the square to take of a resized image."""
+        if self.center_crop or width == height:
+            return self._middle(width, height)
         left, top = (
             int(draw_integers(self.seed, purpose, [address], extent - self.resolution + 1))
-            for purpose, extent in (("crop_left", image.width), ("crop_top", image.height))
+            for purpose, extent in (("crop_left", width), ("crop_top", height))
         )
         return left, top
 
-    def _middle(self, image: Image) -> tuple[int, int]:
-        """Return the left and upper edge of torchvision's center crop."""
-        return round((image.width - self.resolution) / 2), round((image.height - self.resolution) / 2)
+    def _middle(self, width: int, height: int) -> tuple[int, int]:
+        """Return the left and upper edge of torchvision's center crop of a resized image."""
+        return round((width - self.resolution) / 2), round((height - self.resolution) / 2)
 
     def _seen(self, image: Image, key: bytes, place: tuple[int, int], view: View) -> Tensor:
         """Return the square at a place in one view."""

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,10 +18,10 @@ from sd_memguard.config import ExportFormat
 from sd_memguard.errors import UserError
 from sd_memguard.export import verify as check
 from sd_memguard.export.pipeline_folder import cast, write_pipeline
-from sd_memguard.export.single_file import OPEN_CLIP, single_file_weights
+from sd_memguard.export.single_file import ldm_unet_names, single_file_weights
 from sd_memguard.export.target import ExportError, check_target, remove, target_path, usage
 from sd_memguard.models.lora import LowRank, diffusers_names, kohya_names, low_rank
-from sd_memguard.models.pipeline import load_unet
+from sd_memguard.models.pipeline import load_unet, load_vae
 from sd_memguard.runs.trained_run import UNET, TrainedRun
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class Exporter:
         if format == "merged":
             source, variant = self.run.parts
             unet, prediction_type = self._unet(dtype or torch.float32), self.run.config.prediction_type
-            write_pipeline(source, unet, path, variant, dtype, prediction_type)
+            write_pipeline(source, unet, path, variant, dtype, prediction_type, self.run.replaced)
             return
         metadata = {"format": "pt"}
         if adapter is None:
@@ -156,22 +156,34 @@ class Exporter:
         elif format == "lora-diffusers":
             weights = diffusers_names(adapter)
         else:
-            weights, rank = kohya_names(adapter), str(adapter.rank)
+            weights, rank = self._kohya_weights(adapter), str(adapter.rank)
             metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+            metadata |= self.run.kind.kohya_metadata
         save_file(weights, path, metadata=metadata)
 
     def _unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
         folder = self.run.folder / UNET
         return UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
 
+    def _kohya_weights(self, adapter: LowRank) -> dict[str, Tensor]:
+        """Return the LoRA weights as kohya's scripts name them: by the original names of the layers for SDXL."""
+        if not self.run.kind.kohya_has_original_names:
+            return kohya_names(adapter)
+        layers = {f"{name.rsplit('.lora_', 1)[0]}.weight": name for name in adapter.factors}
+        original = ldm_unet_names(layers, self.run.part_config(UNET)["layers_per_block"])
+        return kohya_names(
+            adapter, {name.removesuffix(".weight"): new.removesuffix(".weight") for name, new in original.items()}
+        )
+
     def _single_file(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return all weights under their original names, and what the file's header should say of the model."""
-        unet, vae, text_encoder = (load_file(self.run.part_file(part)) for part in check.NETWORKS)
-        configs = {part: self.run.part_config(part) for part in check.NETWORKS}
-        weights = single_file_weights(unet, vae, text_encoder, configs)
+        networks = self.run.kind.networks
+        weights, version = single_file_weights(
+            {part: load_file(self.run.part_file(part)) for part in networks},
+            {part: self.run.part_config(part) for part in networks},
+        )
         prediction = "v" if self.run.prediction_type() == "v_prediction" else "epsilon"
-        version = "v1"
-        if any(name.startswith(OPEN_CLIP) for name in weights):
+        if version == "v2":
             version = "v2-768-v" if prediction == "v" else "v2-512"
         about = {  # https://github.com/Stability-AI/ModelSpec
             "modelspec.sai_model_spec": "1.0.0",
@@ -183,14 +195,20 @@ class Exporter:
 
     # Comparing.
 
-    def _load_trained(self) -> StableDiffusionPipeline:
-        return check.load_folder(*self.run.parts, unet=self._unet())
+    def _load_trained(self) -> Any:
+        return check.load_folder(*self.run.parts, unet=self._unet(), **self._replaced())
 
-    def _load_base(self) -> StableDiffusionPipeline:
+    def _load_base(self) -> Any:
         unet = load_unet(self.run.base, self.run.config)
-        return check.load_folder(self.run.base, self.run.config.variant, unet=unet)
+        return check.load_folder(self.run.base, self.run.config.variant, unet=unet, **self._replaced())
 
-    def _load(self, format: ExportFormat, path: Path) -> StableDiffusionPipeline:
+    def _replaced(self) -> dict[str, AutoencoderKL]:
+        """Return what was trained with in place of the pipeline's own part."""
+        if self.run.config.pretrained_vae_model_name_or_path is None:
+            return {}
+        return {"vae": load_vae(self.run.base, self.run.config)}
+
+    def _load(self, format: ExportFormat, path: Path) -> Any:
         """Load what was written as its users will."""
         pipeline = self._load_base() if format in LORA_FORMATS else None
         try:

@@ -1,6 +1,7 @@
 """Uploading the result: the pipeline's files and a card, and nothing else from the run folder."""
 
 import logging
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, model_info, u
 
 from sd_memguard.config import GuardConfig, TrainConfig
 from sd_memguard.core.rules import AUGMENT, rule_class
-from sd_memguard.models.pipeline import local_pipeline
+from sd_memguard.models.kinds import KINDS
+from sd_memguard.models.pipeline import local_pipeline, recognize
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +19,7 @@ ALLOWED = [
     "model_index.json",
     *(
         f"{part}/{pattern}"
-        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "feature_extractor", "safety_checker")
+        for part in sorted({*chain(*(kind.parts for kind in KINDS.values())), "feature_extractor", "safety_checker"})
         for pattern in ("*.json", "*.safetensors", "*.txt")
     ),
 ]
@@ -64,12 +66,13 @@ def model_card(repository: str, config: TrainConfig, guard: GuardConfig, summary
     """
     base = config.pretrained_model_name_or_path
     is_hub_name = local_pipeline(config) is None
+    kind = next(kind for kind in KINDS.values() if kind.name == recognize(config).model_kind)
     data = ModelCardData(
         **base_license(config),
         base_model=base if is_hub_name else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers-training", "sd-memguard"],
+        tags=[kind.tag, f"{kind.tag}-diffusers", "text-to-image", "diffusers-training", "sd-memguard"],
     )
     actions = rule_class(guard.sample_rule).actions
     thresholds = {
@@ -96,10 +99,10 @@ def model_card(repository: str, config: TrainConfig, guard: GuardConfig, summary
     guarded = "with" if config.memguard == "on" else "without"
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {repository}\n\n"
-        f"Stable Diffusion fine-tuned {guarded} the memorization guard of sd_memguard (IET-AGC+, "
+        f"{kind.title} fine-tuned {guarded} the memorization guard of sd_memguard (IET-AGC+, "
         "https://arxiv.org/abs/2502.09434).\n\n"
-        f"```python\nfrom diffusers import StableDiffusionPipeline\n\n"
-        f'pipeline = StableDiffusionPipeline.from_pretrained("{repository}")\n'
+        f"```python\nfrom diffusers import {kind.pipeline.__name__}\n\n"
+        f'pipeline = {kind.pipeline.__name__}.from_pretrained("{repository}")\n'
         f'pipeline("a prompt").images[0]\n```\n\n'
         f"| setting or result | value |\n|---|---|\n{table}\n"
     )

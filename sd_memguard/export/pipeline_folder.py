@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -11,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sd_memguard.files import replace_file
-from sd_memguard.models.pipeline import TRAINED_PARTS, weights_file
-from sd_memguard.runs.trained_run import INDEX, UNET
+from sd_memguard.models.pipeline import INDEX, STEMS, weights_file
+from sd_memguard.runs.trained_run import UNET
 
 
 def write_pipeline(
@@ -22,6 +23,7 @@ def write_pipeline(
     variant: str | None = None,
     dtype: torch.dtype | None = None,
     prediction_type: str | None = None,
+    replaced: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     """Write the pipeline with the trained UNet.
 
@@ -35,12 +37,13 @@ def write_pipeline(
         variant: the variant of the source that was loaded.
         dtype: precision to cast the other parts to, which are then no longer the bytes of the source.
         prediction_type: what the UNet was trained to predict, where that is not what the source says.
+        replaced: folders of parts that do not come from the source.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     index = json.loads((source / INDEX).read_text(encoding="utf-8"))
     for part, classes in index.items():
         if isinstance(classes, list) and classes[0] is not None and part != UNET:
-            _copy_part(source / part, output_dir / part, part, variant)
+            _copy_part(replaced.get(part, source / part), output_dir / part, part, variant)
             if dtype is not None:
                 _cast_part(output_dir / part, dtype)
     if prediction_type is not None:
@@ -57,7 +60,7 @@ def _copy_part(source: Path, target: Path, part: str, variant: str | None) -> No
         if file.is_file() and file.suffix in {".json", ".txt", ".model"} and ".index." not in file.name:
             shutil.copyfile(file, target / file.name)
     if list(source.glob("*.safetensors")):
-        stem = TRAINED_PARTS.get(part, "model")
+        stem = STEMS.get(part, "model")
         shutil.copyfile(weights_file(source, stem, variant), target / f"{stem}.safetensors")
 
 

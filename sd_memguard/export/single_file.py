@@ -1,8 +1,8 @@
-"""One-file checkpoints: the weights of a pipeline under the names of the original Stable Diffusion 1.x and 2.x code.
+"""One-file checkpoints: the weights of a pipeline under the names of the original code of Stable Diffusion 1.x to XL.
 
-Those are the names of the modules of latent-diffusion's UNet and autoencoder, and those of the text encoder it used:
-CLIP of transformers in 1.x, OpenCLIP in 2.x. Everything here is a function of names, tensors and a few numbers of the
-configs; a name that has no place in that layout is refused.
+Those are the names of the modules of latent-diffusion's UNet and autoencoder, and those of the text encoders it used:
+CLIP of transformers in 1.x, OpenCLIP in 2.x, both in XL. Everything here is a function of names, tensors and a few
+numbers of the configs; a name that has no place in that layout is refused.
 """
 
 import re
@@ -16,6 +16,7 @@ from sd_memguard.errors import UserError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+XL_CLIP, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 Weights = Mapping[str, Tensor]
 
@@ -26,6 +27,8 @@ UNET_STEMS = {
     "time_embedding.linear_2": "time_embed.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -66,30 +69,48 @@ TEXT_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias
 
 
 class SingleFileError(UserError):
-    """The pipeline has a part that the layout of Stable Diffusion 1.x and 2.x has no place for."""
+    """The pipeline has a part that the layout of Stable Diffusion has no place for."""
 
 
 def single_file_weights(
-    unet: Weights, vae: Weights, text_encoder: Weights, configs: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Tensor]:
-    """Return all weights of a pipeline as one dict under the original names.
+    networks: Mapping[str, Weights], configs: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Tensor], str]:
+    """Return all weights of a pipeline as one dict under the original names, and the version: v1, v2 or xl-v1-base.
 
     Args:
-        unet: weights by diffusers' names.
-        vae: the same.
-        text_encoder: weights by the names of transformers, with or without `text_model.`.
-        configs: the ``config.json`` of each of the three, by part.
+        networks: weights by part: ``unet`` and ``vae`` by diffusers' names, ``text_encoder`` and, of XL,
+            ``text_encoder_2`` by those of transformers, with or without `text_model.`.
+        configs: the ``config.json`` of each of them, by part.
 
     Raises:
         SingleFileError: see ``ldm_unet_names``, ``ldm_vae_names`` and ``text_encoder_weights``.
     """
+    unet, vae = networks["unet"], networks["vae"]
+    text, version = _text_weights(networks, configs)
     unet_names = ldm_unet_names(unet, configs["unet"]["layers_per_block"])
     vae_names = ldm_vae_names(vae, len(configs["vae"]["block_out_channels"]))
     return {
         **{UNET + unet_names[name]: tensor for name, tensor in unet.items()},
         **{VAE + vae_names[name]: vae_tensor(vae_names[name], tensor) for name, tensor in vae.items()},
-        **text_encoder_weights(text_encoder, configs["text_encoder"]["hidden_act"]),
-    }
+        **text,
+    }, version
+
+
+def _text_weights(
+    networks: Mapping[str, Weights], configs: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Tensor], str]:
+    """Return the weights of the text encoders, and the version that they belong to."""
+    activations = {part: configs[part]["hidden_act"] for part in networks if part.startswith("text_encoder")}
+    if "text_encoder_2" not in activations:
+        version = "v2" if activations["text_encoder"] == "gelu" else "v1"
+        return text_encoder_weights(networks["text_encoder"], activations["text_encoder"]), version
+    if activations != {"text_encoder": "quick_gelu", "text_encoder_2": "gelu"}:
+        raise SingleFileError(
+            "a one-file checkpoint of Stable Diffusion XL has a first text encoder with quick_gelu and a second one "
+            f"with gelu, this pipeline {' and '.join(activations.values())}: export `merged` instead"
+        )
+    first = text_encoder_weights(networks["text_encoder"], "quick_gelu", XL_CLIP)
+    return {**first, **text_encoder_weights(networks["text_encoder_2"], "gelu", XL_OPEN_CLIP)}, "xl-v1-base"
 
 
 def ldm_unet_names(names: Iterable[str], layers_per_block: int) -> dict[str, str]:
@@ -180,12 +201,17 @@ def vae_tensor(ldm_name: str, tensor: Tensor) -> Tensor:
     return tensor[:, :, None, None] if VAE_PROJECTION.fullmatch(ldm_name) and tensor.ndim == 2 else tensor
 
 
-def text_encoder_weights(weights: Weights, hidden_act: str) -> dict[str, Tensor]:
-    """Return the text encoder's weights under the names of CLIP (1.x) or of OpenCLIP (2.x).
+def text_encoder_weights(weights: Weights, hidden_act: str, prefix: str | None = None) -> dict[str, Tensor]:
+    """Return a text encoder's weights under the names of CLIP (1.x) or of OpenCLIP (2.x).
 
     The activation decides which, since a program that reads the file takes it from the layout: CLIP has
     ``quick_gelu``, OpenCLIP ``gelu``. OpenCLIP has query, key and value in one matrix and its text projection the
     other way round.
+
+    Args:
+        weights: by the names of transformers.
+        hidden_act: the activation.
+        prefix: what the names begin with; that of 1.x or 2.x by default.
 
     Raises:
         SingleFileError: another activation, or a weight that has no place there.
@@ -196,13 +222,13 @@ def text_encoder_weights(weights: Weights, hidden_act: str) -> dict[str, Tensor]
         if not name.endswith("position_ids")  # a constant that older versions saved
     }
     if hidden_act == "quick_gelu":
-        return {CLIP + name: tensor for name, tensor in classic.items()}
+        return {(prefix or CLIP) + name: tensor for name, tensor in classic.items()}
     if hidden_act != "gelu":
         raise SingleFileError(
             f"a one-file checkpoint has no place for a text encoder with the activation {hidden_act}; Stable Diffusion "
             "1.x has quick_gelu and 2.x gelu: export `merged` instead"
         )
-    return {OPEN_CLIP + name: tensor for name, tensor in _open_clip(classic).items()}
+    return {(prefix or OPEN_CLIP) + name: tensor for name, tensor in _open_clip(classic).items()}
 
 
 def _open_clip(classic: Weights) -> dict[str, Tensor]:
@@ -243,6 +269,6 @@ def _rename_all(part: str, names: Iterable[str], rename: Callable[[str], str | N
 
 def _no_place(part: str, name: str) -> SingleFileError:
     return SingleFileError(
-        f"a one-file checkpoint of Stable Diffusion 1.x or 2.x has no place for `{name}` of the {part}, which has "
+        f"a one-file checkpoint of Stable Diffusion has no place for `{name}` of the {part}, which has "
         "another architecture; export `merged` instead"
     )

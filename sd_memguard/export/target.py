@@ -5,8 +5,9 @@ from pathlib import Path
 
 from sd_memguard.config import ExportFormat
 from sd_memguard.errors import UserError
+from sd_memguard.models.pipeline import INDEX
 from sd_memguard.runs.records import FOLDER
-from sd_memguard.runs.trained_run import INDEX, TrainedRun
+from sd_memguard.runs.trained_run import TrainedRun
 
 
 class ExportError(UserError):
@@ -63,13 +64,13 @@ def remove(path: Path) -> None:
 
 def usage(run: TrainedRun, format: ExportFormat, path: Path) -> str:
     """Return a line that says how to load the export."""
-    base = run.config.pretrained_model_name_or_path
+    base, pipeline = run.config.pretrained_model_name_or_path, run.kind.pipeline.__name__
     if format == "merged":
-        return f'diffusers: StableDiffusionPipeline.from_pretrained("{path}")'
+        return f'diffusers: {pipeline}.from_pretrained("{path}")'
     if format == "single-file":
         return (
             "ComfyUI, A1111, Forge: put it into the folder of checkpoints; diffusers: "
-            f'StableDiffusionPipeline.from_single_file("{path}", config="{run.parts[0]}")'
+            f'{pipeline}.from_single_file("{path}", config="{run.parts[0]}")'
         )
     if format == "lora-diffusers":
         return f'diffusers, on {base}: pipeline.load_lora_weights("{path}")'

@@ -7,41 +7,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging
 from torch import Tensor
 
+from sd_memguard.models.kinds import KINDS, StableDiffusion
 from sd_memguard.models.lora import DOWN, UP, LowRank
+from sd_memguard.models.pipeline import kind_of
 
-NETWORKS = ("unet", "vae", "text_encoder")
 PROMPT = "a red apple on a white table"
 NUM_INFERENCE_STEPS = 4
-PLAIN = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
-"""The checker blackens images, and a black one would be like any other."""
-
 ROUNDING = 1e-5
 """Relative difference of weights that were multiplied in another order in float32."""
 
 
-def load_folder(folder: Path, variant: str | None = None, **parts: Any) -> StableDiffusionPipeline:
-    """Return the pipeline of a diffusers folder in float32 on the CPU; asks no hub."""
+def load_folder(folder: Path, variant: str | None = None, **parts: Any) -> Any:
+    """Return the pipeline of a diffusers folder in float32 on the CPU; asks no hub.
+
+    Without what alters images: a safety checker blackens them, and a black one would be like any other.
+    """
+    kind = kind_of(folder)
     with quiet():
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            str(folder), variant=variant, use_safetensors=True, local_files_only=True, **PLAIN, **parts
+        pipeline = kind.pipeline.from_pretrained(
+            str(folder), variant=variant, use_safetensors=True, local_files_only=True, **_plain(kind), **parts
         )
         return pipeline.to(torch.float32)
 
 
-def load_single_file(file: Path, configs: Path) -> StableDiffusionPipeline:
+def load_single_file(file: Path, configs: Path) -> Any:
     """Return the pipeline of a one-file checkpoint in float32 on the CPU, built by the configs of a folder."""
+    kind = kind_of(configs)
     with quiet():
-        pipeline = StableDiffusionPipeline.from_single_file(
-            str(file), config=str(configs), local_files_only=True, **PLAIN
-        )
+        pipeline = kind.pipeline.from_single_file(str(file), config=str(configs), local_files_only=True, **_plain(kind))
         return pipeline.to(torch.float32)
 
 
-def load_lora(pipeline: StableDiffusionPipeline, file: Path) -> None:
+def _plain(kind: StableDiffusion) -> dict[str, Any]:
+    return {**kind.loading, "feature_extractor": None}
+
+
+def load_lora(pipeline: Any, file: Path) -> None:
     """Load a LoRA file on top of a pipeline."""
     with quiet():
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
@@ -59,7 +64,7 @@ def quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def generate(pipeline: StableDiffusionPipeline) -> Tensor:
+def generate(pipeline: Any) -> Tensor:
     """Return an image (3, H, W) at the pipeline's own size for a fixed prompt and seed: 4 DDIM steps, guidance 7.5.
 
     Its values go from 0 to 1, a little beyond where an image file would be cut off.
@@ -86,9 +91,10 @@ def difference(generated_image: Tensor, reference: Tensor) -> float:
     return float((generated_image - reference).square().mean().sqrt() / reference.std())
 
 
-def fingerprints(pipeline: StableDiffusionPipeline, dtype: torch.dtype | None) -> dict[str, str]:
+def fingerprints(pipeline: Any, dtype: torch.dtype | None) -> dict[str, str]:
     """Return a hash of the weights of each network as they are in a precision, in float32 where None."""
-    return {part: _fingerprint(getattr(pipeline, part), dtype or torch.float32) for part in NETWORKS}
+    networks = KINDS[type(pipeline).__name__].networks
+    return {part: _fingerprint(getattr(pipeline, part), dtype or torch.float32) for part in networks}
 
 
 def _fingerprint(network: torch.nn.Module, dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""The frozen networks of the pipeline: the VAE that makes latents, the text encoder that makes embeddings."""
+"""The frozen networks of the pipeline: the VAE that makes latents, the text encoders that make embeddings."""
 
 import hashlib
 import json
@@ -11,37 +11,42 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from sd_memguard.core.async_copy import to_device
+from sd_memguard.models.kinds import Condition
 from sd_memguard.models.pipeline import Models
 
 
 class Encoders:
-    """The frozen VAE and text encoder.
+    """The frozen VAE and text encoders.
 
     Args:
         models: the pipeline's parts.
         device: where they run.
-        dtype: their precision, and that of what they return.
+        dtype: their precision, and that of what they return; the VAE's may be higher, see ``StableDiffusionXL``.
     """
 
     def __init__(self, models: Models, device: torch.device, dtype: torch.dtype) -> None:
-        self.vae, self.text_encoder = models.vae.to(device), models.text_encoder.to(device)
-        if dtype != torch.float32:
-            self.vae.to(dtype)
-            self.text_encoder.to(dtype)
-        self.tokenizer, self.device, self.dtype = models.tokenizer, device, dtype
+        self.kind, self.vae, self.text = models.kind, models.vae.to(device), models.text
+        self.vae_dtype = self.kind.vae_dtype(self.vae, dtype)
+        if self.vae_dtype != torch.float32:
+            self.vae.to(self.vae_dtype)
+        for network in self.text.encoders.values():
+            network.to(device)
+            if dtype != torch.float32:
+                network.to(dtype)
+        self.device, self.dtype = device, dtype
 
-    def release(self, *, vae: bool, text_encoder: bool) -> None:
+    def release(self, *, vae: bool, text_encoders: bool) -> None:
         """Move networks that nothing needs any more off the device."""
-        for network, leaves in ((self.vae, vae), (self.text_encoder, text_encoder)):
-            if leaves:
-                network.to("cpu")
+        leaving = [*([self.vae] if vae else []), *(self.text.encoders.values() if text_encoders else [])]
+        for network in leaving:
+            network.to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
         """Return the VAE's mean and log variance of images (B, 3, H, W), (B, 2C, h, w)."""
-        moments: Tensor = self.vae.encode(to_device(pixels, self.device).to(self.dtype)).latent_dist.parameters
+        moments: Tensor = self.vae.encode(to_device(pixels, self.device).to(self.vae_dtype)).latent_dist.parameters
         return moments
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -51,18 +56,13 @@ class Encoders:
         scaled: Tensor = latents * self.vae.config.scaling_factor
         return scaled
 
-    @torch.no_grad()
     def embeddings(self, captions: list[str]) -> Tensor:
-        """Return the text embeddings of captions, (B, tokens, width)."""
-        tokens = self.tokenizer(
-            captions,
-            max_length=self.tokenizer.model_max_length,
-            padding="max_length",
-            truncation=True,
-            return_tensors="pt",
-        )
-        hidden: Tensor = self.text_encoder(to_device(tokens.input_ids, self.device), return_dict=False)[0]
-        return hidden
+        """Return what the text encoders make of captions, a row for each, (B, *embedding_shape)."""
+        return self.kind.encode(self.text, captions, self.device)
+
+    def condition(self, rows: Tensor, sizes: Tensor | None) -> Condition:
+        """Return what the UNet takes, of rows from ``embeddings`` and the sizes of images, see ``NUM_SIZES``."""
+        return self.kind.condition(self.text, rows, sizes)
 
     @property
     def moments_shape(self) -> tuple[int, int]:
@@ -71,10 +71,9 @@ class Encoders:
         return 2 * config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
 
     @property
-    def embedding_shape(self) -> tuple[int, int]:
-        """Tokens and width of an embedding."""
-        config: Any = self.text_encoder.config
-        return self.tokenizer.model_max_length, config.hidden_size
+    def embedding_shape(self) -> tuple[int, ...]:
+        """Shape of a caption's row."""
+        return self.kind.row_shape(self.text)
 
 
 def fingerprint(network: nn.Module) -> str:

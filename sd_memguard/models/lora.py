@@ -167,12 +167,18 @@ def diffusers_names(adapter: LowRank) -> dict[str, Tensor]:
     return {f"unet.{name}": tensor for name, tensor in adapter.factors.items()}
 
 
-def kohya_names(adapter: LowRank) -> dict[str, Tensor]:
-    """Return the same in the form of kohya's scripts, with the alpha of each layer."""
+def kohya_names(adapter: LowRank, layers: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """Return the same in the form of kohya's scripts, with the alpha of each layer.
+
+    Args:
+        adapter: the factors.
+        layers: what layers are called there, by their names here; the same by default.
+    """
     weights = {}
     for name, tensor in adapter.factors.items():
         suffix = DOWN if name.endswith(DOWN) else UP
-        layer = "lora_unet_" + name.removesuffix(suffix).replace(".", "_")
+        own = name.removesuffix(suffix)
+        layer = "lora_unet_" + (own if layers is None else layers[own]).replace(".", "_")
         weights[f"{layer}.{KOHYA[suffix]}"] = tensor
         weights[f"{layer}.alpha"] = torch.tensor(float(adapter.rank), dtype=tensor.dtype)
     return weights

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from huggingface_hub import snapshot_download
+from transformers import CLIPTokenizer
 
 from sd_memguard import assets
 from sd_memguard.config import TrainConfig
 from sd_memguard.errors import ConfigError, UserError
+from sd_memguard.models.kinds import KINDS, StableDiffusion, TextParts
 
 logger = logging.getLogger(__name__)
 
@@ -24,17 +26,18 @@ GONE = {
 }
 """Names that were taken from the hub, and where the same weights are now."""
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-PIPELINE_CLASS = "StableDiffusionPipeline"
-TRAINED_PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+INDEX = "model_index.json"
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+"""Names of the weights files of parts by diffusers; those of transformers are called ``model``."""
 
 
 class Models(NamedTuple):
-    """The parts of a Stable Diffusion 1.x or 2.x pipeline, the networks in float32 on the CPU."""
+    """The parts of a pipeline, the networks in float32 on the CPU."""
 
+    kind: StableDiffusion
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text: TextParts
     noise_scheduler: DDPMScheduler
 
 
@@ -46,25 +49,56 @@ def find_pipeline(config: TrainConfig) -> Path:
     """Return the local folder of the pipeline; a hub name is downloaded to the cache first (safetensors only).
 
     Raises:
-        ModelError: neither a folder nor a hub name that can be had, or not a Stable Diffusion 1.x/2.x pipeline.
+        ModelError: neither a folder nor a hub name that can be had, or no pipeline that can be fine-tuned.
     """
+    config = recognize(config)
     folder = local_pipeline(config) or _download(config.pretrained_model_name_or_path, config)
     check_pipeline(folder, config)
     return folder
 
 
-def check_kind(config: TrainConfig) -> None:
-    """Refuse a pipeline of the hub by its index alone, before anything large is read or downloaded.
+def recognize(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the defaults for the kind of the model, by the index of its pipeline alone.
 
     Raises:
-        ModelError: there is none of that name, or it is not a Stable Diffusion 1.x/2.x pipeline.
+        ModelError: there is none of that name, or it is of no kind that can be fine-tuned.
     """
-    name = config.pretrained_model_name_or_path
+    if config.model_kind is not None:
+        return config
+    folder, name = local_pipeline(config), config.pretrained_model_name_or_path
+    if folder is not None:
+        return config.of_kind(kind_of(folder).name)
     try:
         index = StableDiffusionPipeline.load_config(name, revision=config.revision, cache_dir=config.cache_dir)
     except (OSError, ValueError) as error:
         raise _unavailable(name, error) from error
-    _check_class(name, index.get("_class_name"))
+    return config.of_kind(_kind(name, index.get("_class_name")).name)
+
+
+def kind_of(folder: Path) -> StableDiffusion:
+    """Return the kind of a pipeline folder, by its index.
+
+    Raises:
+        ModelError: it has none, or it is of no kind that can be fine-tuned.
+    """
+    return _kind(str(folder), read_index(folder)["_class_name"])
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return the content of a pipeline's ``model_index.json``.
+
+    Raises:
+        ModelError: there is none, or it names no class.
+    """
+    file = folder / INDEX
+    if not file.is_file():
+        raise ModelError(f"{folder} holds no {INDEX}, so it is no diffusers pipeline; give such a folder")
+    try:
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        index["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} is not what diffusers writes ({error!r}); save the pipeline again") from error
+    return index
 
 
 def local_pipeline(config: TrainConfig) -> Path | None:
@@ -75,8 +109,9 @@ def local_pipeline(config: TrainConfig) -> Path | None:
 
 
 def _download(name: str, config: TrainConfig) -> Path:
+    pipeline = next(kind.pipeline for kind in KINDS.values() if kind.name == config.model_kind)
     try:
-        folder = StableDiffusionPipeline.download(
+        folder = pipeline.download(
             name,
             revision=config.revision,
             variant=config.variant,
@@ -104,21 +139,18 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
     Raises:
         ModelError: see ``find_pipeline``; also where the VAE cannot take ``--resolution``.
     """
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        raise ModelError(f"{folder} holds no model_index.json, so it is no diffusers pipeline; give such a folder")
-    try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        class_name = index["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{index_file} is not what diffusers writes ({error!r}); save the pipeline again") from error
-    _check_class(str(folder), class_name)
-    for part, stem in TRAINED_PARTS.items():
-        weights_file(folder / part, stem, config.variant)
+    index, kind, own_parts = read_index(folder), kind_of(folder), replaced_parts(config)
+    for part in kind.networks:
+        weights_file(own_parts.get(part, folder / part), STEMS.get(part, "model"), config.variant)
     for part, classes in index.items():
-        if isinstance(classes, list) and classes[0] is not None:
+        if isinstance(classes, list) and classes[0] is not None and part not in own_parts:
             _check_part(folder / part, config.variant)
-    unet, vae = (read_config(folder / part) for part in ("unet", "vae"))
+    unet, vae = (read_config(own_parts.get(part, folder / part)) for part in ("unet", "vae"))
+    refusal = kind.refusal(unet)
+    if vae.get("latents_mean") is not None:
+        refusal = "its VAE has a mean and a deviation for each channel of the latents, which diffusers' scripts ignore"
+    if refusal is not None:
+        raise ModelError(f"{folder} cannot be fine-tuned here: {refusal}; give another model")
     if unet["in_channels"] != vae["latent_channels"]:
         raise ModelError(
             f"the UNet of {folder} takes {unet['in_channels']} channels but the VAE makes {vae['latent_channels']}: "
@@ -137,17 +169,59 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
         )
 
 
-def _check_class(name: str, class_name: str | None) -> None:
-    if class_name != PIPELINE_CLASS:
+def _kind(name: str, class_name: str | None) -> StableDiffusion:
+    if class_name not in KINDS:
         raise ModelError(
-            f"{name} is a {class_name}; only {PIPELINE_CLASS} (Stable Diffusion 1.x and 2.x, text to image) "
-            "can be fine-tuned here"
+            f"{name} is a {class_name}; only {' and '.join(KINDS)} (Stable Diffusion 1.x, 2.x and XL, text to image) "
+            "can be fine-tuned here; for other models run diffusers' own script under the launcher, see docs/scripts.md"
         )
+    return KINDS[class_name]
+
+
+def replaced_parts(config: TrainConfig) -> dict[str, Path]:
+    """Return the folders of parts that do not come from the pipeline: that of ``--pretrained_vae_model_name_or_path``.
+
+    Raises:
+        ModelError: it is neither a folder nor a hub name that can be had.
+    """
+    name = config.pretrained_vae_model_name_or_path
+    if name is None:
+        return {}
+    folder = Path(name)
+    if not folder.exists():
+        stem = STEMS["vae"]
+        files = ["config.json", *(f"{stem}{variant}.safetensors" for variant in ("", f".{config.variant}"))]
+        try:
+            folder = Path(
+                snapshot_download(name, revision=config.revision, cache_dir=config.cache_dir, allow_patterns=files)
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"`--pretrained_vae_model_name_or_path` {name!r} is no folder here and could not be had from the hub "
+                f"({error}); give the folder of a VAE, or the name of one that has safetensors"
+            ) from error
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"`--pretrained_vae_model_name_or_path` {folder} holds no config.json, so it is no VAE; give the folder "
+            "that `AutoencoderKL.save_pretrained` has written (of a pipeline, its folder `vae`)"
+        )
+    return {"vae": folder}
 
 
 def _check_prediction(folder: Path, config: TrainConfig) -> None:
     """Refuse what the UNet predicts where no loss, or DREAM, is defined for it."""
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    if scheduler.get("_class_name", "").startswith("EDM"):
+        raise ModelError(
+            f"{folder} was trained with EDM preconditioning by its scheduler {scheduler['_class_name']}, for which no "
+            "loss is defined here; give another model"
+        )
+    num_timesteps = scheduler.get("num_train_timesteps", 1000)
+    if config.timestep_bias_strategy == "range" and config.timestep_bias_end > num_timesteps:
+        raise ConfigError(
+            f"`--timestep_bias_end` must be at most the model's number of timesteps ({num_timesteps}), got "
+            f"{config.timestep_bias_end}; lower it"
+        )
     predicted = config.prediction_type or scheduler.get("prediction_type", "epsilon")
     if predicted not in PREDICTION_TYPES:
         raise ModelError(
@@ -167,7 +241,7 @@ def _check_part(part: Path, variant: str | None) -> None:
     if not part.is_dir():
         raise ModelError(f"{part.parent} lists {part.name} in model_index.json but holds no such folder; complete it")
     if list(part.glob("*.bin")) or list(part.glob("*.safetensors")):
-        weights_file(part, TRAINED_PARTS.get(part.name, "model"), variant)
+        weights_file(part, STEMS.get(part.name, "model"), variant)
 
 
 def read_config(part: Path) -> dict[str, Any]:
@@ -196,21 +270,36 @@ def weights_file(part: Path, stem: str, variant: str | None) -> Path:
 
 def load_models(folder: Path, config: TrainConfig) -> Models:
     """Return the parts of a checked pipeline: the UNet trainable, VAE and text encoder frozen."""
-    vae = _load_part(AutoencoderKL, folder, "vae", config, torch_dtype=torch.float32)
-    text_encoder = _load_part(CLIPTextModel, folder, "text_encoder", config, dtype=torch.float32)
-    vae.requires_grad_(False).eval()
-    text_encoder.requires_grad_(False).eval()
+    kind = kind_of(folder)
+    text = TextParts(
+        {
+            part: _load_part(model_class, folder / part, "model", config, dtype=torch.float32)
+            for part, model_class in kind.text_encoders.items()
+        },
+        {
+            part: CLIPTokenizer.from_pretrained(folder, subfolder=tokenizer)
+            for part, tokenizer in kind.tokenizers.items()
+        },
+    )
+    vae = load_vae(folder, config)
+    for network in (vae, *text.encoders.values()):
+        network.requires_grad_(False).eval()
     noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     if config.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=config.prediction_type)
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    return Models(load_unet(folder, config), vae, text_encoder, tokenizer, noise_scheduler)
+    return Models(kind, load_unet(folder, config), vae, text, noise_scheduler)
+
+
+def load_vae(folder: Path, config: TrainConfig) -> AutoencoderKL:
+    """Return the VAE in float32: the pipeline's, or the one named in its place."""
+    part = replaced_parts(config).get("vae", folder / "vae")
+    return _load_part(AutoencoderKL, part, STEMS["vae"], config, torch_dtype=torch.float32)
 
 
 def load_unet(folder: Path, config: TrainConfig) -> UNet2DConditionModel:
     """Return the UNet as it is before training, in float32; that of ``--non_ema_revision`` where one is given."""
     if config.non_ema_revision == config.revision:
-        return _load_part(UNet2DConditionModel, folder, "unet", config, torch_dtype=torch.float32)
+        return _load_part(UNet2DConditionModel, folder / "unet", STEMS["unet"], config, torch_dtype=torch.float32)
     return UNet2DConditionModel.from_pretrained(
         config.pretrained_model_name_or_path,
         subfolder="unet",
@@ -221,8 +310,8 @@ def load_unet(folder: Path, config: TrainConfig) -> UNet2DConditionModel:
     )
 
 
-def _load_part(model_class: Any, folder: Path, part: str, config: TrainConfig, **dtype: torch.dtype) -> Any:
-    weights = weights_file(folder / part, TRAINED_PARTS[part], config.variant)
+def _load_part(model_class: Any, part: Path, stem: str, config: TrainConfig, **dtype: torch.dtype) -> Any:
+    weights = weights_file(part, stem, config.variant)
     is_variant = config.variant is not None and weights.stem.endswith(f".{config.variant}")
     variant = config.variant if is_variant else None
-    return model_class.from_pretrained(folder, subfolder=part, variant=variant, use_safetensors=True, **dtype)
+    return model_class.from_pretrained(part, variant=variant, use_safetensors=True, **dtype)

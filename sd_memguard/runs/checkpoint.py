@@ -48,6 +48,7 @@ FREE_TO_CHANGE = {
         "encoding_cache_dir",
         "dry_run",
         "offload_ema",
+        "debug_loss",
         "allow_tf32",
     ),
 }

@@ -4,16 +4,27 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sd_memguard.config import TrainConfig, make_train_config
-from sd_memguard.models.pipeline import TRAINED_PARTS, find_pipeline, load_unet, read_config, weights_file
+from sd_memguard.models.kinds import StableDiffusion
+from sd_memguard.models.pipeline import (
+    INDEX,
+    STEMS,
+    find_pipeline,
+    kind_of,
+    load_unet,
+    read_config,
+    replaced_parts,
+    weights_file,
+)
 from sd_memguard.runs.checkpoint import PREFIX, verify_checkpoint
 from sd_memguard.runs.folder import ACTIONS, FOLDER, RunFolderError
 
-UNET, INDEX = "unet", "model_index.json"
+UNET = "unet"
 
 
 @dataclass(frozen=True)
@@ -55,9 +66,19 @@ class TrainedRun:
         """The pipeline folder to take the parts from that were not trained, and its variant."""
         return (self.folder, None) if self.is_finished else (self.base, self.config.variant)
 
+    @cached_property
+    def kind(self) -> StableDiffusion:
+        """The kind of the model."""
+        return kind_of(self.parts[0])
+
+    @property
+    def replaced(self) -> dict[str, Path]:
+        """The folders of parts that do not come from that folder."""
+        return {} if self.is_finished else replaced_parts(self.config)
+
     def unet_weights(self) -> dict[str, Tensor]:
         """Return the weights of the trained UNet by name."""
-        return load_file(weights_file(self.folder / UNET, TRAINED_PARTS[UNET], None))
+        return load_file(weights_file(self.folder / UNET, STEMS[UNET], None))
 
     def base_unet_weights(self) -> dict[str, Tensor]:
         """Return those of the UNet before training, in float32."""
@@ -70,12 +91,15 @@ class TrainedRun:
 
     def part_file(self, part: str) -> Path:
         """Return the weights file of a part, the UNet among them."""
-        folder, variant = (self.folder, None) if part == UNET else self.parts
-        return weights_file(folder / part, TRAINED_PARTS.get(part, "model"), variant)
+        variant = None if part == UNET else self.parts[1]
+        return weights_file(self._part_folder(part), STEMS.get(part, "model"), variant)
 
-    def part_config(self, part: str) -> dict[str, object]:
+    def part_config(self, part: str) -> dict[str, Any]:
         """Return the config of a part."""
-        return read_config((self.folder if part == UNET else self.parts[0]) / part)
+        return read_config(self._part_folder(part))
+
+    def _part_folder(self, part: str) -> Path:
+        return self.folder / UNET if part == UNET else self.replaced.get(part, self.parts[0] / part)
 
 
 def read_trained_run(folder: Path, pretrained: str | None = None) -> TrainedRun:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from sd_memguard.data.duplicate_report import count_duplicates
 from sd_memguard.files import gigabytes
 from sd_memguard.models.lora import add_adapter
-from sd_memguard.models.pipeline import read_config
+from sd_memguard.models.pipeline import read_config, replaced_parts
 from sd_memguard.training.build import forward_dtype, make_optimizer, prepare_models
 from sd_memguard.training.loss import DenoisingLoss, dream_exponent
 from sd_memguard.training.optimizer_step import ClippedStep
@@ -39,6 +39,8 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
         "epochs": f"{epochs_per_round(plan):.1f} over a shard per round",
         "memory": f"{gigabytes(active)} for UNet weights, gradients and optimizer on {accelerator.device}, "
         "and activations",
+        "frozen networks": f"{gigabytes(sizes.others)} for VAE and text encoders (as they lie on the disk), on the "
+        "device until their caches are filled",
         "offloaded proxies": f"{gigabytes(sizes.offloaded)} in the proxy store",
         "disk": f"{gigabytes(sizes.result + sizes.num_checkpoints * sizes.checkpoint)} at most: the model and "
         f"{sizes.num_checkpoints} checkpoint(s)",
@@ -71,7 +73,7 @@ def time_step(plan: Plan, accelerator: Accelerator) -> float:
     loss = DenoisingLoss(models.noise_scheduler, dream_detail_preservation=dream_exponent(config))
     side = config.resolution // vae_factor(plan)
     latents = torch.randn(config.train_batch_size, unet.config.in_channels, side, side, device=device)
-    embeddings = torch.randn(config.train_batch_size, 77, unet.config.cross_attention_dim, device=device)
+    condition = models.kind.blank(unet, config.train_batch_size, 77, device)
     middle = models.noise_scheduler.config.num_train_timesteps // 2
     timesteps = torch.full((config.train_batch_size,), middle, device=device)
     durations = []
@@ -79,7 +81,7 @@ def time_step(plan: Plan, accelerator: Accelerator) -> float:
         start = time.perf_counter()
         for _ in range(config.gradient_accumulation_steps):
             with accelerator.autocast():
-                losses = loss(unet, latents, embeddings, timesteps, torch.randn_like(latents))
+                losses = loss(unet, latents, condition, timesteps, torch.randn_like(latents))
             losses.mean().backward()
         float(step.step(1.0).wait())
         if device.type == "cuda":
@@ -90,4 +92,5 @@ def time_step(plan: Plan, accelerator: Accelerator) -> float:
 
 def vae_factor(plan: Plan) -> int:
     """Return by how much the VAE shrinks an image's side."""
-    return 2 ** (len(read_config(plan.pipeline / "vae")["block_out_channels"]) - 1)
+    vae = replaced_parts(plan.config).get("vae", plan.pipeline / "vae")
+    return 2 ** (len(read_config(vae)["block_out_channels"]) - 1)

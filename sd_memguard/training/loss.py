@@ -1,5 +1,7 @@
 """The denoising loss of each sample, before it is weighed."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from diffusers import DDPMScheduler
@@ -8,7 +10,8 @@ from torch import Tensor, nn
 
 from sd_memguard.config import TrainConfig
 from sd_memguard.core.async_copy import to_device
-from sd_memguard.core.seeding import Address, draw_integers, draw_normal
+from sd_memguard.core.seeding import Address, draw_integers, draw_normal, draw_uniform
+from sd_memguard.models.kinds import Condition
 
 
 class NoiseSampler:
@@ -19,17 +22,26 @@ class NoiseSampler:
         num_timesteps: number of timesteps of the schedule.
         noise_offset: scale of an offset of each channel's noise (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
         input_perturbation: scale of the noise added to the noise of the input alone (https://arxiv.org/abs/2301.11706).
+        timestep_weights: (T,) how often each timestep is taken, relative to others; None for all alike.
     """
 
-    def __init__(self, seed: int, num_timesteps: int, noise_offset: float = 0, input_perturbation: float = 0) -> None:
+    def __init__(
+        self,
+        seed: int,
+        num_timesteps: int,
+        noise_offset: float = 0,
+        input_perturbation: float = 0,
+        timestep_weights: Tensor | None = None,
+    ) -> None:
         self.seed, self.num_timesteps = seed, num_timesteps
+        self.cumulated = None if timestep_weights is None else timestep_weights.double().cumsum(0)
         self.noise_offset, self.input_perturbation = noise_offset, input_perturbation
 
     def sample(
         self, addresses: list[Address], shape: tuple[int, ...], device: torch.device, purpose: str = ""
     ) -> tuple[Tensor, Tensor, Tensor]:
         r"""Return timesteps (B,), noise and the noise of the input (both (B, \\*shape)), one for each address."""
-        timesteps = draw_integers(self.seed, f"{purpose}timestep", addresses, self.num_timesteps)
+        timesteps = self._timesteps(addresses, purpose)
         noise = draw_normal(self.seed, f"{purpose}noise", addresses, shape)
         if self.noise_offset:
             channels = (shape[0], *(1 for _ in shape[1:]))
@@ -41,6 +53,28 @@ class NoiseSampler:
         on_device = to_device(noise, device)
         input_on_device = on_device if input_noise is noise else to_device(input_noise, device)
         return to_device(timesteps, device), on_device, input_on_device
+
+    def _timesteps(self, addresses: list[Address], purpose: str) -> Tensor:
+        if self.cumulated is None:
+            return draw_integers(self.seed, f"{purpose}timestep", addresses, self.num_timesteps)
+        shares = draw_uniform(self.seed, f"{purpose}timestep", addresses) * self.cumulated[-1]
+        return torch.searchsorted(self.cumulated, shares, right=True).clamp(max=self.num_timesteps - 1)
+
+
+def timestep_weights(config: TrainConfig, num_timesteps: int) -> Tensor | None:
+    """Return how often each timestep is taken, (T,), relative to others, None without ``--timestep_bias_strategy``."""
+    biased = int(config.timestep_bias_portion * num_timesteps)
+    chosen = {
+        "none": None,
+        "earlier": slice(0, biased),
+        "later": slice(num_timesteps - biased, num_timesteps),
+        "range": slice(config.timestep_bias_begin, config.timestep_bias_end),
+    }[config.timestep_bias_strategy]
+    if chosen is None:
+        return None
+    weights = torch.ones(num_timesteps)
+    weights[chosen] *= config.timestep_bias_multiplier
+    return weights
 
 
 def dream_exponent(config: TrainConfig) -> float | None:
@@ -70,7 +104,7 @@ class DenoisingLoss:
         self,
         unet: nn.Module,
         latents: Tensor,
-        embeddings: Tensor,
+        condition: Condition,
         timesteps: Tensor,
         noise: Tensor,
         input_noise: Tensor | None = None,
@@ -82,7 +116,7 @@ class DenoisingLoss:
         Args:
             unet: the denoiser.
             latents: (B, C, h, w) scaled latents.
-            embeddings: (B, tokens, width) text embeddings.
+            condition: what the denoiser takes besides, (B, ...).
             timesteps: (B,) int64.
             noise: (B, C, h, w), what the target is made of.
             input_noise: (B, C, h, w), what the input is made of; ``noise`` by default.
@@ -93,11 +127,14 @@ class DenoisingLoss:
         target = noise  # `epsilon`; other types were refused when the pipeline was looked at
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, noise, timesteps)
+        added = {} if condition.added is None else {"added_cond_kwargs": condition.added}
         if dream and self.dream_detail_preservation is not None:
             noisy, target = compute_dream_and_update_latents(
-                unet, scheduler, timesteps, noise, noisy, target, embeddings, self.dream_detail_preservation
+                partial(unet, **added),
+                *(scheduler, timesteps, noise, noisy, target, condition.embeddings),
+                self.dream_detail_preservation,
             )
-        prediction = unet(noisy, timesteps, embeddings, return_dict=False)[0]
+        prediction = unet(noisy, timesteps, condition.embeddings, return_dict=False, **added)[0]
         return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
     def weights(self, timesteps: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from sd_memguard.export.exporter import FULL_RANK
 from sd_memguard.files import gigabytes, nearest_folder
 from sd_memguard.host_memory import available_memory
 from sd_memguard.models.lora import TARGETS
-from sd_memguard.models.pipeline import TRAINED_PARTS, weights_file
+from sd_memguard.models.pipeline import STEMS, replaced_parts, weights_file
 from sd_memguard.runs.checkpoint import list_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class Footprint:
         checkpoint: one that shares no file with another: every proxy, and the aggregate.
         num_checkpoints: how many are kept.
         result: the finished pipeline, with the files of ``--export_formats``.
+        others: the parts of the pipeline besides the UNet, as they lie on the disk.
     """
 
     model: int
@@ -51,6 +52,7 @@ class Footprint:
     checkpoint: int
     num_checkpoints: int
     result: int
+    others: int
 
 
 def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> Footprint:
@@ -62,7 +64,7 @@ def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> F
     num_checkpoints = schedule.total_steps // config.checkpointing_steps
     if num_checkpoints and schedule.total_steps % config.checkpointing_steps:
         num_checkpoints += 1  # before the export
-    model, others = BYTES * num_parameters, other_parts(pipeline, config.variant)
+    model, others = BYTES * num_parameters, other_parts(pipeline, config)
     copies = 1 + ("single-file" in (config.export_formats or ()))
     lora = sum(name.startswith("lora") for name in config.export_formats or ()) + (config.rank is not None)
     rank = FULL_RANK if config.rank is None else config.rank * schedule.num_shards
@@ -74,22 +76,24 @@ def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> F
         checkpoint=schedule.num_shards * proxy + BYTES * num_parameters,
         num_checkpoints=min(num_checkpoints, config.checkpoints_total_limit or num_checkpoints),
         result=copies * (model + others) + lora * BYTES * rank * per_rank,
+        others=others,
     )
 
 
-def other_parts(pipeline: Path, variant: str | None) -> int:
+def other_parts(pipeline: Path, config: TrainConfig) -> int:
     """Return the bytes of the parts that are copied to the result: all but the UNet."""
-    size = 0
+    size, replaced = 0, replaced_parts(config)
     for part in pipeline.iterdir():
-        if part.name == "unet" or not list(part.glob("*.safetensors")):
+        source = replaced.get(part.name, part)
+        if part.name == "unet" or not list(source.glob("*.safetensors")):
             continue
-        size += weights_file(part, TRAINED_PARTS.get(part.name, "model"), variant).stat().st_size
+        size += weights_file(source, STEMS.get(part.name, "model"), config.variant).stat().st_size
     return size
 
 
 def count_parameters(pipeline: Path, config: TrainConfig) -> tuple[int, int]:
     """Return the number of the UNet's parameters, and of those of a LoRA adapter of rank 1 on it."""
-    file = weights_file(pipeline / "unet", TRAINED_PARTS["unet"], config.variant)
+    file = weights_file(pipeline / "unet", STEMS["unet"], config.variant)
     with safe_open(file, framework="pt") as tensors:
         shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
     adapted = [

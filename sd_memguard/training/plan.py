@@ -26,7 +26,7 @@ from sd_memguard.data.samples import BadSample, Checked, SampleError, Samples, l
 from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS
 from sd_memguard.defaults import resolve_settings
 from sd_memguard.files import replace_text
-from sd_memguard.models.pipeline import check_kind, find_pipeline, local_pipeline
+from sd_memguard.models.pipeline import find_pipeline, local_pipeline, recognize
 from sd_memguard.runs.checkpoint import foreign_checkpoints, refuse_changes
 from sd_memguard.runs.folder import CONFIG, FOLDER, SUMMARY, RunFolderError
 from sd_memguard.runs.records import SampleTable
@@ -142,6 +142,7 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     Raises:
         UserError: see its subclasses; no model was loaded, and nothing written but what the images were found to be.
     """
+    config = recognize(config)
     recorded = _recorded(config)
     seed = config.seed if config.seed is not None else recorded.get("seed", secrets.randbits(31))
     guard = GuardConfig.off() if config.memguard == "off" else config.guard
@@ -150,12 +151,8 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     check_extras(config)
     if guard.sample_rule != "auto":
         rule_class(guard.sample_rule)  # refuses a rule that cannot be imported
-    # The kind of model before the images, whose check takes longer; a download after them.
-    pipeline = None
-    if local_pipeline(config) is None:
-        check_kind(config)
-    else:
-        pipeline = find_pipeline(config)
+    # A folder before the images, whose check takes longer; a download after them.
+    pipeline = None if local_pipeline(config) is None else find_pipeline(config)
     train_folder = _unbundle(config.train_data_dir, assets.demo_data_path())
     groups_duplicates = guard.group_duplicates != "off"
     samples = _load_images(

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +20,7 @@ from sd_memguard.core.rules import AUGMENT, Action, shares_text
 from sd_memguard.core.schedule import RoundSchedule
 from sd_memguard.data.image_check import shortened
 from sd_memguard.ensemble import round_text
+from sd_memguard.training.failures import Seen
 from sd_memguard.training.plan import Plan
 from sd_memguard.training.run_state import RunState
 
@@ -121,6 +122,16 @@ class RunLog:
         self._bar.update(progress.global_step - self._bar.n)
         fractions = {f"{column}_fraction": share for column, share in shares.items()}
         self.accelerator.log({"train_loss": loss, "lr": learning_rate, **fractions}, step=progress.global_step)
+
+    def image_losses(self, seen: list[Seen], global_step: int) -> None:
+        """Send the loss of each image of a step to the trackers, by the name of its file."""
+        samples = self.plan.samples
+        losses = {
+            f"loss_for_{PurePath(samples.file(sample_id)).name}": loss
+            for one in seen
+            for sample_id, loss in zip(one.sample_ids.tolist(), one.verdict.losses.tolist(), strict=True)
+        }
+        self.accelerator.log(losses, step=global_step)
 
     def round(self, row: dict[str, Any]) -> None:
         """Write the line of a round and send its curves to the trackers."""

@@ -27,6 +27,7 @@ from sd_memguard.environment import launched_processes
 from sd_memguard.export.exporter import export_at_end
 from sd_memguard.export.hub import push_to_hub
 from sd_memguard.export.pipeline_folder import write_pipeline
+from sd_memguard.models.pipeline import recognize, replaced_parts
 from sd_memguard.runs.checkpoint import remove_leftovers
 from sd_memguard.runs.folder import PROXIES_FOLDER
 from sd_memguard.runs.lock import run_lock
@@ -53,7 +54,7 @@ from sd_memguard.training.distributed_start import (
 from sd_memguard.training.dry_run import describe_plan, vae_factor
 from sd_memguard.training.failures import NonFiniteError, Seen, check_finite, describe_samples, explained_faults
 from sd_memguard.training.learning_rate import learning_rate_schedule
-from sd_memguard.training.loss import DenoisingLoss, NoiseSampler, dream_exponent
+from sd_memguard.training.loss import DenoisingLoss, NoiseSampler, dream_exponent, timestep_weights
 from sd_memguard.training.optimizer_step import ClippedStep, ProxyScalers
 from sd_memguard.training.plan import Plan, finished_summary
 from sd_memguard.training.progress_log import RunLog, summary_text
@@ -87,6 +88,7 @@ def train(config: TrainConfig) -> TrainResult:
         NonFiniteError: the losses or gradients of several steps in a row are not finite.
         Interrupted: a signal asked the run to stop; it has saved a checkpoint.
     """
+    config = recognize(config)
     accelerator = make_accelerator(config) if launched_processes() > 1 else None
     exchange = ProcessGroup(accelerator.device if accelerator else "cpu")
     silence_non_main(exchange)
@@ -136,6 +138,7 @@ class Trainer:
         self.ranks = Ranks(exchange or ProcessGroup(alone=True), plan.schedule.num_shards, config.train_batch_size)
         self.plan, self.config, self.schedule, self.accelerator = plan, config, plan.schedule, accelerator
         models = prepare_models(plan, accelerator)
+        self.kind = models.kind
         self.unet: UNet2DConditionModel = models.unet
         dtype = forward_dtype(accelerator)
         self.ema = make_ema(self.unet, config, accelerator.device)
@@ -155,7 +158,13 @@ class Trainer:
             exchange=processes,
         )
         num_timesteps = models.noise_scheduler.config.num_train_timesteps
-        self.noise_sampler = NoiseSampler(plan.seed, num_timesteps, config.noise_offset, config.input_perturbation)
+        self.noise_sampler = NoiseSampler(
+            plan.seed,
+            num_timesteps,
+            config.noise_offset,
+            config.input_perturbation,
+            timestep_weights(config, num_timesteps),
+        )
         self.loss = DenoisingLoss(models.noise_scheduler, config.snr_gamma, dream_exponent(config))
         self.validator = RoundValidator(plan, self.source, encoders, num_timesteps, is_main=self.ranks.is_main)
 
@@ -181,7 +190,7 @@ class Trainer:
             self.schedule.num_shards,
         )
         encoders.release(
-            vae=self.source.caches_latents and not plan.guard.augments, text_encoder=self.source.caches_embeddings
+            vae=self.source.caches_latents and not plan.guard.augments, text_encoders=self.source.caches_embeddings
         )
 
         self.optimizer_step = ClippedStep(accelerator, self.optimizer, self.parameters, config.max_grad_norm)
@@ -262,6 +271,8 @@ class Trainer:
         self.guard.count()
         for verdict in verdicts:
             self.ensemble.record(verdict)
+        if self.config.debug_loss:
+            self.log.image_losses(seen, self.progress.global_step + 1)
         self.check_pending_norms()
         if not all(bool(torch.isfinite(verdict.losses).all()) for verdict in verdicts):
             self.optimizer.zero_grad()
@@ -299,18 +310,18 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         if not addresses:
             return self._no_losses()
-        latents, embeddings = batch
+        latents, condition = batch
         timesteps, noise, input_noise = self.noise_sampler.sample(addresses, latents.shape[1:], latents.device, purpose)
-        return self.loss(self.model, latents, embeddings, timesteps, noise, input_noise, dream=dream), timesteps
+        return self.loss(self.model, latents, condition, timesteps, noise, input_noise, dream=dream), timesteps
 
     def _no_losses(self) -> tuple[Tensor, Tensor]:
         """Return the losses of no samples, with a graph: the exchange of gradients waits for every process."""
         channels, side = self.unet.config.in_channels, self.config.resolution // vae_factor(self.plan)
         device = self.accelerator.device
         latents = torch.zeros(1, channels, side, side, device=device)
-        embeddings = torch.zeros(1, 1, self.unet.config.cross_attention_dim, device=device)
+        condition = self.kind.blank(self.unet, 1, 1, device)
         timesteps = torch.zeros(1, dtype=torch.int64, device=device)
-        return self.loss(self.model, latents, embeddings, timesteps, latents, dream=False)[:0], timesteps[:0]
+        return self.loss(self.model, latents, condition, timesteps, latents, dream=False)[:0], timesteps[:0]
 
     def _count_forwards(self, number: int, *, dream: bool) -> None:
         self.progress.image_forwards += number * (2 if dream and self.config.dream_training else 1)
@@ -418,7 +429,12 @@ class Trainer:
             if unet is not None:
                 check_finite(unet)
                 write_pipeline(
-                    self.plan.pipeline, unet, output_dir, config.variant, prediction_type=config.prediction_type
+                    self.plan.pipeline,
+                    unet,
+                    output_dir,
+                    config.variant,
+                    prediction_type=config.prediction_type,
+                    replaced=replaced_parts(config),
                 )
         if not self.ranks.is_main:
             return TrainResult(output_dir, progress.global_step, self._summary())

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from sd_memguard.core.seeding import Address, derive_seed, draw_normal, draw_uniform, permutation
 from sd_memguard.data.batches import BatchSource, Encoders
+from sd_memguard.models.kinds import Condition
+from sd_memguard.models.pipeline import kind_of, load_vae
 from sd_memguard.training.loss import DenoisingLoss
 from sd_memguard.training.plan import Plan
 from sd_memguard.training.progress_log import RunLog
@@ -59,7 +61,7 @@ class LossProbe:
         return MeanLoss(float(per_image.mean()), spread / math.sqrt(len(per_image)))
 
     def _losses(
-        self, unet: nn.Module, loss: DenoisingLoss, ids: list[int], latents: Tensor, embeddings: Tensor
+        self, unet: nn.Module, loss: DenoisingLoss, ids: list[int], latents: Tensor, condition: Condition
     ) -> Tensor:
         total = torch.zeros(len(ids))
         for part in range(TIMESTEPS_PER_IMAGE):
@@ -67,7 +69,7 @@ class LossProbe:
             place = (draw_uniform(self.seed, "probe_timestep", addresses) + part) / TIMESTEPS_PER_IMAGE
             timesteps = (place * self.num_timesteps).long().to(latents.device)
             noise = draw_normal(self.seed, "probe_noise", addresses, latents.shape[1:]).to(latents.device)
-            total += loss(unet, latents, embeddings, timesteps, noise, dream=False).cpu()
+            total += loss(unet, latents, condition, timesteps, noise, dream=False).cpu()
         return total / TIMESTEPS_PER_IMAGE
 
 
@@ -75,6 +77,7 @@ class LossProbe:
 def generate_prompts(
     folder: Path,
     unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
     prompts: list[str],
     accelerator: Accelerator,
     seed: int,
@@ -86,15 +89,23 @@ def generate_prompts(
     """
     was_training = unet.training
     unet.eval()
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, unet=unet, safety_checker=None, requires_safety_checker=False, use_safetensors=True, variant=variant
+    kind = kind_of(folder)
+    pipeline = kind.pipeline.from_pretrained(
+        folder, unet=unet, vae=vae, use_safetensors=True, variant=variant, **kind.loading
     ).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
-    images = []
+    latents = []
     with accelerator.autocast():
         for position, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(derive_seed(seed, "validation_generated_image", position))
-            images.append(pipeline(prompt, num_inference_steps=NUM_INFERENCE_STEPS, generator=generator).images[0])
+            latents.append(
+                pipeline(
+                    prompt, num_inference_steps=NUM_INFERENCE_STEPS, generator=generator, output_type="latent"
+                ).images
+            )
+    # Not under autocast: the activations of SDXL's VAE overflow in fp16.
+    decoded = [vae.decode(one.float() / vae.config.scaling_factor).sample for one in latents]
+    images = [pipeline.image_processor.postprocess(one)[0] for one in decoded]
     unet.train(was_training)
     return images
 
@@ -158,5 +169,6 @@ class RoundValidator:
 
     def _generate(self, state: RunState, log: RunLog) -> None:
         folder, variant, seed = self.plan.pipeline, self.config.variant, self.plan.seed
-        images = generate_prompts(folder, state.unet, self.prompts, log.accelerator, seed, variant)
+        vae = load_vae(folder, self.config)
+        images = generate_prompts(folder, state.unet, vae, self.prompts, log.accelerator, seed, variant)
         log.generated(images, state.ensemble.progress.global_step)

@@ -49,7 +49,7 @@ def test_a_one_file_checkpoint_is_loaded_with_the_configs_of_a_folder(tmp_path):
         pipeline.unet.conv_out.bias += 0.1
     parts = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
     configs = {name: part.config if name != "text_encoder" else part.config.to_dict() for name, part in parts.items()}
-    weights = single_file_weights(*(part.state_dict() for part in parts.values()), configs)
+    weights, _ = single_file_weights({name: part.state_dict() for name, part in parts.items()}, configs)
     file = tmp_path / "model.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
     loaded = load_pipeline(find_model(f"bundled+{file}"), CPU)

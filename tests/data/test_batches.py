@@ -40,7 +40,7 @@ def test_caches_change_nothing(make_source, wide_images, shape, random_affine):
     assert not computed.caches_embeddings
     for (_, ours), (_, theirs) in zip(cached.batches(TIMES_SEEN), computed.batches(TIMES_SEEN), strict=True):
         torch.testing.assert_close(ours.latents, theirs.latents, rtol=0, atol=1e-5)
-        torch.testing.assert_close(ours.embeddings, theirs.embeddings, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.condition, theirs.condition, rtol=0, atol=1e-5)
 
 
 def test_random_crops_are_not_cached(make_source, wide_images):

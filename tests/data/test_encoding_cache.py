@@ -239,14 +239,14 @@ def test_the_tokenizer_counts(make_source, pipeline, tmp_path, work):
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 12}))
     other = make_source(**DISK, pretrained_model_name_or_path=str(tmp_path / "other"))
     assert work()["embeddings"] == 64
-    assert all_batches(other)[0].embeddings.shape[1] == 12
+    assert all_batches(other)[0].condition.embeddings.shape[1] == 12
 
 
 def test_a_fingerprint_is_of_weights_and_config(configure, pipeline, tmp_path):
     first, again = (load_models(pipeline, configure()) for _ in range(2))
     other = load_models(Path(reweighted(pipeline, tmp_path / "other", "vae")), configure())
     assert fingerprint(first.vae) == fingerprint(again.vae) != fingerprint(other.vae)
-    assert fingerprint(first.text_encoder) == fingerprint(again.text_encoder)
+    assert fingerprint(first.text.encoders["text_encoder"]) == fingerprint(again.text.encoders["text_encoder"])
     again.vae.register_to_config(scaling_factor=1.0)
     assert fingerprint(again.vae) != fingerprint(first.vae)
 
@@ -402,10 +402,11 @@ def test_a_released_network_leaves_and_one_that_is_needed_stays(make_source, mon
     encoders = make_source(**OFF).encoders
     moved = []
     monkeypatch.setattr(encoders.vae, "to", lambda device: moved.append(("vae", device)))
-    monkeypatch.setattr(encoders.text_encoder, "to", lambda device: moved.append(("text_encoder", device)))
-    encoders.release(vae=False, text_encoder=True)
+    (text_encoder,) = encoders.text.encoders.values()
+    monkeypatch.setattr(text_encoder, "to", lambda device: moved.append(("text_encoder", device)))
+    encoders.release(vae=False, text_encoders=True)
     assert moved == [("text_encoder", "cpu")]
-    encoders.release(vae=True, text_encoder=False)
+    encoders.release(vae=True, text_encoders=False)
     assert moved == [("text_encoder", "cpu"), ("vae", "cpu")]
 
 

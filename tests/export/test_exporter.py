@@ -242,11 +242,11 @@ def test_a_file_that_is_not_what_was_meant_is_refused_and_removed(tiny, tmp_path
     honest = exporter_module.single_file_weights
 
     def swapped(*args):
-        weights = honest(*args)
+        weights, version = honest(*args)
         names = [
             f"model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_{letter}.weight" for letter in "qk"
         ]
-        return weights | {names[0]: weights[names[1]], names[1]: weights[names[0]]}
+        return weights | {names[0]: weights[names[1]], names[1]: weights[names[0]]}, version
 
     out = tmp_path / "out" / "one.safetensors"
     monkeypatch.setattr(exporter_module, "single_file_weights", swapped)
@@ -369,7 +369,7 @@ def test_a_run_ends_with_the_files_that_were_asked_for(run, caplog):
 
 def test_an_export_that_fails_at_the_end_loses_nothing(run, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(exporter_module, "single_file_weights", lambda *args: {})
+    monkeypatch.setattr(exporter_module, "single_file_weights", lambda *args: ({}, "v1"))
     with pytest.raises(ExportError, match="`single-file`: diffusers cannot load what was written"):
         run("mine", max_train_steps=8, report_to="tensorboard", export_formats=["single-file", "lora-kohya"])
     assert "the fine-tuned pipeline is in" in caplog.text

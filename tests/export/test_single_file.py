@@ -26,17 +26,22 @@ UPSTREAM = json.loads(gzip.decompress((DATA / "upstream_single_file.json.gz").re
 
 def parts_without_memory(config):
     with torch.device("meta"):
-        return (
-            UNet2DConditionModel(**config["unet"]).state_dict(),
-            AutoencoderKL(**config["vae"]).state_dict(),
-            CLIPTextModel(CLIPTextConfig(**config["text_encoder"])).state_dict(),
-        )
+        networks = {
+            "unet": UNet2DConditionModel(**config["unet"]),
+            "vae": AutoencoderKL(**config["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**config["text_encoder"])),
+        }
+        if "text_encoder_2" in config:
+            second = CLIPTextConfig(**config["text_encoder_2"])
+            networks["text_encoder_2"] = CLIPTextModelWithProjection(second)
+    return {part: network.state_dict() for part, network in networks.items()}
 
 
-@pytest.mark.parametrize("version", ["sd15", "sd21"])
+@pytest.mark.parametrize("version", ["sd15", "sd21", "sdxl"])
 def test_keys_and_shapes_of_the_true_models_are_those_of_upstream(version):
     config = CONFIGS[version]
-    ours = single_file_weights(*parts_without_memory(config), config)
+    ours, found = single_file_weights(parts_without_memory(config), config)
+    assert found == {"sd15": "v1", "sd21": "v2", "sdxl": "xl-v1-base"}[version]
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == UPSTREAM[version]
 
 
@@ -94,7 +99,7 @@ def test_open_clip_has_one_matrix_for_query_key_and_value_and_its_projection_the
 @pytest.mark.parametrize(
     "name",
     [
-        "add_embedding.linear_1.weight",  # SDXL
+        "class_embedding.linear_1.weight",
         "mid_block.resnets.2.conv1.weight",
         "down_blocks.0.motion_modules.0.norm.weight",
         "down_blocks.0.resnets.3.conv1.weight",

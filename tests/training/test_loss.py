@@ -6,8 +6,9 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from sd_memguard.models.kinds import Condition
 from sd_memguard.training.learning_rate import learning_rate_schedule
-from sd_memguard.training.loss import DenoisingLoss, NoiseSampler
+from sd_memguard.training.loss import DenoisingLoss, NoiseSampler, timestep_weights
 
 TIMESTEPS = torch.arange(0, 1000, 37)
 NAMES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
@@ -46,7 +47,7 @@ def test_the_loss_is_the_mean_squared_error_of_each_sample(prediction_type):
     latents, noise = torch.randn(2, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([10, 900])
     scheduler = DDPMScheduler(prediction_type=prediction_type)
-    losses = DenoisingLoss(scheduler)(Halving(), latents, torch.zeros(2, 1, 1), timesteps, noise)
+    losses = DenoisingLoss(scheduler)(Halving(), latents, Condition(torch.zeros(2, 1, 1)), timesteps, noise)
     alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[timesteps]
     for i in range(2):
         clean, noisy = alphas[i].sqrt(), (1 - alphas[i]).sqrt()
@@ -57,7 +58,7 @@ def test_the_loss_is_the_mean_squared_error_of_each_sample(prediction_type):
 
 def test_dream_changes_the_loss_only_where_it_is_asked_for():
     latents, noise = torch.randn(2, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    inputs = (Halving(), latents, torch.zeros(2, 1, 1), torch.tensor([300, 900]), noise)
+    inputs = (Halving(), latents, Condition(torch.zeros(2, 1, 1)), torch.tensor([300, 900]), noise)
     plain, dream = DenoisingLoss(DDPMScheduler()), DenoisingLoss(DDPMScheduler(), dream_detail_preservation=1.0)
     assert torch.equal(dream(*inputs, dream=False), plain(*inputs))
     assert not torch.allclose(dream(*inputs), plain(*inputs))
@@ -75,6 +76,22 @@ def test_noise_offset_and_input_perturbation():
     _, target, perturbed = NoiseSampler(0, 1000, input_perturbation=0.1).sample(addresses, shape, device)
     assert torch.equal(target, noise)
     assert (perturbed - noise).std() == pytest.approx(0.1, rel=0.2)
+
+
+@pytest.mark.parametrize("strategy", ["earlier", "later", "range"])
+def test_timesteps_are_biased_as_upstream_weighs_them(configure, strategy):
+    settings = {"timestep_bias_multiplier": 3.0, "timestep_bias_portion": 0.3}
+    settings |= {"timestep_bias_begin": 4, "timestep_bias_end": 7}
+    weights = timestep_weights(configure(timestep_bias_strategy=strategy, **settings), 10)
+    biased = {"earlier": range(3), "later": range(7, 10), "range": range(4, 7)}[strategy]
+    # From generate_timestep_weights of train_text_to_image_sdxl.py: multiplied, then normalized.
+    expected = torch.tensor([3.0 if timestep in biased else 1.0 for timestep in range(10)]) / 16
+    assert torch.equal(weights / weights.sum(), expected)
+    sampler = NoiseSampler(0, 10, timestep_weights=weights)
+    timesteps, *_ = sampler.sample([(0, 0, number) for number in range(8000)], (1,), torch.device("cpu"))
+    found = torch.bincount(timesteps, minlength=10) / 8000
+    torch.testing.assert_close(found, expected, rtol=0, atol=5 * (0.1875 / 8000) ** 0.5)
+    assert timestep_weights(configure(), 10) is None
 
 
 def stepped(name: str, steps: int) -> list[float]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from diffusers import StableDiffusionPipeline
 
+from sd_memguard.config import make_train_config
 from sd_memguard.errors import ConfigError
-from sd_memguard.models.pipeline import GONE, ModelError
+from sd_memguard.models.pipeline import GONE, ModelError, recognize
 from sd_memguard.training.plan import make_plan, num_different, plan_rounds
 
 
@@ -69,17 +70,28 @@ def predicting(pipeline, tmp_path):
 def test_a_wrong_kind_of_model_is_told_before_the_images_are_looked_at(configure, pipeline, tmp_path, unscanned):
     folder = Path(shutil.copytree(pipeline, tmp_path / "other"))
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionXLPipeline"}))
-    with pytest.raises(ModelError, match="StableDiffusionXLPipeline"):
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    with pytest.raises(
+        ModelError, match=r"is a FluxPipeline; only StableDiffusionPipeline and StableDiffusionXLPipeline"
+    ):
         make_plan(configure(pretrained_model_name_or_path=str(folder)))
 
 
 def test_the_kind_of_a_model_of_the_hub_is_told_by_its_index_alone(configure, monkeypatch, unscanned):
-    index = {"_class_name": "StableDiffusionXLPipeline"}
+    index = {"_class_name": "StableDiffusion3Pipeline"}
     monkeypatch.setattr(StableDiffusionPipeline, "load_config", lambda name, **options: index)
     monkeypatch.setattr(StableDiffusionPipeline, "download", None)
-    with pytest.raises(ModelError, match="somebody/sdxl is a StableDiffusionXLPipeline"):
-        make_plan(configure(pretrained_model_name_or_path="somebody/sdxl"))
+    with pytest.raises(ModelError, match="somebody/sd3 is a StableDiffusion3Pipeline"):
+        make_plan(configure(pretrained_model_name_or_path="somebody/sd3"))
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution"), [("StableDiffusionPipeline", 512), ("StableDiffusionXLPipeline", 1024)]
+)
+def test_the_defaults_for_a_model_of_the_hub_are_those_of_its_kind(monkeypatch, images, name, resolution):
+    monkeypatch.setattr(StableDiffusionPipeline, "load_config", lambda model, **options: {"_class_name": name})
+    config = make_train_config(pretrained_model_name_or_path="somebody/model", train_data_dir=str(images))
+    assert recognize(config).resolution == resolution
 
 
 @pytest.mark.parametrize("name", GONE)
