@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sd_memguard.export.single_file import (
@@ -17,6 +20,7 @@ from sd_memguard.export.single_file import (
     text_encoder_weights,
     vae_tensor,
 )
+from sd_memguard.models.lora import DOWN, TARGETS, UP, LowRank, kohya_names
 
 DATA = Path(__file__).parents[1] / "fixtures"
 CONFIGS = json.loads((DATA / "stable_diffusion_configs.json").read_text(encoding="utf-8"))
@@ -43,6 +47,26 @@ def test_keys_and_shapes_of_the_true_models_are_those_of_upstream(version):
     ours, found = single_file_weights(parts_without_memory(config), config)
     assert found == {"sd15": "v1", "sd21": "v2", "sdxl": "xl-v1-base"}[version]
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == UPSTREAM[version]
+
+
+def test_kohya_names_of_sdxl_are_read_back_by_diffusers():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**CONFIGS["sdxl"]["unet"])
+    layers = [name for name, _ in unet.named_modules() if name.endswith(tuple(f".{target}" for target in TARGETS))]
+    original = ldm_unet_names([f"{layer}.weight" for layer in layers], 2)
+    names = {layer: original[f"{layer}.weight"].removesuffix(".weight") for layer in layers}
+    factors = {f"{layer}{suffix}": torch.zeros(1, 1) for layer in layers for suffix in (DOWN, UP)}
+    adapter = LowRank(factors, 1, 0.0, 0.0)
+    ours = kohya_names(adapter, names)
+    # As files of sd-scripts for SDXL have them.
+    assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight" in ours
+    assert "lora_unet_middle_block_1_transformer_blocks_9_attn2_to_out_0.alpha" in ours
+    assert "lora_unet_output_blocks_5_1_transformer_blocks_1_attn2_to_v.lora_up.weight" in ours
+    read = _maybe_map_sgm_blocks_to_diffusers(dict.fromkeys(ours), SimpleNamespace(**CONFIGS["sdxl"]["unet"]))
+    sides = {"input_blocks": "down_blocks", "middle_block": "mid_block", "output_blocks": "up_blocks"}
+    found = {re.sub("|".join(sides), lambda match: sides[match[0]], name) for name in read}
+    assert found == set(kohya_names(adapter))
+    assert len(ours) == 3 * 4 * 2 * 70  # the down weight, the up weight and the alpha of 70 blocks with two attentions
 
 
 def test_unet_blocks_are_counted_through_for_other_numbers_of_layers():

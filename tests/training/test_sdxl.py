@@ -10,13 +10,13 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sd_memguard.core.sampler import SampleRef
-from sd_memguard.data.batches import BatchSource, Encoders
+from sd_memguard.data.batches import NOTHING, BatchSource, Encoders
 from sd_memguard.models.pipeline import ModelError, load_models
 from sd_memguard.training.build import make_accelerator
 from sd_memguard.training.dry_run import describe_plan
 from sd_memguard.training.loss import DenoisingLoss
 from sd_memguard.training.plan import make_plan
-from sd_memguard.training.trainer import train
+from sd_memguard.training.trainer import Trainer, train
 from tests.conftest import RESOLUTION, SCHEDULE, short_run
 
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
@@ -226,6 +226,17 @@ def test_all_of_it_at_once(run, images, sdxl_pipeline, tmp_path):
     tags = [EventAccumulator(str(file)).Reload().Tags() for file in done.output_dir.rglob("events.out*")]
     assert any("validation" in one["images"] for one in tags)
     assert any("loss_for_secret-07.png" in one["scalars"] for one in tags)
+
+
+def test_a_process_without_samples_takes_part_in_a_step(configure):
+    """Where processes share a batch, the exchange of gradients waits for each of them."""
+    config = configure()
+    plan = make_plan(config)
+    trainer = Trainer(plan, make_accelerator(plan.config))
+    losses, timesteps = trainer._losses(NOTHING, [])
+    assert losses.shape == timesteps.shape == (0,)
+    losses.sum().backward()
+    assert all(parameter.grad is not None for parameter in trainer.parameters)
 
 
 def test_a_dry_run_counts_both_text_encoders(configure, sdxl_pipeline):
