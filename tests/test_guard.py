@@ -189,12 +189,6 @@ def test_aggregation_weights_are_sizes_or_equal():
     assert make_guard(num_shards=3, exclude=exclude, shard_weights="equal").aggregation_weights() == [1.0, 1.0, 1.0]
 
 
-def test_number_of_shards_is_resolved_from_the_usable_samples():
-    exclude = torch.arange(1)
-    assert MemorizationGuard(GuardConfig(num_shards="auto", seed=0), 128).num_shards == 2
-    assert MemorizationGuard(GuardConfig(num_shards="auto", seed=0), 128, exclude=exclude).num_shards == 1
-
-
 def test_groups_stay_together():
     groups = torch.arange(NUM_SAMPLES) // 4
     guard = make_guard(groups=groups, redistribute_fraction=0.5)
@@ -216,7 +210,6 @@ def test_a_balanced_group_counts_as_one_image_everywhere():
     assert sorted(balance.plan.sizes()) in ([6, 14], [7, 13])
     assert balance.aggregation_weights() == balance.epoch_lengths()
     assert torch.equal(balance.balanced_groups, GROUPS)
-    assert make_guard(groups=torch.zeros(NUM_SAMPLES, dtype=torch.int64), num_shards="auto").num_shards == 1
 
 
 def test_groups_that_the_setting_forgets_or_that_do_not_fit_are_refused():

@@ -11,7 +11,7 @@ from torch import Tensor
 from sd_memguard.core.seeding import permutation
 
 NO_SHARD = -1
-EPOCHS_PER_SHARD = 30
+EPOCHS_PER_SHARD = 60
 """Epochs over the images for each of which `auto` takes another shard."""
 
 
@@ -56,18 +56,18 @@ class Moves(NamedTuple):
 
 
 def auto_num_shards(num_samples: int, epochs: float | None = None) -> int:
-    """Return the default number of shards: one for each 64 samples, at least 1 and at most 4.
+    """Return the default number of shards: one for each `EPOCHS_PER_SHARD` epochs, of 64 or more samples, at most 4.
 
-    Smaller shards are memorized sooner (the time to memorize grows with their size, Bonnaire et al. 2025). Where the
-    length of the training is known, there is one for each `EPOCHS_PER_SHARD` epochs at most: a short training gains
-    nothing from an ensemble, of which each proxy takes a part of the steps (docs/results.md).
+    Each proxy takes a part of the steps, so an ensemble costs quality in a short training, where it has nothing to gain
+    (docs/results.md). Smaller shards are memorized sooner (the time to memorize grows with their size, Bonnaire et al.
+    2025).
 
     Args:
         num_samples: different images.
-        epochs: over them, that one model would take; unknown by default.
+        epochs: over them, that one model would take; None, the default, where nobody knows: one shard.
     """
     most = min(max(num_samples // 64, 1), 4)
-    return most if epochs is None else min(most, max(math.ceil(epochs / EPOCHS_PER_SHARD), 1))
+    return 1 if epochs is None else min(most, max(math.ceil(epochs / EPOCHS_PER_SHARD), 1))
 
 
 def lowest_of_group(groups: Tensor | None) -> Tensor | None:

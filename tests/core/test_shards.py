@@ -92,14 +92,15 @@ def test_groups_count_as_one_for_the_number_of_shards():
 
 
 @pytest.mark.parametrize(("num_samples", "expected"), [(1, 1), (127, 1), (128, 2), (255, 3), (256, 4), (9999, 4)])
-def test_auto(num_samples, expected):
-    assert auto_num_shards(num_samples) == expected
+def test_auto_leaves_each_shard_64_samples(num_samples, expected):
+    assert auto_num_shards(num_samples, epochs=1000) == expected
+    assert auto_num_shards(num_samples) == 1
 
 
-@pytest.mark.parametrize(("passes", "expected"), [(0.1, 1), (30, 1), (30.1, 2), (90, 3), (91, 4), (1000, 4)])
-def test_auto_takes_more_shards_for_a_longer_training(passes, expected):
-    assert auto_num_shards(9999, passes) == expected
-    assert auto_num_shards(150, passes) == min(expected, 2)
+@pytest.mark.parametrize(("epochs", "expected"), [(0.1, 1), (60, 1), (60.1, 2), (180, 3), (181, 4), (1000, 4)])
+def test_auto_takes_more_shards_for_a_longer_training(epochs, expected):
+    assert auto_num_shards(9999, epochs) == expected
+    assert auto_num_shards(150, epochs) == min(expected, 2)
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(0, 30))
