@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, model_info, u
 
 from sd_memguard.config import GuardConfig, TrainConfig
 from sd_memguard.core.rules import AUGMENT, rule_class
-from sd_memguard.models.kinds import KINDS
+from sd_memguard.models.kinds import KINDS, kind_named
 from sd_memguard.models.pipeline import local_pipeline, recognize
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def model_card(repository: str, config: TrainConfig, guard: GuardConfig, summary
     """
     base = config.pretrained_model_name_or_path
     is_hub_name = local_pipeline(config) is None
-    kind = next(kind for kind in KINDS.values() if kind.name == recognize(config).model_kind)
+    kind = kind_named(recognize(config).model_kind)
     data = ModelCardData(
         **base_license(config),
         base_model=base if is_hub_name else None,

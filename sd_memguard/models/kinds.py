@@ -164,6 +164,11 @@ KINDS: dict[str, StableDiffusion] = {kind.pipeline.__name__: kind for kind in (S
 """The kinds by the name of their pipeline's class."""
 
 
+def kind_named(name: str | None) -> StableDiffusion:
+    """Return the kind that is called ``sd`` or ``sdxl``."""
+    return next(kind for kind in KINDS.values() if kind.name == name)
+
+
 def _run_encoders(text: TextParts, captions: Sequence[str], device: torch.device, **options: bool) -> list[Any]:
     """Return what each text encoder makes of the captions, cut or padded to the length it was trained on."""
     outputs = []

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from sd_memguard import assets
 from sd_memguard.config import TrainConfig
 from sd_memguard.errors import ConfigError, UserError
-from sd_memguard.models.kinds import KINDS, StableDiffusion, TextParts
+from sd_memguard.models.kinds import KINDS, StableDiffusion, TextParts, kind_named
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +109,8 @@ def local_pipeline(config: TrainConfig) -> Path | None:
 
 
 def _download(name: str, config: TrainConfig) -> Path:
-    pipeline = next(kind.pipeline for kind in KINDS.values() if kind.name == config.model_kind)
     try:
-        folder = pipeline.download(
+        folder = kind_named(config.model_kind).pipeline.download(
             name,
             revision=config.revision,
             variant=config.variant,

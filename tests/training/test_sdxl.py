@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sd_memguard.core.sampler import SampleRef
 from sd_memguard.data.batches import NOTHING, BatchSource, Encoders
+from sd_memguard.export.exporter import Exporter
 from sd_memguard.models.pipeline import ModelError, load_models
+from sd_memguard.runs.trained_run import read_trained_run
 from sd_memguard.training.build import make_accelerator
 from sd_memguard.training.dry_run import describe_plan
 from sd_memguard.training.loss import DenoisingLoss
@@ -221,6 +224,9 @@ def test_all_of_it_at_once(run, images, sdxl_pipeline, tmp_path):
     done = run(**settings, checkpointing_steps=8, proportion_empty_prompts=0.5)
     name = "vae/diffusion_pytorch_model.safetensors"
     assert (done.output_dir / name).read_bytes() == (tmp_path / name).read_bytes()
+    export = Exporter(read_trained_run(done.output_dir / "checkpoint-8")).export("single-file", tmp_path / "one")
+    decoder = load_file(export.path)["first_stage_model.decoder.conv_out.bias"]
+    assert torch.equal(decoder, vae.decoder.conv_out.bias)
     record = json.loads((done.output_dir / "memguard" / "config.json").read_text())
     assert (record["caption_dropout"], record["resolution"]) == (0.5, RESOLUTION)
     tags = [EventAccumulator(str(file)).Reload().Tags() for file in done.output_dir.rglob("events.out*")]
