@@ -191,8 +191,9 @@ def precision_and_recall(generated: Tensor, real: Tensor) -> dict[str, float]:
     return {"precision": round(float(precision), 4), "recall": round(float(recall), 4)}
 
 
-def _mean(losses: Tensor) -> dict[str, float]:
+def _mean(losses: Tensor) -> dict[str, Any]:
     return {
         "mean": round(float(losses.mean()), 6),
         "standard_error": round(float(losses.std() / len(losses) ** 0.5), 6),
+        "by_image": [round(loss, 5) for loss in losses.tolist()],
     }
