@@ -3,7 +3,9 @@
     python -m benchmarks.memorization.table --plot docs/images/memorization.png
 
 Shares are over all generated images of all seeds; the intervals are 95 % bootstrap intervals over prompts. Losses are
-means at fixed timesteps and noise, the same for every variant.
+means at fixed timesteps and noise, the same for every variant. Prompts, noises and timesteps are the same for all
+variants, so the second table of each dataset has paired differences to plain training of as many steps and the same
+seeds; there the intervals of the losses are over held-out images.
 """
 
 import argparse
@@ -20,6 +22,18 @@ from benchmarks.memorization.variants import VARIANTS
 
 RESULTS = Path(__file__).parent / "results"
 NUM_RESAMPLES = 2000
+PLAIN = "plain"
+DIFFERENCES = (
+    "variant",
+    "steps",
+    "seeds",
+    "own image nearest: duplicated",
+    "unique",
+    "agreement beyond the prompt: duplicated",
+    "unique",
+    "prompt followed",
+    "held-out loss, relative",
+)
 COLUMNS = (
     "variant",
     "steps",
@@ -52,6 +66,8 @@ def main() -> None:
     for group, points in groups.items():
         print(f"\n### {group[0]}, duplicates: {group[1]}\n")
         print("\n".join(table(points)))
+        print("\nLess plain:\n")
+        print("\n".join(differences(points)))
     if options.plot:
         from benchmarks.memorization.plot import plot
 
@@ -89,6 +105,53 @@ def table(points: dict[tuple[str, int], list[Result]]) -> Iterable[str]:
         f"{share_text(every, 'heldout', 'copies')}, "
         f"own held-out image nearest {share_text(every, 'heldout', 'own')}."
     )
+
+
+def differences(points: dict[tuple[str, int], list[Result]]) -> Iterable[str]:
+    """Yield the lines of a table with each variant's paired differences to plain training of as many steps."""
+    yield f"| {' | '.join(DIFFERENCES)} |"
+    yield "|---" * len(DIFFERENCES) + "|"
+    for (variant, step), results in points.items():
+        plain = {one["case"]["seed"]: one for one in points.get((PLAIN, step), ())}
+        pairs = [(one, plain[one["case"]["seed"]]) for one in results if one["case"]["seed"] in plain]
+        if pairs and variant != PLAIN:
+            columns = [VARIANTS[variant].title, step, len(pairs), *difference_texts(pairs)]
+            yield f"| {' | '.join(map(str, columns))} |"
+
+
+def difference_texts(pairs: Sequence[tuple[Result, Result]]) -> list[str]:
+    """Return the differences (variant less plain) with their intervals, a text for each column."""
+    shares = [("duplicated", "own"), ("unique", "own")]
+    attributes = [("duplicated", "open_agreement"), ("unique", "open_agreement"), ("heldout", "caption_accuracy")]
+    texts = [
+        _points([flags(one, kind, name) - flags(other, kind, name) for one, other in pairs]) for kind, name in shares
+    ]
+    texts += [
+        _points([by_prompt(one, kind, name) - by_prompt(other, kind, name) for one, other in pairs])
+        if pairs[0][0]["replication"][kind].get(name)
+        else "-"
+        for kind, name in attributes
+    ]
+    losses = [[torch.tensor(one["losses"]["heldout"]["by_image"]).double() for one in pair] for pair in pairs]
+    scale = torch.stack([plain for _, plain in losses]).mean()
+    by_image = torch.stack([one - plain for one, plain in losses]).mean(0) / scale
+    low, high = interval(by_image)
+    return [*texts, f"{by_image.mean():+.1%} ({low:+.1%} to {high:+.1%})"]
+
+
+def _points(by_seed: Sequence[Tensor]) -> str:
+    """Return a mean over prompts in percentage points, with its interval; prompts without a value are left out."""
+    mean = torch.stack(list(by_seed)).mean(0)
+    mean = mean[mean.isfinite()]
+    low, high = interval(mean)
+    return f"{100 * mean.mean():+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
+
+
+def by_prompt(result: Result, kind: str, name: str) -> Tensor:
+    """Return the mean of an attribute figure for each prompt, (prompts,) float64, NaN where it is not known."""
+    one = result["replication"][kind]
+    values = [float("nan") if value is None else value for value in one[name]]
+    return torch.tensor(values).double().view(one["prompts"], -1).nanmean(1)
 
 
 def row(variant: str, step: int, results: Sequence[Result]) -> list[object]:
