@@ -69,7 +69,7 @@ def figures(results: Sequence[Result], variants: Sequence[str]) -> Table:
     for variant, result in zip(variants, results, strict=True):
         own = ", ".join(f"{flags(result, kind, 'own').mean():.0%}" for kind in ("duplicated", "unique"))
         cells = [own, agreement_text([result]), f"{result['losses']['heldout']['mean']:.4f}"]
-        rows.append((VARIANTS[variant].title.replace("`", "").replace("*", ""), cells))
+        rows.append((variant, cells))
     return Table(headings, rows)
 
 
