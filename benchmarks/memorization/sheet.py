@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.memorization.__main__ import Case
 from benchmarks.memorization.datasets import DATASETS, CaptionedImage, Dataset, as_pixels, load_dataset
 from benchmarks.memorization.judge import NUM_IMAGES, NUM_PROMPTS
-from benchmarks.memorization.table import RESULTS, Result, agreement_text, flags
+from benchmarks.memorization.table import RESULTS, Result, agreement_text, attribute, flags
 from benchmarks.memorization.variants import VARIANTS
 from sd_memguard.demo.figure import Block, Column, Table, comparison_image
 
@@ -63,12 +63,17 @@ def main() -> None:
 
 
 def figures(results: Sequence[Result], variants: Sequence[str]) -> Table:
-    """Return the figures of each variant."""
-    headings = ["own image nearest: duplicated, unique", "agreement beyond the prompt (chance)", "held-out loss"]
+    """Return the figures of each variant; agreement where attributes are known."""
+    headings = ["own image nearest: duplicated, unique", "held-out loss"]
+    is_known = attribute(results[:1], "unique", "open_agreement") is not None
+    if is_known:
+        headings.append("agreement beyond the prompt (chance)")
     rows = []
     for variant, result in zip(variants, results, strict=True):
         own = ", ".join(f"{flags(result, kind, 'own').mean():.0%}" for kind in ("duplicated", "unique"))
-        cells = [own, agreement_text([result]), f"{result['losses']['heldout']['mean']:.4f}"]
+        cells = [own, f"{result['losses']['heldout']['mean']:.4f}"]
+        if is_known:
+            cells.append(agreement_text([result]))
         rows.append((variant, cells))
     return Table(headings, rows)
 
