@@ -60,8 +60,8 @@ class RunState:
         """Give the aggregate as a plain UNet in float32, for as long as the block lasts; to the main process alone."""
         weights, is_main = self.guard.aggregation_weights(), self.ranks.is_main
         if isinstance(self.proxies, LoraProxies):
-            merged = {} if self.ranks.by_batch and not is_main else self.proxies.merged(weights)
-            yield merge(load_unet(self.plan.pipeline, self.config), merged) if is_main else None
+            changes = {} if self.ranks.by_batch and not is_main else self.proxies.changes(weights)
+            yield merge(load_unet(self.plan.pipeline, self.config), changes) if is_main else None
         else:
             with self.ensemble.averaged():
                 yield self.unet if is_main else None
