@@ -10,7 +10,6 @@ run has left halfway, which has to end in the same weights. Needs the scripts' o
 import argparse
 import json
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -170,9 +169,9 @@ def losses(output: Path) -> list[float]:
 
 
 def outputs(output: Path) -> set[str]:
-    """Return the names of what a script has left, but for what the guard adds."""
+    """Return the names of what a script has left, but for its logs and for what the guard adds."""
     names = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
-    return {re.sub(r"events\.out.*", "events", name) for name in names if "memguard/" not in name}
+    return {name for name in names if "memguard/" not in name and not name.startswith("logs/")}
 
 
 def row_of(case: Case, examples: Path, work: Path) -> str:

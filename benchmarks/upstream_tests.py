@@ -183,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> Runs:
             "-q",
             "--no-header",
             "--noconftest",
+            "--continue-on-collection-errors",
             "-p",
             "no:cacheprovider",
             "-W",

@@ -13,6 +13,7 @@ from sd_memguard.ensemble import Ensemble
 from sd_memguard.models.lora import merge
 from sd_memguard.models.pipeline import load_unet
 from sd_memguard.proxies.lora import LoraProxies
+from sd_memguard.proxies.scalers import ProxyScalers
 from sd_memguard.proxies.state_file import load_state, save_state
 from sd_memguard.runs.checkpoint import (
     find_checkpoint,
@@ -24,7 +25,6 @@ from sd_memguard.runs.checkpoint import (
 from sd_memguard.runs.folder import FOLDER, PROXIES_FOLDER
 from sd_memguard.runs.trained_run import UNET
 from sd_memguard.training.failures import check_finite
-from sd_memguard.training.optimizer_step import ProxyScalers
 from sd_memguard.training.plan import Plan
 from sd_memguard.training.ranks import Ranks
 
