@@ -1,6 +1,6 @@
 r"""Trains on the demo's data by the three ways in, and prints what settings each has resolved and the held-out loss.
 
-    python -m benchmarks.three_doors path/to/diffusers/examples [--work DIR] [--max_train_steps 300]
+    python -m benchmarks.three_doors path/to/diffusers/examples [--work DIR] [--max_train_steps 200]
 
 The drop-in `train.py`, the launcher with diffusers' unmodified `train_text_to_image.py`, and a loop with
 `MemorizationGuard.prepare` train the bundled model on the same images from the same seed, with the guard's default
@@ -25,7 +25,7 @@ from benchmarks.denoising import denoising_losses, encode
 from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
 from sd_memguard.config import GUARD_SETTINGS
 
-BATCH_SIZE, LEARNING_RATE, SEED = 16, 3e-4, 0
+BATCH_SIZE, LEARNING_RATE, SEED = 8, 3e-4, 0
 UNET = "unet"
 
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("examples", type=Path, help="the folder `examples` of a checkout of diffusers")
     parser.add_argument("--work", type=Path, help="folder for the runs; a temporary one by default")
-    parser.add_argument("--max_train_steps", type=int, default=300)
+    parser.add_argument("--max_train_steps", type=int, default=200)
     parser.add_argument("--loop", type=Path, help=argparse.SUPPRESS)  # the third way, in a process of its own
     arguments = parser.parse_args()
     steps = arguments.max_train_steps

@@ -15,6 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from benchmarks.script_runs import load_libraries, run_script
 from benchmarks.tiny_pipelines import make
 
@@ -168,6 +172,11 @@ def losses(output: Path) -> list[float]:
     return []
 
 
+def equal(weights: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    """Say whether tensors are equal to the bit; files may differ in the order of their metadata."""
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
 def outputs(output: Path) -> set[str]:
     """Return the names of what a script has left, but for its logs and for what the guard adds."""
     names = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
@@ -193,14 +202,14 @@ def row_of(case: Case, examples: Path, work: Path) -> str:
             return f"| {cells[0]} | {way} ends with status {status}: {last[:300]} |"
         if way == "guarded":
             closing = next(line.split("memguard: ")[1] for line in text.splitlines() if "batches judged" in line)
-    weights = {way: (folder / case.result).read_bytes() for way, folder in folders.items()}
+    weights = {way: load_file(folder / case.result) for way, folder in folders.items()}
     logged = {way: losses(folder) for way, folder in folders.items()}
     cells += [
         f"{len(logged['plain'])} losses {'equal' if logged['neutral'] == logged['plain'] else 'DIFFER'}, weights "
-        + ("identical" if weights["neutral"] == weights["plain"] else "DIFFER"),
+        + ("identical" if equal(weights["neutral"], weights["plain"]) else "DIFFER"),
         closing,
         "same" if outputs(folders["plain"]) == outputs(folders["guarded"]) else "DIFFER",
-        "identical" if weights["resumed"] == weights["guarded"] else "DIFFERS",
+        "identical" if equal(weights["resumed"], weights["guarded"]) else "DIFFERS",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -27,6 +27,10 @@ REFUSED_SOURCES: Mapping[str, str] = {
         "taken for well known ones"
     ),
     r"\bdisc(riminator|_optimizer|r_optimizer)\b|\boptimizer_D\b": "it trains against a discriminator",
+    r"accelerator\.prepare\(\s*(\w*controlnet\w*|\w*t2i_?adapter\w*|text_encoder\w*),\s*(text_encoder\w*,\s*)?optim": (
+        "it trains a ControlNet, a T2I-Adapter or the text encoder alone, and the denoiser stays as it is: the guard "
+        "keeps a denoiser from memorizing images, by its own weights or a LoRA of it"
+    ),
 }
 """Patterns of a script's source, and why a script with it cannot be guarded."""
 

@@ -154,6 +154,9 @@ def test_calls_are_heard_of_until_the_right_one():
         ("teacher_unet = UNet2DConditionModel()", "teacher"),
         ("attn = CustomDiffusionAttnProcessor", "mask"),
         ("disc_optimizer = 1", "discriminator"),
+        ("    controlnet, optimizer = accelerator.prepare(\n        controlnet, optimizer)", "ControlNet"),
+        ("x = accelerator.prepare(t2iadapter, optimizer)", "T2I-Adapter"),
+        ("x = accelerator.prepare(text_encoder_1, text_encoder_2, optimizer)", "the text encoder alone"),
     ],
 )
 def test_sources_that_are_refused(source, reason):
@@ -163,6 +166,7 @@ def test_sources_that_are_refused(source, reason):
 
 def test_plain_source_is_not():
     check_source("from diffusers import UNet2DConditionModel\nloss = F.mse_loss(a, b)", "train.py")
+    check_source("x = accelerator.prepare(unet, text_encoder, optimizer, train_dataloader)", "train.py")
 
 
 def test_flags_that_are_refused():
