@@ -224,7 +224,7 @@ def _kontext(folder: Path) -> None:
     _flux(folder, diffusers.FluxKontextPipeline)
 
 
-def _flux2_parts(guidance: bool) -> dict[str, Any]:
+def _flux2_klein(folder: Path) -> None:
     transformer = diffusers.Flux2Transformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -232,10 +232,10 @@ def _flux2_parts(guidance: bool) -> dict[str, Any]:
         num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
-        joint_attention_dim=48,
+        joint_attention_dim=16,
         timestep_guidance_channels=256,
         axes_dims_rope=[4, 4, 4, 4],
-        **({} if guidance else {"guidance_embeds": False}),
+        guidance_embeds=False,
     )
     encoder = diffusers.AutoencoderKLFlux2(
         sample_size=32,
@@ -246,17 +246,11 @@ def _flux2_parts(guidance: bool) -> dict[str, Any]:
         latent_channels=4,
         norm_num_groups=1,
     )
-    return {"transformer": transformer, "vae": encoder, "scheduler": _flow()}
-
-
-def _flux2_klein(folder: Path) -> None:
-    config = _qwen3_config(16)
-    config.num_hidden_layers = 28  # the pipeline reads layers 9, 18 and 27
     diffusers.Flux2KleinPipeline(
-        **_flux2_parts(guidance=False),
-        text_encoder=transformers.Qwen3ForCausalLM(
-            transformers.Qwen3Config(**{**config.to_dict(), "layer_types": None})
-        ),
+        transformer=transformer,
+        vae=encoder,
+        scheduler=_flow(),
+        text_encoder=transformers.Qwen3ForCausalLM(_qwen3_config(16)),
         tokenizer=_qwen_tokenizer(folder / "tokenizer"),
     ).save_pretrained(folder)
 
@@ -508,15 +502,16 @@ def _kandinsky(folder: Path) -> None:
     )
     prior = diffusers.PriorTransformer(num_attention_heads=2, attention_head_dim=12, embedding_dim=32, num_layers=1)
     torch.nn.init.ones_(prior.clip_std)
-    diffusers.DDPMScheduler(NUM_TIMESTEPS).save_pretrained(folder / "scheduler")
-    unet.save_pretrained(folder / "unet")
-    movq.save_pretrained(folder / "movq")
+    schedule = diffusers.DDPMScheduler(NUM_TIMESTEPS)
+    diffusers.KandinskyV22Pipeline(unet=unet, scheduler=schedule, movq=movq).save_pretrained(folder)
     prior.save_pretrained(folder / "prior")
     transformers.CLIPVisionModelWithProjection(vision).save_pretrained(folder / "image_encoder")
     size = {"crop_size": 64, "size": 64}
     transformers.CLIPImageProcessor(**size).save_pretrained(folder / "image_processor")
     _clip_text(transformers.CLIPTextModelWithProjection).save_pretrained(folder / "text_encoder")
-    _clip_tokenizer().save_pretrained(folder / "tokenizer")
+    tokenizer = _clip_tokenizer()
+    tokenizer.model_max_length = 77
+    tokenizer.save_pretrained(folder / "tokenizer")
 
 
 def _controlnet(folder: Path) -> None:

@@ -42,6 +42,7 @@ class Case(NamedTuple):
 
 
 LENGTH = ["--max_sequence_length", "64"]
+KLEIN = [*LENGTH, "--text_encoder_out_layers", "1"]
 KANDINSKY = "kandinsky2_2/text_to_image/train_text_to_image"
 CASES = [
     Case("text_to_image/train_text_to_image.py", "sd", "images", ["--use_ema"], UNET),
@@ -56,12 +57,14 @@ CASES = [
     Case("dreambooth/train_dreambooth_lora_flux.py", "flux", "instance", [], LORA),
     Case("dreambooth/train_dreambooth_flux.py", "flux", "instance", [], TRANSFORMER),
     Case("dreambooth/train_dreambooth_lora_flux_kontext.py", "kontext", "instance", [], LORA, ONE),
-    Case("dreambooth/train_dreambooth_lora_flux2_klein.py", "flux2_klein", "instance", LENGTH, LORA, ONE),
+    Case("dreambooth/train_dreambooth_lora_flux2_klein.py", "flux2_klein", "instance", KLEIN, LORA, ONE),
     Case("dreambooth/train_dreambooth_lora_z_image.py", "z_image", "instance", LENGTH, LORA, ONE),
     Case("dreambooth/train_dreambooth_lora_qwen_image.py", "qwen_image", "instance", LENGTH, LORA, ONE),
     Case("dreambooth/train_dreambooth_lora_sana.py", "sana", "instance", ["--train_batch_size", "1"], LORA),
     Case("dreambooth/train_dreambooth_lora_lumina2.py", "lumina2", "instance", LENGTH, LORA),
-    Case("dreambooth/train_dreambooth_lora_hidream.py", "hidream", "instance", LENGTH, LORA),
+    Case(
+        "dreambooth/train_dreambooth_lora_hidream.py", "hidream", "instance", [*LENGTH, "--train_batch_size", "1"], LORA
+    ),
     Case("instruct_pix2pix/train_instruct_pix2pix.py", "sd", "edits", [], UNET),
     Case("unconditional_image_generation/train_unconditional.py", "ddpm", "unconditional", [], UNET),
     Case(f"{KANDINSKY}_decoder.py", "kandinsky", "kandinsky", [], UNET),
