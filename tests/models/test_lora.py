@@ -167,7 +167,7 @@ def test_an_ema_is_refused(configure):
 
 def test_the_generated_of_validation_prompt_are_made(run, monkeypatch):
     drawn = []
-    monkeypatch.setattr("sd_memguard.training.validation.generate_prompts", lambda *args: drawn.append(args[2]) or [])
+    monkeypatch.setattr("sd_memguard.training.validation.generate_prompts", lambda *args: drawn.append(args[3]) or [])
     monkeypatch.setattr("sd_memguard.training.progress_log.RunLog.generated", lambda *args: None)
     run(**LORA, validation_prompt="a private thing", num_validation_images=2)
     assert drawn
