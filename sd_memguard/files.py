@@ -38,6 +38,11 @@ def nearest_folder(folder: Path) -> Path:
     return folder if folder.exists() else nearest_folder(folder.parent)
 
 
+def user_cache_folder() -> Path:
+    """Return this program's folder among the user's caches; everything in it can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd_memguard"
+
+
 def gigabytes(size: float) -> str:
     """Return a number of bytes to read, in MB where it is less than a tenth of a GB.
 

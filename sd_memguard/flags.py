@@ -6,13 +6,15 @@ import os
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from sd_memguard.config import ALIASES, REFUSED, SETTINGS, TrainConfig, make_train_config, refuse_unknown
 from sd_memguard.errors import ConfigError, exit_on_user_error
-from sd_memguard.settings import Setting, nearest
+from sd_memguard.settings import Setting, nearest, settings_of
+
+Owner = TypeVar("Owner")
 
 
 def parse_train_args(argv: Sequence[str], *, prog: str | None = None) -> TrainConfig:
@@ -56,14 +58,59 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
-    """Add the flags of settings under their headings."""
+def parse_settings(
+    owner: type[Owner], argv: Sequence[str], *, prog: str, description: str | None, **further: Any
+) -> Owner:
+    """Read the flags in `argv` into a dataclass of settings; a flag with many values may be given several times.
+
+    An unknown flag prints a message to stderr and exits with status 2; `--help` lists the flags and exits with 0.
+
+    Args:
+        owner: The dataclass; it checks its settings when it is made.
+        argv: The arguments without the program's name.
+        prog: The program's name in messages.
+        description: What it does, for `--help`.
+        **further: Fields of the dataclass that are no flags.
+
+    Raises:
+        ConfigError: A setting is of the wrong type or out of range.
+    """
+    parser = settings_parser(owner, prog=prog, description=description)
+    settings = {setting.name: setting for setting in settings_of(owner)}
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        known = [f"--{name}" for name in settings]
+        parser.error(f"unknown argument `{flag}`{nearest(flag, known)}; see --help for all of them")
+    given = {
+        name: settings[name].read(value) if isinstance(value, str) else value for name, value in vars(namespace).items()
+    }
+    return owner(**given, **further)
+
+
+def settings_parser(owner: type, *, prog: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the flags that a dataclass declares; it omits what is not given."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    add_flags(parser, settings_of(owner), many="extend")
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting], many: str = "store") -> None:
+    """Add the flags of settings under their headings.
+
+    Args:
+        parser: Gets them.
+        settings: What flags derive from.
+        many: argparse's action for a list that is given twice: `store`, the last one counts, or `extend`.
+    """
     declared = list(settings)
     for title in dict.fromkeys(setting.group for setting in declared):
         group = parser.add_argument_group(title)
         for setting in declared:
             if setting.group == title:
-                _add_flag(group, setting)
+                _add_flag(group, setting, many)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -120,14 +167,15 @@ _LOADERS: dict[str, Callable[[str], Any]] = {
 _METAVARS: dict[type | None, str] = {None: "", int: "INT", float: "FLOAT", str: "TEXT"}
 
 
-def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
+def _add_flag(group: argparse._ArgumentGroup, setting: Setting, many: str) -> None:
     names = [f"--{setting.name}", *(f"--{alias}" for alias, name in ALIASES.items() if name == setting.name)]
     text = f"{setting.help}{_describe_default(setting)}".replace("%", "%%")
     if setting.kind is bool:
         group.add_argument(*names, dest=setting.name, action="store_true", help=text)
         return
     metavar = "|".join(filter(None, [_METAVARS[setting.kind], *setting.words]))
-    group.add_argument(*names, dest=setting.name, nargs="+" if setting.many else None, metavar=metavar, help=text)
+    listed: dict[str, Any] = {"nargs": "+", "action": many} if setting.many else {}
+    group.add_argument(*names, dest=setting.name, metavar=metavar, help=text, **listed)
 
 
 def _describe_default(setting: Setting) -> str:

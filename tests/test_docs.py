@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sd_memguard.audit.arguments import build_parser as audit_parser
-from sd_memguard.audit.one_image import build_parser as image_parser
+from sd_memguard.audit.arguments import AuditSettings
+from sd_memguard.audit.one_image import OneImageSettings
 from sd_memguard.check.command import build_parser as check_parser
 from sd_memguard.config import ALIASES, REFUSED, SETTINGS
+from sd_memguard.demo.command import DemoSettings
 from sd_memguard.export.command import build_parser as export_parser
+from sd_memguard.settings import settings_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,10 +20,11 @@ PAGES += sorted((ROOT / "examples").rglob("*.md"))
 SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
 OTHERS = {
     option.removeprefix("--")
-    for parser in (audit_parser(), image_parser(), check_parser(), export_parser())
+    for parser in (check_parser(), export_parser())
     for action in parser._actions
     for option in action.option_strings
 }
+OTHERS |= {one.name for owner in (AuditSettings, OneImageSettings, DemoSettings) for one in settings_of(owner)}
 KNOWN = {*SETTINGS, *ALIASES, *REFUSED, *OTHERS, "config", "help"}
 # Flags of other programs, and those that the text says are refused or do not exist yet.
 FOREIGN = {"plot", "work_dir", "num_processes", "images_per_caption", "steps", "num_images"}
@@ -32,7 +35,7 @@ FOREIGN |= {"denoiser", "train_text_encoder", "fused_backward_pass", "min_snr_ga
 FOREIGN |= {"loss_type", "weighting_scheme", "cache_latents", "train_text_encoder_ti", "use_lpl"}
 FOREIGN |= {"datasets", "variants", "duplicates", "points", "results"}  # of benchmarks.memorization
 FOREIGN |= {"base_channels", "profile", "size", "upstream_script", "turns", "device", "shards", "clock"}
-FOREIGN |= {"demo", "window", "check", "list", "diffusers_examples", "no-deps", "find-links", "no-index"}
+FOREIGN |= {"window", "check", "list", "diffusers_examples", "no-deps", "find-links", "no-index"}
 # Flags of the programs that start several processes.
 FOREIGN |= {"nproc_per_node", "nnodes", "standalone", "multi_gpu", "rdzv_id"}
 FOREIGN |= {"signals_to_handle", "shutdown_timeout", "rdzv_backend", "rdzv_endpoint"}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser as torch_launcher
 
-from sd_memguard.audit.arguments import build_parser
-from sd_memguard.flags import parse_train_args
+from sd_memguard.audit.arguments import AuditSettings
+from sd_memguard.flags import parse_train_args, settings_parser
 from sd_memguard.launcher.arguments import parse_command
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -115,7 +115,7 @@ def test_laion10k_takes_the_authors_settings_and_the_arms_the_same_budget():
 
 
 def test_laion10k_audit_gives_flags_that_parse():
-    flags = build_parser().parse_args(arguments_of("laion10k/audit.sh", "sd-memguard audit"))
+    flags = settings_parser(AuditSettings).parse_args(arguments_of("laion10k/audit.sh", "sd-memguard audit"))
     assert flags.model == ["plain=plain", "guarded=guarded"]
     assert (flags.extractor, flags.extractor_weights) == ("sscd-paper", "weights/sscd_disc_large.torchscript.pt")
 

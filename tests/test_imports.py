@@ -41,8 +41,7 @@ PARTS = {
     "training": {*ENGINE, "assets", "console", "data", "export", "models", "runs"},
     "launcher": {*ENGINE, "flags", "runs"},
     "audit": {*BASE, "assets", "core", "figures", "flags"},
-    "inference": {"errors"},
-    "demo": {*BASE, "assets", "audit", "console", "core", "figures", "training"},
+    "demo": {*BASE, "assets", "audit", "console", "core", "figures", "flags", "training"},
 }
 # Parts and modules that import nothing from outside but the standard library and these.
 LIBRARIES = {
@@ -65,10 +64,9 @@ LIBRARIES = {
     "plugin": {"torch", "numpy"},
     "plugin.augment": {"torch", "torchvision"},
     "guard": {"torch"},
-    "inference": {"torch"},
     "audit.metrics.similarity": {"torch"},
     "audit.metrics.statistics": {"torch"},
-    "audit.reporting.page": {"jinja2"},
+    "audit.reporting.page": {"jinja2", "markupsafe"},
     "audit.reporting.sentences": set(),
 }
 
@@ -76,7 +74,7 @@ LIBRARIES = {
 # What works with torch, numpy and safetensors alone, and what is then not installed.
 CORE_PARTS = {*CORE, "ensemble", "plugin", "guard"} - {"host_memory"}
 EXTRAS = {"accelerate", "datasets", "diffusers", "filelock", "jinja2", "matplotlib", "peft", "PIL", "psutil"}
-EXTRAS |= {"pyarrow", "tensorboard", "torchvision", "tqdm", "transformers", "yaml"}
+EXTRAS |= {"pyarrow", "pydantic", "tensorboard", "torchvision", "tqdm", "transformers", "yaml"}
 
 
 def imported_modules(source: str, package: str = "") -> Iterator[str]:

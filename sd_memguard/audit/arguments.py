@@ -1,133 +1,139 @@
-"""What the command line of `sd-memguard audit` asks for, checked before anything is computed."""
+"""What `sd-memguard audit` is asked for: every flag declared once, checked before anything is computed."""
 
-import argparse
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from sd_memguard.audit import AuditError
 from sd_memguard.audit.models import ModelFiles, find_model
+from sd_memguard.flags import parse_settings
+from sd_memguard.settings import NOT_NEGATIVE, POSITIVE_COUNT, Rule, check_settings, setting, settings_of
 
 MARKER = "sd-memguard-audit.txt"
 """The file that tells an audit's folder from any other."""
 
+AUDITED, IMAGES = "What is audited, one or more", "Images"
+GENERATION, MEASURING, OUTPUT = "Generation", "Measuring", "Output"
+COSINE = Rule("between -1 and 1", lambda value: -1 <= value <= 1)
+EDGE = Rule("a positive multiple of 8", lambda pixels: pixels > 0 and pixels % 8 == 0)
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AuditSettings:
-    """The flags, by their names; ``models`` and ``images`` are names with what they stand for.
+    """The flags of an audit, checked; ``command`` is the command line that makes the audit again.
 
-    ``flags`` holds every flag as given or defaulted, ``command`` the command line that makes the audit again.
+    Raises:
+        UserError: A setting is of the wrong type or out of range, or what it names is not there.
     """
 
-    models: dict[str, ModelFiles]
-    images: dict[str, Path]
-    train_data_dir: str | None
-    dataset_name: str | None
-    image_column: str
-    caption_column: str
-    on_bad_sample: Literal["error", "skip"]
-    reference_data_dir: str | None
-    num_prompts: int
-    num_probes: int
-    num_images_per_prompt: int
-    num_inference_steps: int
-    guidance_scale: float
-    resolution: int | None
-    seed: int
-    extractor: str
-    extractor_weights: str | None
-    extractor_sha256: str | None
-    quality_extractor: str | None
-    quality_weights: str | None
-    clip_model: str | None
-    copy_threshold: float | None
-    attributes_dir: Path | None
-    batch_size: int
-    output_dir: Path
-    flags: dict[str, Any]
-    command: str
+    model: tuple[str, ...] | None = setting(
+        None,
+        AUDITED,
+        "[NAME=]DIR: a pipeline folder, a whole checkpoint FILE.safetensors, FOLDER+LORA.safetensors, or `bundled`",
+    )
+    images: tuple[str, ...] | None = setting(None, AUDITED, "[NAME=]DIR: images that were generated elsewhere")
+    train_data_dir: str | None = setting(None, IMAGES, "the training images: a folder, or `bundled`")
+    dataset_name: str | None = setting(None, IMAGES, "the training images: a dataset on the hub or in a folder")
+    reference_data_dir: str | None = setting(
+        None, IMAGES, "held-out images, like those but not trained on: a folder, or `bundled`"
+    )
+    image_column: str = setting("image", IMAGES, "column of the dataset that holds the images")
+    caption_column: str = setting("text", IMAGES, "column of the metadata or dataset that holds the captions")
+    on_bad_sample: Literal["error", "skip"] = setting(
+        "error", IMAGES, "refuse training images that cannot be used, or ignore them, as training did"
+    )
+    num_prompts: int = setting(
+        64, GENERATION, "captions of duplicated, unique and held-out images each to generate from", POSITIVE_COUNT
+    )
+    num_images_per_prompt: int = setting(4, GENERATION, "generated images of each caption", POSITIVE_COUNT)
+    num_inference_steps: int = setting(50, GENERATION, "DDIM steps", POSITIVE_COUNT)
+    guidance_scale: float = setting(7.5, GENERATION, "classifier-free guidance; 1: none", NOT_NEGATIVE)
+    resolution: int | None = setting(
+        None, GENERATION, "edge of the generated images in pixels; default: the model's own", EDGE
+    )
+    seed: int = setting(0, GENERATION, "seed of everything random")
+    num_probes: int = setting(
+        256, MEASURING, "most captions and images for measures without generated images; 0: none", NOT_NEGATIVE
+    )
+    extractor: str = setting("bundled", MEASURING, "bundled, sscd, sscd-paper, dinov2 or clip")
+    extractor_weights: str | None = setting(None, MEASURING, "file, folder or hub name of its weights")
+    extractor_sha256: str | None = setting(None, MEASURING, "refuse weights with another hash")
+    quality_extractor: str | None = setting(
+        None, MEASURING, "features of KID and FID, also `inception`; default: those of --extractor"
+    )
+    quality_weights: str | None = setting(None, MEASURING, "file, folder or hub name of its weights")
+    clip_model: str | None = setting(None, MEASURING, "folder or hub name of a CLIP model, for the CLIP score")
+    copy_threshold: float | None = setting(
+        None, MEASURING, "similarity from which on an image is a copy; default: by registration", COSINE
+    )
+    attributes_dir: str | None = setting(
+        None, MEASURING, "further real images with attributes.jsonl, for the caption accuracy"
+    )
+    batch_size: int = setting(16, OUTPUT, "images at a time", POSITIVE_COUNT)
+    output_dir: str = setting(None, OUTPUT, "where report and cache go", fix="name a new folder or an earlier audit's")
+    model_card: str | None = setting(
+        None, OUTPUT, "Markdown file, e.g. the model's README.md, whose section on the audit is written or replaced"
+    )
+    command: str = ""
 
+    def __post_init__(self) -> None:
+        """Check values, what they name, and what must not stand side by side."""
+        check_settings(self)
+        if not self.models and not self.image_folders:
+            raise AuditError("there is nothing to audit: give `--model DIR` or `--images DIR`, once or more")
+        if both := self.models.keys() & self.image_folders.keys():
+            raise AuditError(
+                f"`--model` and `--images` must have different names, both have {min(both)}; write NAME=DIR"
+            )
+        if (self.train_data_dir is None) == (self.dataset_name is None):
+            raise AuditError("the training images must be given, as one of `--train_data_dir` and `--dataset_name`")
+        card = None if self.model_card is None else Path(self.model_card)
+        if card is not None and not (card.suffix.lower() == ".md" and card.parent.is_dir()):
+            raise AuditError(f"`--model_card` must be a .md file in a folder that exists, got {card}; name another")
+        _check_output_dir(
+            self.output_folder, [self.train_data_dir, self.reference_data_dir, *self.image_folders.values()]
+        )
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the flags."""
-    parser = argparse.ArgumentParser(
-        prog="sd-memguard audit",
-        description="Measure how much models copy of their training images; docs/audit.md defines every figure. "
-        "`--image FILE --train_data_dir DIR --output_dir DIR` compares one image instead.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    audited = parser.add_argument_group("what is audited, one or more")
-    help = "pipeline folder, whole checkpoint FILE.safetensors, FOLDER+LORA.safetensors, or `bundled`"
-    audited.add_argument("--model", action="append", default=[], metavar="[NAME=]DIR", help=help)
-    audited.add_argument("--images", action="append", default=[], metavar="[NAME=]DIR", help="generated images")
-    images = parser.add_argument_group("images")
-    images.add_argument("--train_data_dir", help="the training images: a folder, or `bundled`")
-    images.add_argument("--dataset_name", help="the training images: a dataset on the hub or in a folder")
-    images.add_argument("--reference_data_dir", help="like images not trained on: a folder, or `bundled`")
-    images.add_argument("--image_column", default="image", help="of the dataset")
-    images.add_argument("--caption_column", default="text", help="of the metadata or dataset")
-    help = "refuse training images that cannot be used, or ignore them, as training did"
-    images.add_argument("--on_bad_sample", choices=("error", "skip"), default="error", help=help)
-    generating = parser.add_argument_group("generation")
-    generating.add_argument(
-        "--num_prompts", type=_count, default=64, help="captions of duplicated and of unique images, each"
-    )
-    generating.add_argument("--num_images_per_prompt", type=_count, default=4, help="generated images of each caption")
-    measuring = parser.add_argument_group("measuring")
-    generating.add_argument("--num_inference_steps", type=_count, default=50, help="DDIM steps")
-    generating.add_argument(
-        "--guidance_scale", type=_not_negative, default=7.5, help="classifier-free guidance; 1: none"
-    )
-    generating.add_argument(
-        "--resolution", type=_edge, help="edge of the generated images in pixels; default: the model's own"
-    )
-    generating.add_argument("--seed", type=int, default=0, help="of everything random")
-    help = "most captions and images, trained on and held out, each, for measures without generated images; 0: none"
-    measuring.add_argument("--num_probes", type=_whole, default=256, help=help)
-    measuring.add_argument("--extractor", default="bundled", help="bundled, sscd, sscd-paper, dinov2 or clip")
-    measuring.add_argument("--extractor_weights", help="file, folder or hub name of its weights")
-    measuring.add_argument("--extractor_sha256", help="refuse weights with another hash")
-    measuring.add_argument(
-        "--quality_extractor", help="features of KID and FID, also `inception`; default: --extractor"
-    )
-    measuring.add_argument("--quality_weights", help="file, folder or hub name of its weights")
-    measuring.add_argument("--clip_model", help="folder or hub name of a CLIP model, for the CLIP score")
-    measuring.add_argument(
-        "--copy_threshold", type=_cosine, help="similarity from which on an image is a copy; default: by registration"
-    )
-    help = "further real images with attributes.jsonl, for the caption accuracy"
-    measuring.add_argument("--attributes_dir", type=Path, help=help)
-    add("--batch_size", type=_count, default=16, help="images at a time")
-    add("--output_dir", type=Path, required=True, help="where report and cache go")
-    return parser
+    @cached_property
+    def models(self) -> dict[str, ModelFiles]:
+        """The files of each model by its name."""
+        return {name: find_model(place) for name, place in _named("--model", self.model or ())}
+
+    @cached_property
+    def image_folders(self) -> dict[str, Path]:
+        """The folders of given images by their names."""
+        return {name: Path(place) for name, place in _named("--images", self.images or ())}
+
+    @property
+    def output_folder(self) -> Path:
+        """``output_dir`` as a path."""
+        return Path(self.output_dir)
+
+    def as_flags(self) -> dict[str, Any]:
+        """Return every flag by its name, as given or defaulted."""
+        return {declared.name: getattr(self, declared.name) for declared in settings_of(type(self))}
 
 
 def parse_arguments(argv: Sequence[str]) -> AuditSettings:
-    """Return the settings; ends the program with a message where a flag is unknown or out of range.
+    """Return the settings; ends the program with a message where a flag is unknown.
 
     Raises:
-        AuditError: Where what the flags name is not there or does not go together.
+        UserError: A setting is out of range, or what flags name is not there or does not go together.
     """
-    flags = vars(build_parser().parse_args(argv))
-    shown = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
-    models = {name: find_model(place) for name, place in _named("--model", flags.pop("model"))}
-    images = {name: Path(place) for name, place in _named("--images", flags.pop("images"))}
-    if not models and not images:
-        raise AuditError("there is nothing to audit: give `--model DIR` or `--images DIR`, once or more")
-    if both := models.keys() & images.keys():
-        raise AuditError(f"`--model` and `--images` must have different names, both have {min(both)}; write NAME=DIR")
-    if (flags["train_data_dir"] is None) == (flags["dataset_name"] is None):
-        raise AuditError("the training images must be given, as one of `--train_data_dir` and `--dataset_name`")
-    _check_output_dir(flags["output_dir"], [flags["train_data_dir"], flags["reference_data_dir"], *images.values()])
-    command = shlex.join(["sd-memguard", "audit", *argv])
-    return AuditSettings(models=models, images=images, flags=shown, command=command, **flags)
+    return parse_settings(
+        AuditSettings,
+        argv,
+        prog="sd-memguard audit",
+        description="Measure how much models copy of their training images; docs/audit.md defines every figure. "
+        "`--image FILE --train_data_dir DIR --output_dir DIR` compares one image instead.",
+        command=shlex.join(["sd-memguard", "audit", *argv]),
+    )
 
 
 def _named(flag: str, texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -155,37 +161,3 @@ def _check_output_dir(folder: Path, sources: Sequence[str | Path | None]) -> Non
     for source in sources:
         if source is not None and folder.resolve().is_relative_to(Path(source).resolve()):
             raise AuditError(f"`--output_dir` {folder} must not lie in the images' folder {source}; name another")
-
-
-def _whole(text: str) -> int:
-    return int(text) if text.isdecimal() and int(text) == 0 else _count(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text}")
-    return int(text)
-
-
-def _edge(text: str) -> int:
-    if _count(text) % 8:
-        raise argparse.ArgumentTypeError(f"must be a multiple of 8, got {text}")
-    return int(text)
-
-
-def _not_negative(text: str) -> float:
-    return _number(text, 0, 1000)
-
-
-def _cosine(text: str) -> float:
-    return _number(text, -1, 1)
-
-
-def _number(text: str, low: float, high: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"must be a number between {low} and {high}, got {text}")
-    return value

@@ -1,31 +1,36 @@
 """The attributes of an audit's images: read, learned from real images, and found in generated ones."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sd_memguard.audit import AuditError
 from sd_memguard.audit.collection import Collection, read_folder
-from sd_memguard.audit.features.cache import digest
+from sd_memguard.audit.features.cache import Store, digest
 from sd_memguard.audit.features.extractors import Thumbnails
 from sd_memguard.audit.metrics.attributes import (
     NUM_STEPS,
     AttributeClassifier,
+    AttributeFigures,
     Values,
+    accuracy,
     attribute_figures,
     train_classifier,
 )
 from sd_memguard.audit.metrics.background import Gallery
 from sd_memguard.audit.metrics.measures import GeneratedSet
-from sd_memguard.audit.metrics.statistics import bootstrap, mean
+from sd_memguard.audit.metrics.statistics import Estimate, bootstrap, mean
 from sd_memguard.audit.metrics.verified import as_images
+from sd_memguard.audit.report import AttributeShares, Classifier
 from sd_memguard.core.seeding import generator_for
+from sd_memguard.files import user_cache_folder
 
 FILE = "attributes.jsonl"
 MAX_IMAGES = 10_000
@@ -49,17 +54,23 @@ class AttributeProbe(NamedTuple):
 
     Attributes:
         classifier: Of the attributes.
-        train: Attributes of each training image by its row, None where unknown.
-        held_out: Everything that the images not trained on show.
+        known: Attributes of each row of the training and held-out images by the collection's place, None where unknown.
+        held_out: Everything that the held-out images show, by their row.
+        caption_accuracy: Of the held-out images themselves; None without them.
     """
 
     classifier: AttributeClassifier
-    train: Sequence[Attributes | None]
-    held_out: Sequence[Values]
+    known: Mapping[str, Sequence[Attributes | None]]
+    held_out: Mapping[int, Values]
+    caption_accuracy: float | None
+
+    def describe(self) -> Classifier:
+        """Return what the report says of it."""
+        return Classifier(dict(self.classifier.accuracy), self.caption_accuracy)
 
 
 def prepare_attributes(
-    gallery: Gallery, reference: Collection | None, attributes_dir: Path | None, seed: int
+    gallery: Gallery, reference: Collection | None, attributes_dir: str | None, seed: int
 ) -> AttributeProbe | str:
     """Return what generated images are judged by, or the reason in words why they are not.
 
@@ -73,41 +84,60 @@ def prepare_attributes(
         AuditError: ``attributes.jsonl`` cannot be read.
     """
     train = gallery.train
-    known = read_attributes(train)
-    if known is None:
+    if read_attributes(train) is None:
         return f"no {FILE} in the folder of the training images"
-    further = None if attributes_dir is None else read_folder(attributes_dir, "--attributes_dir", needs_captions=False)
-    images, labels, keys = [], [], []
-    heldout: list[Values] = []
+    further = (
+        None if attributes_dir is None else read_folder(Path(attributes_dir), "--attributes_dir", needs_captions=False)
+    )
+    images: list[Tensor] = []
+    labels: list[Values] = []
+    keys: list[str] = []
+    known: dict[str, Sequence[Attributes | None]] = {}
+    held_out: dict[int, Attributes] = {}
+    held_out_images = torch.zeros(0)
     for collection in (train, reference, further):
         found = None if collection is None else read_attributes(collection)
         if collection is None or found is None:
             continue
-        rows = [row for row in collection.distinct if found[row] is not None][:MAX_IMAGES]
-        here = [one.all for row in rows if (one := found[row]) is not None]
+        shown = {row: one for row in collection.distinct if (one := found[row]) is not None}
+        rows = list(shown)[:MAX_IMAGES]
         images.append(as_images(torch.cat(gallery.extract(Thumbnails(), collection, rows))))
-        labels += here
+        labels += [shown[row].all for row in rows]
         keys += [collection.hashes[row] for row in rows]
-        heldout += here if collection is reference else []
+        if collection is not further:
+            known[collection.place] = found
+        if collection is reference:
+            held_out, held_out_images = {row: shown[row] for row in rows}, images[-1]
     try:
-        classifier = _kept_classifier(gallery, torch.cat(images), labels, keys, seed)
+        classifier = _kept_classifier(torch.cat(images), labels, keys, seed)
     except AuditError as error:
         return str(error)
-    return AttributeProbe(classifier, known, heldout)
+    ceiling = None
+    if held_out:
+        right = accuracy(classifier, held_out_images, [one.named for one in held_out.values()])
+        ceiling = None if right.isnan().all() else float(right.nanmean())
+    return AttributeProbe(classifier, known, {row: one.all for row, one in held_out.items()}, ceiling)
 
 
-def _kept_classifier(
-    gallery: Gallery, images: torch.Tensor, labels: Sequence[Values], keys: Sequence[str], seed: int
-) -> AttributeClassifier:
-    key = digest("attribute classifier", seed, NUM_STEPS, json.dumps(labels, sort_keys=True), *keys)
-    if not gallery.store.has_file(key):
+def _kept_classifier(images: Tensor, labels: Sequence[Values], keys: Sequence[str], seed: int) -> AttributeClassifier:
+    """Return the classifier of these images and labels from the user's cache, trained where it is not there yet."""
+    recipe = ("attribute classifier 1", torch.__version__, seed, NUM_STEPS)
+    key = digest(*recipe, json.dumps(labels, sort_keys=True), *keys)
+    store = Store(user_cache_folder() / "classifiers")
+    try:
+        return _read_classifier(store.file(key))
+    except (OSError, SafetensorError, KeyError, ValueError):  # not there, or damaged
         classifier = train_classifier(images, labels, seed=seed)
         about = {"values": json.dumps(classifier.values), "accuracy": json.dumps(classifier.accuracy)}
-        gallery.store.keep_file(key, partial(save_file, classifier.state_dict(), metadata=about))
-    with safe_open(gallery.store.file(key), "pt") as stored:
+        store.keep_file(key, partial(save_file, classifier.state_dict(), metadata=about))
+        return _read_classifier(store.file(key))
+
+
+def _read_classifier(file: Path) -> AttributeClassifier:
+    with safe_open(file, "pt") as stored:
         about = stored.metadata()
     classifier = AttributeClassifier(json.loads(about["values"])).eval()
-    classifier.load_state_dict(load_file(gallery.store.file(key)))
+    classifier.load_state_dict(load_file(file))
     classifier.accuracy = json.loads(about["accuracy"])
     return classifier
 
@@ -137,21 +167,35 @@ def read_attributes(images: Collection) -> list[Attributes | None] | None:
     return [found.get(name) for name in images.files]
 
 
-def measure_attributes(
-    probe: AttributeProbe, audited: GeneratedSet, gallery: Gallery, seed: int
-) -> dict[str, Any] | str:
-    """Return the figures of a model's generated images, or the reason in words why there are none."""
-    if not audited.own_rows:
+def measure_attributes(probe: AttributeProbe, audited: GeneratedSet, gallery: Gallery) -> AttributeFigures | str:
+    """Return the figures of each generated image, or the reason in words why there are none."""
+    if audited.own is None:
         return "images were given, whose captions are not known"
-    own = [probe.train[row] or Attributes({}, {}) for row in audited.own_rows]
+    known = probe.known.get(audited.own.place)
+    if known is None:
+        return f"no {FILE} in {audited.own.place}"
+    own = [known[row] or Attributes({}, {}) for row in audited.own_rows]
     images = as_images(torch.cat(gallery.extract(Thumbnails(), audited.images, range(len(audited.images)))))
-    found = attribute_figures(
-        probe.classifier, images, [one.named for one in own], [one.open for one in own], probe.held_out
+    itself = None
+    if audited.own is not gallery.train:
+        position = {row: number for number, row in enumerate(probe.held_out)}
+        itself = [position.get(row) for row in audited.own_rows]
+    return attribute_figures(
+        probe.classifier,
+        images,
+        [one.named for one in own],
+        [one.open for one in own],
+        list(probe.held_out.values()),
+        itself,
     )
-    estimates: dict[str, Any] = {}
+
+
+def attribute_shares(found: AttributeFigures, audited: GeneratedSet, kind: str, seed: int) -> AttributeShares:
+    """Return the figures of a kind's images as shares with intervals over captions."""
+    estimates: dict[str, Estimate | None] = {}
     for name, values in found._asdict().items():
-        by_caption = values.unflatten(0, (-1, audited.per_caption))
-        by_caption = by_caption[~by_caption.isnan().any(1)]
+        shaped = audited.by_caption(values, kind)
+        shaped = shaped[~shaped.isnan().any(1)]
         generator = generator_for(seed, f"bootstrap {name}")
-        estimates[name] = bootstrap(by_caption, mean, generator) if len(by_caption) else None
-    return {**estimates, "classifier_accuracy": probe.classifier.accuracy}
+        estimates[name] = bootstrap(shaped, mean, generator) if len(shaped) else None
+    return AttributeShares(**estimates)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 from sd_memguard import __version__
 from sd_memguard.audit import AuditError, one_image
 from sd_memguard.audit.arguments import MARKER, AuditSettings, parse_arguments
-from sd_memguard.audit.attribute_probe import AttributeProbe, measure_attributes, prepare_attributes
+from sd_memguard.audit.attribute_probe import AttributeProbe, attribute_shares, measure_attributes, prepare_attributes
 from sd_memguard.audit.captions import ChosenCaptions
 from sd_memguard.audit.collection import Collection
 from sd_memguard.audit.features.cache import Store
@@ -33,6 +33,7 @@ from sd_memguard.audit.metrics.background import (
     choose_rows,
     choose_threshold,
 )
+from sd_memguard.audit.metrics.evidence import Excess
 from sd_memguard.audit.metrics.measures import (
     GeneratedSet,
     Probes,
@@ -47,13 +48,36 @@ from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD
 from sd_memguard.audit.metrics.statistics import summarize
 from sd_memguard.audit.metrics.verified import CopyDistance, choose_distance
 from sd_memguard.audit.models import ModelFiles, default_device, model_sha256, read_run_records
-from sd_memguard.audit.reporting import write as records
-from sd_memguard.audit.reporting.page import write_report
+from sd_memguard.audit.report import (
+    FORMAT,
+    AttributeShares,
+    Audit,
+    Backgrounds,
+    CopyFigures,
+    Detection,
+    Features,
+    Images,
+    Kind,
+    Membership,
+    ModelReport,
+    Report,
+    write_audit,
+)
+from sd_memguard.audit.report import Threshold as ReportedThreshold
+from sd_memguard.audit.reporting.card import update_card
+from sd_memguard.audit.reporting.page import write_page
+from sd_memguard.audit.reporting.write import background_table, pair_table, summary_text
+from sd_memguard.audit.verdict import (
+    HELDOUT_IMAGES,
+    TRAINING_IMAGES,
+    CopyBackground,
+    Measured,
+    compare_models,
+    judge,
+)
 from sd_memguard.core.seeding import derive_seed, permutation
 
 logger = logging.getLogger(__name__)
-
-FORMAT = "sd-memguard-audit-1"
 
 MAX_VERIFIED = 500
 """Most training images that are registered with others, for the background."""
@@ -71,6 +95,7 @@ class Background(NamedTuple):
         train_share: Share of ``train`` that would be copies.
         reference_share: Of ``reference``.
         chosen: Training rows whose captions are the prompts.
+        heldout: Rows of held-out images whose captions are prompts as well, or why there are none.
     """
 
     positions: torch.Tensor
@@ -81,6 +106,7 @@ class Background(NamedTuple):
     train_share: float
     reference_share: float
     chosen: ChosenCaptions
+    heldout: list[int] | str
 
 
 class Setup(NamedTuple):
@@ -95,11 +121,32 @@ class Setup(NamedTuple):
     attributes: AttributeProbe | str
 
 
-class Audited(NamedTuple):
-    """A model's part of the report, and its rows."""
+class Prompts(NamedTuple):
+    """Rows of a collection whose captions are prompts of one kind."""
 
-    figures: dict[str, Any]
+    kind: Kind
+    own: Collection
+    rows: Sequence[int]
+
+
+class ModelSource(NamedTuple):
+    """A model's part of the report that its generated images do not tell."""
+
+    name: str
+    source: Literal["model", "images"]
+    path: str
+    sha256: str
+    run: dict[str, Any] | None
+    detection: Detection | None
+    membership: Membership | None
+
+
+class Audited(NamedTuple):
+    """A model's part of the report, its rows, and what its verdict rests on."""
+
+    figures: ModelReport
     pairs: pa.Table
+    measured: Measured
 
 
 def main(argv: Sequence[str]) -> None:
@@ -108,41 +155,45 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(one_image.main(argv))
     settings = parse_arguments(argv)
     report = run_audit(settings)
-    print(records.summary_text(report, settings.output_dir))
-    print(f"the page to look at: {settings.output_dir / 'report.html'}")
+    print(summary_text(report, settings.output_folder))
+    print(f"the page to look at: {settings.output_folder / 'report.html'}")
 
 
-def run_audit(settings: AuditSettings) -> dict[str, Any]:
-    """Measure everything, write ``report.json``, ``pairs.parquet`` and ``background.parquet``, return the report.
+def run_audit(settings: AuditSettings) -> Report:
+    """Measure everything, write the report, its tables and its page, and return the report.
 
     Raises:
         AuditError: Before anything is generated, where the input cannot be used.
     """
     device = default_device()
-    store = Store(settings.output_dir / "cache")
+    store = Store(settings.output_folder / "cache")
     inputs = open_inputs(settings, store, device)
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
-    (settings.output_dir / MARKER).write_text("Made by `sd-memguard audit`, which replaces it when it runs again.\n")
+    settings.output_folder.mkdir(parents=True, exist_ok=True)
+    (settings.output_folder / MARKER).write_text("Made by `sd-memguard audit`, which replaces it when it runs again.\n")
     gallery = Gallery(inputs.train, inputs.extractor, store, device, settings.batch_size)
-    background = measure_background(settings, inputs, gallery)
     setup = Setup(
         settings,
         inputs,
         gallery,
-        background,
+        measure_background(settings, inputs, gallery),
         choose_probes(settings, inputs),
         prepare_quality(inputs, gallery),
         prepare_attributes(gallery, inputs.reference, settings.attributes_dir, settings.seed)
         if settings.models
         else "images were given, whose captions are not known",
     )
-    shutil.rmtree(settings.output_dir / "generated", ignore_errors=True)
+    shutil.rmtree(settings.output_folder / "generated", ignore_errors=True)
     audited = [
         *(audit_model(name, files, setup) for name, files in settings.models.items()),
         *(audit_images(name, images, setup) for name, images in inputs.images.items()),
     ]
-    report = describe(setup, [one.figures for one in audited])
-    write(setup, audited, report)
+    report = describe(setup, audited)
+    tables = pa.concat_tables([one.pairs for one in audited])
+    write_audit(Audit(report, tables, background_rows(setup)), settings.output_folder)
+    train_folder = place_training_images(setup, tables)
+    write_page(settings.output_folder, train_folder)
+    if settings.model_card is not None:
+        update_card(Path(settings.model_card), report)
     return report
 
 
@@ -182,7 +233,31 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
                 f"{train.place} has no caption to use as prompt: each belongs to several images, or its image has a "
                 "near-duplicate; raise `--copy_threshold`, or generate images and give the images as `--images`"
             )
-    return Background(positions, others, reference, threshold, copy_distance, shares[0], shares[1], chosen)
+    prompts = choose_heldout(settings, inputs, reference, threshold.similarity) if settings.models else []
+    return Background(positions, others, reference, threshold, copy_distance, shares[0], shares[1], chosen, prompts)
+
+
+def choose_heldout(
+    settings: AuditSettings, inputs: Inputs, matched: Matched | None, threshold: float
+) -> list[int] | str:
+    """Return the rows of the held-out images whose captions are prompts, ascending, or why there are none.
+
+    They are chosen as those of training images are: a caption belongs to one image, and no training image is as
+    similar as a copy.
+    """
+    reference, train = inputs.reference, inputs.train
+    if reference is None or matched is None:
+        return "no --reference_data_dir"
+    known, counts = set(train.captions), Counter(reference.captions[row] for row in reference.distinct)
+    clear = [
+        row
+        for row in reference.distinct
+        if (caption := reference.captions[row]) and caption not in known and counts[caption] == 1
+        if matched.similarity[row] < threshold
+    ]
+    order = permutation(settings.seed, "heldout captions", length=len(clear)).tolist()
+    rows = sorted(clear[number] for number in order[: settings.num_prompts])
+    return rows or "the reference images have no captions that the training images have not"
 
 
 def _share_of(matched: Matched | None, threshold: float) -> float:
@@ -223,151 +298,208 @@ def prepare_quality(inputs: Inputs, gallery: Gallery) -> Quality:
 
 def audit_model(name: str, files: ModelFiles, setup: Setup) -> Audited:
     """Generate with a model, and measure images and model."""
-    settings, store = setup.settings, setup.gallery.store
+    settings, store, background = setup.settings, setup.gallery.store, setup.background
     sha256 = model_sha256(files)
     load = cache(lambda: load_pipeline(files, setup.gallery.device))
-    generated = generate_set(name, sha256, load, setup)
+    train, reference = setup.inputs.train, setup.inputs.reference
+    chosen = background.chosen
+    prompts = [Prompts("duplicated", train, chosen.duplicated), Prompts("unique", train, chosen.unique)]
+    sets = [generate_set(name, sha256, load, prompts, setup, 0)]
     run, samples = read_run_records(files.base if files.addition is None else files.addition.parent)
-    source = {"name": name, "source": "model", "path": files.text, "sha256": sha256, "run": run}
-    figures, pairs = _measure(source, generated, setup, samples)
     missing = {} if run else {"run": "no memguard/ with records of a run beside the model"}
-    probe = setup.attributes
-    attributes = probe if isinstance(probe, str) else measure_attributes(probe, generated, setup.gallery, settings.seed)
-    missing |= {"attributes": attributes} if isinstance(attributes, str) else {}
-    figures["attributes"] = None if isinstance(attributes, str) else attributes
-    figures["detection"] = figures["membership"] = None
+    if isinstance(background.heldout, str):
+        missing["heldout"] = background.heldout
+    elif reference is not None:
+        heldout = [Prompts("heldout", reference, background.heldout)]
+        sets.append(generate_set(name, sha256, load, heldout, setup, len(sets[0].images)))
+    detection, membership, evidence = None, None, None
     if isinstance(setup.probes, str):
         missing |= {"detection": setup.probes, "membership": setup.probes}
     else:
         steps, scale = settings.num_inference_steps, settings.guidance_scale
         probing = Probing(store, load, sha256, settings.seed, steps, scale, settings.batch_size)
-        figures["detection"] = detection_figures(setup.probes, probing)
-        figures["membership"] = membership_figures(setup.probes, probing)
-    return Audited({**figures, "why_missing": missing}, pairs)
+        detection = detection_figures(setup.probes, probing)
+        membership, evidence = membership_figures(setup.probes, probing)
+    source = ModelSource(name, "model", files.text, sha256, run, detection, membership)
+    return _measure(source, sets, setup, samples, evidence, missing)
 
 
 def audit_images(name: str, images: Collection, setup: Setup) -> Audited:
     """Measure images that were generated elsewhere."""
     place = str(Path(images.place).resolve())
-    generated = GeneratedSet(replace(images, place=place), ["given"] * len(images), 1, [], [])
-    source = {"name": name, "source": "images", "path": images.place, "sha256": images.sha256, "run": None}
-    figures, pairs = _measure(source, generated, setup, None)
-    reason = "images were given, no model"
-    unknown = ("detection", "membership", "attributes")
-    missing = dict.fromkeys(("run", *unknown), reason)
-    return Audited({**figures, **dict.fromkeys(unknown), "why_missing": missing}, pairs)
+    generated = GeneratedSet(replace(images, place=place), ["given"] * len(images), 1)
+    missing = dict.fromkeys(("run", "detection", "membership", "heldout"), "images were given, no model")
+    source = ModelSource(name, "images", images.place, images.sha256, None, None, None)
+    return _measure(source, [generated], setup, None, None, missing)
 
 
 def _measure(
-    source: dict[str, Any], generated: GeneratedSet, setup: Setup, samples: dict[str, list[Any]] | None
-) -> tuple[dict[str, Any], pa.Table]:
-    """Return what generated images alone tell, and their rows."""
-    background, seed = setup.background, setup.settings.seed
+    source: ModelSource,
+    sets: Sequence[GeneratedSet],
+    setup: Setup,
+    samples: dict[str, list[Any]] | None,
+    membership: Excess | None,
+    missing: dict[str, str],
+) -> Audited:
+    """Return everything about generated images: of training captions, and of held-out ones where there are any."""
+    background, seed, train = setup.background, setup.settings.seed, setup.inputs.train
     distance = None if background.copy_distance is None else background.copy_distance.distance
-    compared = compare(generated, setup.gallery, background.threshold.similarity, distance)
-    figures = {
-        **source,
-        "num_generated": len(generated.images),
-        "copies": copy_figures(generated, compared, seed),
-        "quality": quality_figures(generated, setup.quality, seed),
-    }
-    pairs = records.pair_table(source["name"], generated, compared, setup.inputs.train, samples)
-    return figures, pairs
+    copies: dict[str, CopyFigures] = {}
+    attributes: dict[str, AttributeShares] = {}
+    copied: dict[Kind, torch.Tensor] = {}
+    nearest: dict[Kind, torch.Tensor] = {}
+    agreement: dict[Kind, torch.Tensor] = {}
+    chance: dict[Kind, torch.Tensor] = {}
+    tables = []
+    for generated in sets:
+        compared = compare(generated, setup.gallery, background.threshold.similarity, distance)
+        figures = copy_figures(generated, compared, seed)
+        found = (
+            setup.attributes
+            if isinstance(setup.attributes, str)
+            else measure_attributes(setup.attributes, generated, setup.gallery)
+        )
+        if isinstance(found, str):
+            missing |= {"attributes": found}
+        for kind in dict.fromkeys(generated.kinds):
+            hits = compared.is_copy if compared.is_own_copy is None else compared.is_own_copy
+            copied[kind] = generated.by_caption(hits, kind).any(1)
+            if compared.is_own_nearest is not None:
+                nearest[kind] = generated.by_caption(compared.is_own_nearest, kind).double().mean(1)
+            if not isinstance(found, str):
+                both = torch.stack([generated.by_caption(one, kind).double().mean(1) for one in found[1:]])
+                agreement[kind], chance[kind] = both[:, ~both.isnan().any(0)]
+        for name in generated.kinds_and_all() if generated is sets[0] else dict.fromkeys(generated.kinds):
+            copies[name] = figures[name]
+            if not isinstance(found, str):
+                attributes[name] = attribute_shares(found, generated, name, seed)
+        tables.append(pair_table(source.name, generated, compared, train, samples))
+    measured = Measured(source.name, sets[0].per_caption, copied, nearest, agreement, chance, membership)
+    report = ModelReport(
+        **source._asdict(),
+        num_generated=sum(len(generated.images) for generated in sets),
+        verdict=judge(measured, copy_background(setup), seed),
+        copies=copies,
+        attributes=attributes or None,
+        quality=quality_figures(sets[0], setup.quality, seed),
+        why_missing=missing,
+    )
+    return Audited(report, pa.concat_tables(tables), measured)
 
 
-def generate_set(name: str, sha256: str, load: Callable[[], StableDiffusionPipeline], setup: Setup) -> GeneratedSet:
-    """Generate the chosen prompts, every model from the same noise, and put the images below the output folder."""
-    settings, train, chosen = setup.settings, setup.inputs.train, setup.background.chosen
+def copy_background(setup: Setup) -> CopyBackground:
+    """Return how many images nobody copied would be copies: of the held-out images, else of the training images."""
+    background = setup.background
+    if background.reference is not None:
+        count = len(background.reference.similarity)
+        return CopyBackground(round(background.reference_share * count), count, HELDOUT_IMAGES)
+    verified = background.copy_distance is not None
+    count = min(len(background.positions), MAX_VERIFIED) if verified else len(background.positions)
+    return CopyBackground(round(background.train_share * count), count, TRAINING_IMAGES)
+
+
+def generate_set(
+    name: str,
+    sha256: str,
+    load: Callable[[], StableDiffusionPipeline],
+    prompts: Sequence[Prompts],
+    setup: Setup,
+    first: int,
+) -> GeneratedSet:
+    """Generate prompts, every model from the same noise, and put the images below the output folder.
+
+    Args:
+        name: Of the model.
+        sha256: Of the model.
+        load: Gives the pipeline.
+        prompts: By kind, of one collection.
+        setup: Of the audit.
+        first: Number of the first image's file.
+    """
+    settings, own = setup.settings, prompts[0].own
     count = settings.num_images_per_prompt
-    rows = [row for kind in chosen for row in kind for _ in range(count)]
-    kinds = [kind for kind, members in chosen._asdict().items() for _ in range(count * len(members))]
-    captions = [train.captions[row] for row in rows]
-    seeds = [derive_seed(settings.seed, "audit generated image", row, index % count) for index, row in enumerate(rows)]
-    generated_image = GenerationSettings(
+    rows = [row for part in prompts for row in part.rows for _ in range(count)]
+    kinds = [part.kind for part in prompts for _ in range(count * len(part.rows))]
+    captions = [own.captions[row] for row in rows]
+    purpose = "audit held-out image" if prompts[0].kind == "heldout" else "audit generated image"
+    seeds = [derive_seed(settings.seed, purpose, row, index % count) for index, row in enumerate(rows)]
+    how = GenerationSettings(
         settings.num_inference_steps, settings.guidance_scale, settings.resolution, settings.batch_size
     )
-    store = setup.gallery.store
-    keys = generate_into(store, load, sha256, captions, seeds, generated_image, f"generated image with {name}")
-    files = [f"generated/{name}/{index:05}.png" for index in range(len(keys))]
+    store, folder = setup.gallery.store, settings.output_folder
+    keys = generate_into(store, load, sha256, captions, seeds, how, f"generating with {name}")
+    files = [f"generated/{name}/{first + index:05}.png" for index in range(len(keys))]
     for key, file in zip(keys, files, strict=True):
-        store.place_file(key, settings.output_dir / file)
-    images = Collection("", files, captions, lambda row: (settings.output_dir / files[row]).read_bytes(), True)
-    return GeneratedSet(images, kinds, count, seeds, rows)
+        store.place_file(key, folder / file)
+    images = Collection("", files, captions, lambda row: (folder / files[row]).read_bytes(), True)
+    return GeneratedSet(images, kinds, count, seeds, own, rows)
 
 
-def describe(setup: Setup, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def describe(setup: Setup, audited: Sequence[Audited]) -> Report:
     """Return the report."""
     settings, inputs, background = setup.settings, setup.inputs, setup.background
-    extractor, threshold = inputs.extractor, background.threshold.similarity
-    reference, distance = background.reference, background.copy_distance
-    return {
-        "format": FORMAT,
-        "version": __version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": settings.command,
-        "settings": settings.flags,
-        "extractor": _describe_extractor(extractor),
-        "quality_extractor": _describe_extractor(inputs.quality_extractor),
-        "clip_sha256": None if inputs.clip is None else inputs.clip.sha256,
-        "threshold": {
-            "similarity": threshold,
-            "l2_ratio": COPY_THRESHOLD,
-            "distance": None if distance is None else distance.distance,
-            "rule": background.threshold.rule if distance is None else distance.rule,
-            "source": background.threshold.source,
-        },
-        "train": _describe_images(inputs.train),
-        "reference": None if inputs.reference is None else _describe_images(inputs.reference),
-        "background": {
-            "train": replace(summarize(background.train.similarity, threshold), share_above=background.train_share),
-            "reference": None
+    similarity, distance = background.threshold.similarity, background.copy_distance
+    train, reference = background.train, background.reference
+    return Report(
+        format=FORMAT,
+        version=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=settings.command,
+        settings=settings.as_flags(),
+        extractor=_describe_extractor(inputs.extractor),
+        quality_extractor=_describe_extractor(inputs.quality_extractor),
+        clip_sha256=None if inputs.clip is None else inputs.clip.sha256,
+        classifier=None if isinstance(setup.attributes, str) else setup.attributes.describe(),
+        threshold=ReportedThreshold(
+            similarity,
+            COPY_THRESHOLD,
+            None if distance is None else distance.distance,
+            background.threshold.rule if distance is None else distance.rule,
+            background.threshold.source,
+        ),
+        train=_describe_images(inputs.train),
+        reference=None if inputs.reference is None else _describe_images(inputs.reference),
+        background=Backgrounds(
+            replace(summarize(train.similarity, similarity), share_above=background.train_share),
+            None
             if reference is None
-            else replace(summarize(reference.similarity, threshold), share_above=background.reference_share),
-        },
-        "models": list(models),
-    }
+            else replace(summarize(reference.similarity, similarity), share_above=background.reference_share),
+        ),
+        models=tuple(one.figures for one in audited),
+        comparisons=compare_models([one.measured for one in audited], settings.seed),
+    )
 
 
-def _describe_extractor(extractor: Extractor) -> dict[str, Any]:
-    names = ("name", "sha256", "preprocessing", "dimensions")
-    return {name: getattr(extractor, name) for name in names}
+def _describe_extractor(extractor: Extractor) -> Features:
+    return Features(extractor.name, extractor.sha256, extractor.preprocessing, extractor.dimensions)
 
 
-def _describe_images(images: Collection) -> dict[str, Any]:
+def _describe_images(images: Collection) -> Images:
     duplicated = sum(count > 1 for count in Counter(images.hashes).values())
-    return {
-        "folder": images.place,
-        "num_images": len(images),
-        "num_distinct": len(images.distinct),
-        "num_duplicated": duplicated,
-        "sha256": images.sha256,
-    }
+    return Images(images.place, len(images), len(images.distinct), duplicated, images.sha256)
 
 
-def training_folder(settings: AuditSettings, train: Collection) -> Path:
-    """Return where the training images that the rows name are found: their folder, or below the output folder."""
-    return Path(train.place) if train.is_folder else settings.output_dir / "training"
-
-
-def write(setup: Setup, audited: Sequence[Audited], report: dict[str, Any]) -> None:
-    """Write the three files; the training images of a dataset that are named in them go to ``training/``."""
-    folder, inputs, background = setup.settings.output_dir, setup.inputs, setup.background
+def background_rows(setup: Setup) -> pa.Table:
+    """Return a row for each image of the background."""
+    inputs, background = setup.inputs, setup.background
     train, reference = inputs.train, inputs.reference
     rows = [train.distinct[position] for position in background.positions.tolist()]
-    tables = [records.background_table("train", train, rows, background.train, train)]
+    tables = [background_table("train", train, rows, background.train, train)]
     if reference is not None and background.reference is not None:
-        matched = background.reference
-        tables.append(records.background_table("reference", reference, range(len(reference)), matched, train))
-    records.write_table(tables, folder / records.BACKGROUND)
-    records.write_table([one.pairs for one in audited], folder / records.PAIRS)
-    if not train.is_folder:
-        target = training_folder(setup.settings, train)
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir()
-        columns = [one.pairs[column].to_pylist() for one in audited for column in ("nearest_file", "own_file")]
-        named = {file for column in columns for file in column}
-        for row, file in enumerate(train.files):
-            if file in named:
-                train.image(row).save(target / file)
-    records.write_report(report, folder / records.REPORT)
-    write_report(folder, training_folder(setup.settings, train))
+        tables.append(background_table("reference", reference, range(len(reference)), background.reference, train))
+    return pa.concat_tables(tables)
+
+
+def place_training_images(setup: Setup, pairs: pa.Table) -> Path:
+    """Return where the training images are found that rows name; those of a dataset are put into ``training/``."""
+    train = setup.inputs.train
+    if train.is_folder:
+        return Path(train.place)
+    target = setup.settings.output_folder / "training"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    named = {file for column in ("nearest_file", "own_file") for file in pairs[column].to_pylist()}
+    for row, file in enumerate(train.files):
+        if file in named:
+            train.image(row).save(target / file)
+    return target

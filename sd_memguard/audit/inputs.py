@@ -39,7 +39,7 @@ def open_inputs(settings: AuditSettings, store: Store, device: torch.device) -> 
     reference = _open_reference(settings, train)
     images = {
         name: read_folder(folder, "--images", settings.caption_column, needs_captions=False)
-        for name, folder in settings.images.items()
+        for name, folder in settings.image_folders.items()
     }
     for collection in images.values():
         _ = collection.hashes  # every image is opened once, so that a damaged one is named now

@@ -4,9 +4,9 @@
 >>> index.nearest(image)[0].is_copy  # doctest: +SKIP
 """
 
-import argparse
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,8 @@ from sd_memguard.audit.metrics.similarity import best_matches
 from sd_memguard.audit.metrics.verified import CopyDistance, as_images, choose_distance
 from sd_memguard.audit.models import default_device
 from sd_memguard.core.verification import verify_pairs
+from sd_memguard.flags import parse_settings
+from sd_memguard.settings import POSITIVE_COUNT, check_settings, setting
 
 NUM_BACKGROUND = 200
 """Training images that are registered with others, so that it is known how near different images of the set are."""
@@ -111,38 +113,41 @@ class TrainingIndex:
         return sorted(neighbors, key=lambda one: (one.distance, -one.similarity))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the flags of ``sd-memguard audit --image``."""
-    parser = argparse.ArgumentParser(
-        prog="sd-memguard audit",
-        description="Find the training images that one image is most like, and say whether it is a copy. The exit "
-        "status is 1 where it is.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+@dataclass(frozen=True, kw_only=True)
+class OneImageSettings:
+    """The flags of ``sd-memguard audit --image``."""
+
+    image: str = setting(None, "Images", "the image", fix="name an image file")
+    train_data_dir: str = setting(None, "Images", "the training images", fix="name the folder of the training images")
+    num_neighbors: int = setting(5, "Measuring", "training images that are named", POSITIVE_COUNT)
+    extractor: str = setting("bundled", "Measuring", "bundled, sscd, sscd-paper, dinov2 or clip")
+    extractor_weights: str | None = setting(None, "Measuring", "file, folder or hub name of its weights")
+    output_dir: str = setting(
+        None, "Output", "keeps the index, so that the next image takes seconds", fix="name a folder"
     )
-    add = parser.add_argument
-    add("--image", type=Path, required=True, metavar="FILE", help="the image")
-    add("--train_data_dir", type=Path, required=True, help="the training images")
-    add("--output_dir", type=Path, required=True, help="keeps the index, so that the next image takes seconds")
-    add("--num_neighbors", type=int, default=5, help="training images that are named")
-    add("--extractor", default="bundled", help="bundled, sscd, sscd-paper, dinov2 or clip")
-    add("--extractor_weights", help="file, folder or hub name of its weights")
-    return parser
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_settings(self)
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the nearest training images of one image, and return 1 where it is a copy of one, otherwise 0.
 
     Raises:
-        AuditError: A file or folder cannot be used.
+        UserError: A flag is out of range, or a file or folder cannot be used.
     """
-    settings = build_parser().parse_args(argv)
-    if settings.num_neighbors < 1:
-        raise AuditError(f"`--num_neighbors` must be 1 or more, got {settings.num_neighbors}; raise it")
-    image = _open(settings.image)
+    settings = parse_settings(
+        OneImageSettings,
+        argv,
+        prog="sd-memguard audit",
+        description="Find the training images that one image is most like, and say whether it is a copy. The exit "
+        "status is 1 where it is.",
+    )
+    image = _open(Path(settings.image))
     index = TrainingIndex(
         settings.train_data_dir,
-        settings.output_dir / "cache",
+        Path(settings.output_dir) / "cache",
         extractor=settings.extractor,
         extractor_weights=settings.extractor_weights,
     )

@@ -10,18 +10,29 @@ from PIL import Image, ImageOps
 from sd_memguard.check.findings import Findings, repeated_captions
 from sd_memguard.data.image_check import ImageError, decode_image
 
-MAX_GROUPS, MAX_MEMBERS, MAX_LISTED = 200, 12, 500
+MAX_GROUPS, MAX_MEMBERS, MAX_EQUAL, MAX_LISTED = 200, 12, 3, 500
 """What the page shows at most; check.json has everything."""
 
 _EDGE = 128
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; color-scheme: light dark }
-.group { display: flex; flex-wrap: wrap; gap: .5rem; padding: .75rem 0; border-top: 1px solid #8884 }
-figure { margin: 0; width: 8.5rem; font-size: .8rem; overflow-wrap: anywhere }
-figure img { width: 8rem; height: 8rem; object-fit: contain; background: #8882 }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; color-scheme: light dark;
+  overflow-wrap: anywhere }
+h1 { font-size: clamp(1.4rem, 1rem + 2vw, 2rem); line-height: 1.2; margin-bottom: .5rem }
+.quiet, .group > p { color: GrayText }
+.group { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .75rem;
+  padding: .75rem 0; border-top: 1px solid #8884 }
+.group > p { align-self: center; margin: 0 }
+figure { margin: 0; font-size: .8rem }
+figure img { display: block; width: 8rem; max-width: 100%; aspect-ratio: 1; object-fit: contain; background: #fff;
+  border: 1px solid #8884 }
 figure.kept img { outline: 3px solid #2a7 }
-h3 { flex-basis: 100%; margin: 0; font-size: 1rem }
-td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0; overflow-wrap: anywhere }
+h3 { grid-column: 1 / -1; margin: 0; font-size: 1rem }
+li { max-width: 46rem; margin-bottom: .25rem }
+code { white-space: nowrap }
+td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; print-color-adjust: exact }
+  figure, tr { break-inside: avoid } h2, h3 { break-after: avoid }
+  .group { grid-template-columns: repeat(6, 1fr) } }
 """
 
 
@@ -38,7 +49,9 @@ def page(findings: Findings, headline: str) -> str:
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>Check of {escape(findings.source.name)}</title><style>{_STYLE}</style></head><body>",
-            f"<h1>Check of {escape(findings.source.name)}</h1><p>{escape(headline)}</p>",
+            f"<h1>{escape(headline)}</h1>",
+            f'<p class="quiet">sd-memguard check of {escape(findings.source.name)}</p>',
+            *_advice(findings),
             *_table("Samples that cannot be used", findings, findings.unusable),
             *_duplicates(findings),
             *_table("Odd images and captions", findings, findings.odd),
@@ -46,6 +59,23 @@ def page(findings: Findings, headline: str) -> str:
             "</body></html>\n",
         ]
     )
+
+
+def _advice(findings: Findings) -> Iterator[str]:
+    """Yield what was found means, and what to do about it."""
+    told = {
+        "Samples that cannot be used stop a training, or are passed over by <code>--on_bad_sample skip</code>. Repair "
+        "or remove them.": findings.unusable,
+        "An image that is there many times is shown to the model many times, and is the first that it gives back. Keep "
+        "one of each group: <code>--write_filtered keep.jsonl</code> lists what is left. Near-duplicates may be "
+        "different images; look at them below. The training of sd-memguard counts each group as one image without "
+        "that.": findings.groups,
+        "Odd images and captions are trained on, but seldom as meant: small ones are enlarged, long ones cropped, "
+        "a caption that says little lets the model guess.": findings.odd,
+    }
+    lines = [words for words, found in told.items() if found]
+    yield "<h2>What this means, and what you can do</h2>"
+    yield f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>" if lines else "<p>There is nothing to mend.</p>"
 
 
 def _table(heading: str, findings: Findings, faults: dict[int, str]) -> Iterator[str]:
@@ -61,13 +91,14 @@ def _duplicates(findings: Findings) -> Iterator[str]:
     if not findings.groups:
         return
     yield f"<h2>Duplicates ({len(findings.groups):,} groups)</h2>"
-    yield "<p>One of each group, outlined, is kept by <code>--write_filtered</code>.</p>"
+    yield "<p>The one that is outlined is kept by <code>--write_filtered</code>.</p>"
     for group in findings.groups[:MAX_GROUPS]:
         kind = "equal files" if group.is_exact else "near-duplicates"
         yield f'<div class="group"><h3>{len(group.rows):,} {kind}</h3>'
-        shown = [group.kept, *(row for row in group.rows if row != group.kept)][:MAX_MEMBERS]
+        most = MAX_EQUAL if group.is_exact else MAX_MEMBERS
+        shown = [group.kept, *(row for row in group.rows if row != group.kept)][:most]
         yield from (_figure(findings, row, row == group.kept) for row in shown)
-        yield _more(len(group.rows) - MAX_MEMBERS) + "</div>"
+        yield _more(len(group.rows) - most) + "</div>"
     yield _more(len(findings.groups) - MAX_GROUPS)
 
 

@@ -34,7 +34,7 @@ from sd_memguard.data.samples import SampleError, Samples
 from sd_memguard.data.transforms import Preprocess, View
 from sd_memguard.distributed import ProcessGroup
 from sd_memguard.errors import UserError
-from sd_memguard.files import gigabytes, nearest_folder
+from sd_memguard.files import gigabytes, nearest_folder, user_cache_folder
 from sd_memguard.host_memory import available_memory
 from sd_memguard.models.encoders import Encoders, fingerprint, tokenizer_fingerprint
 
@@ -137,7 +137,7 @@ def cache_folder(config: TrainConfig) -> Path:
     """Return the folder of the caches on disk: as set, else in the user's folder for caches."""
     if config.encoding_cache_dir is not None:
         return Path(config.encoding_cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd_memguard"
+    return user_cache_folder()
 
 
 def choose_place_together(

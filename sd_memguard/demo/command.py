@@ -1,9 +1,9 @@
 """Fine-tune the bundled model twice with one budget, plain and guarded, and show what each replicates, side by side."""
 
-import argparse
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,55 +12,52 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from sd_memguard.assets import BUNDLED
-from sd_memguard.audit.arguments import AuditSettings
+from sd_memguard.assets import BUNDLED, demo_data_path, demo_heldout_path
 from sd_memguard.audit.arguments import parse_arguments as parse_audit
 from sd_memguard.audit.command import run_audit
+from sd_memguard.audit.report import Audit, Kind, ModelReport, Report, read_audit
+from sd_memguard.audit.reporting.sentences import tell
 from sd_memguard.config import make_train_config
 from sd_memguard.demo.figure import Block, Column, Table, comparison_image
-from sd_memguard.demo.measure import (
-    GUIDANCE_SCALE,
-    HELDOUT,
-    NUM_INFERENCE_STEPS,
-    SIZE,
-    Figures,
-    Generated,
-    describe,
-    figures,
-    generate_heldout,
-    known_attributes,
-    read_audit,
-    real_figures,
-)
 from sd_memguard.errors import UserError
+from sd_memguard.flags import parse_settings
+from sd_memguard.settings import POSITIVE_COUNT, check_settings, setting
 from sd_memguard.training.trainer import train
 
-NUM_PROMPTS, NUM_HELDOUT_PROMPTS, NUM_PROBES = 32, 96, 96
+NUM_PROMPTS, NUM_PROBES = 64, 96
+NUM_INFERENCE_STEPS, GUIDANCE_SCALE, SIZE = 20, 2.5, 64
 PROMPTS_SHOWN = 8
 MODELS = {"plain": "off", "guarded": "on"}
 """The folder of each fine-tune and its ``--memguard``."""
 NAMES = {"plain": "Plain fine-tune", "guarded": "With sd_memguard"}
+KINDS: tuple[Kind, ...] = ("duplicated", "unique", "heldout")
 
 MARKER = "sd-memguard-demo.txt"
 """The file that tells a demonstration's folder from any other."""
 COMPARISON, AUDIT, RESULTS = "compare.png", "audit", "results.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """What the command line asks for.
+    """The flags of the demonstration."""
 
-    Attributes:
-        output_dir: Where everything goes.
-        max_train_steps: Optimizer steps of each of the two fine-tunes.
-        seed: Of training and generation.
-        num_images_per_prompt: Generated images of each training prompt, each from noise of its own.
-    """
+    output_dir: str = setting("runs/demo", "Demonstration", "where everything goes")
+    max_train_steps: int = setting(
+        900, "Demonstration", "optimizer steps of each of the two fine-tunes", POSITIVE_COUNT
+    )
+    seed: int = setting(0, "Demonstration", "seed of training and generation")
+    num_images_per_prompt: int = setting(
+        2, "Demonstration", "generated images of each prompt, each from noise of its own", POSITIVE_COUNT
+    )
 
-    output_dir: Path
-    max_train_steps: int
-    seed: int
-    num_images_per_prompt: int
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_settings(self)
+
+    @property
+    def folder(self) -> Path:
+        """``output_dir`` as a path."""
+        return Path(self.output_dir)
 
 
 class Training(NamedTuple):
@@ -84,49 +81,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sd_memguard.console import configure_logging
 
     configure_logging()
-    prepare_folder(settings.output_dir)
+    prepare_folder(settings.folder)
     trainings = {model: fine_tune(model, settings) for model in MODELS}
-    audited = audit(settings)
-    generated = read_audit(audited.output_dir)
-    for model in MODELS:
-        generated += generate_heldout(model, settings.output_dir / model, NUM_HELDOUT_PROMPTS, settings.seed)
-    known = known_attributes(audited)
-    found, ceiling = figures(generated, known), real_figures(known)[0]
-    compare(trainings, found, generated, settings).save(settings.output_dir / COMPARISON, optimize=True)
+    audit(settings)
+    audited = read_audit(settings.folder / AUDIT)
+    compare(trainings, audited, settings).save(settings.folder / COMPARISON, optimize=True)
     record = {
-        "settings": {**asdict(settings), "output_dir": str(settings.output_dir)},
-        "models": {model: trainings[model]._asdict() | _as_dicts(found[model]) for model in MODELS},
-        "caption_accuracy_of_real_images": ceiling,
-        "generated": describe(generated),
+        "settings": asdict(settings),
+        "verdict": {model.name: model.verdict.level for model in audited.report.models},
+        "models": {model.name: trainings[model.name]._asdict() | shares(model) for model in audited.report.models},
+        "caption_accuracy_of_real_images": _ceiling(audited.report),
     }
-    (settings.output_dir / RESULTS).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    print(report(trainings, found, ceiling, settings))
-    print(f"The audit of both models, with every pair to look at: {audited.output_dir / 'report.html'}")
-
-
-def _as_dicts(found: Mapping[str, Figures]) -> dict[str, Any]:
-    return {kind: one._asdict() for kind, one in found.items()}
+    (settings.folder / RESULTS).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(report_text(trainings, audited.report, settings))
+    print(f"The audit of both models, with every pair to look at: {settings.folder / AUDIT / 'report.html'}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> DemoSettings:
-    """Return the settings; ends the program with a message where a flag is unknown or out of range."""
-    parser = argparse.ArgumentParser(
-        prog="sd-memguard demo",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    """Return the settings; ends the program with a message where a flag is unknown.
+
+    Raises:
+        ConfigError: A setting is out of range.
+    """
+    return parse_settings(
+        DemoSettings, sys.argv[1:] if argv is None else argv, prog="sd-memguard demo", description=__doc__
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
-    parser.add_argument("--max_train_steps", type=_count, default=900, help="optimizer steps of each fine-tune")
-    parser.add_argument("--seed", type=int, default=0, help="seed of training and generation")
-    parser.add_argument("--num_images_per_prompt", type=_count, default=2, help="generated images of each prompt")
-    return DemoSettings(**vars(parser.parse_args(argv)))
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text}")
-    return int(text)
+def shares(model: ModelReport) -> dict[str, dict[str, float | None]]:
+    """Return what the demonstration shows of a model by kind of prompts: shares, None where they are not known."""
+    found: dict[str, dict[str, float | None]] = {}
+    for kind in KINDS:
+        copies, attributes = model.copies[kind], (model.attributes or {})[kind]
+        estimates = {
+            "own_nearest": copies.own_nearest,
+            "copies": copies.share,
+            "caption_accuracy": attributes.caption_accuracy,
+            "open_agreement": attributes.open_agreement,
+            "chance_agreement": attributes.chance_agreement,
+        }
+        found[kind] = {name: None if one is None else one.value for name, one in estimates.items()}
+    return found
+
+
+def _ceiling(report: Report) -> float | None:
+    return None if report.classifier is None else report.classifier.caption_accuracy
 
 
 def prepare_folder(folder: Path) -> None:
@@ -166,7 +165,7 @@ def fine_tune(model: str, settings: DemoSettings) -> Training:
         pretrained_model_name_or_path=BUNDLED,
         train_data_dir=BUNDLED,
         validation_data_dir=BUNDLED,
-        output_dir=str(settings.output_dir / model),
+        output_dir=str(settings.folder / model),
         memguard=MODELS[model],
         resolution=SIZE,
         center_crop=True,
@@ -185,9 +184,8 @@ def fine_tune(model: str, settings: DemoSettings) -> Training:
     return Training(float(summary["heldout_loss"]), float(summary["train_loss"]), round(time.monotonic() - start, 1))
 
 
-def audit(settings: DemoSettings) -> AuditSettings:
-    """Audit both models as `sd-memguard audit` does, into the folder ``audit``, and return how."""
-    folder = settings.output_dir / AUDIT
+def audit(settings: DemoSettings) -> None:
+    """Audit both models as `sd-memguard audit` does, into the folder ``audit``."""
     flags = {
         "train_data_dir": BUNDLED,
         "reference_data_dir": BUNDLED,
@@ -197,40 +195,32 @@ def audit(settings: DemoSettings) -> AuditSettings:
         "num_inference_steps": NUM_INFERENCE_STEPS,
         "guidance_scale": GUIDANCE_SCALE,
         "seed": settings.seed,
-        "output_dir": folder,
+        "output_dir": str(settings.folder / AUDIT),
     }
-    models = [text for model in MODELS for text in ("--model", f"{model}={settings.output_dir / model}")]
-    parsed = parse_audit([*models, *(text for name, value in flags.items() for text in (f"--{name}", str(value)))])
-    run_audit(parsed)
-    return parsed
+    models = [f"{model}={settings.folder / model}" for model in MODELS]
+    run_audit(
+        parse_audit(["--model", *models, *(text for name, one in flags.items() for text in (f"--{name}", str(one)))])
+    )
 
 
-def training_kinds(found: Mapping[str, Mapping[str, Figures]]) -> list[str]:
-    """Return the audit's kinds of prompts: of duplicated images first, then of unique ones."""
-    return [kind for kind in found["plain"] if kind != HELDOUT]
-
-
-def compare(
-    trainings: Mapping[str, Training],
-    found: Mapping[str, Mapping[str, Figures]],
-    generated: Sequence[Generated],
-    settings: DemoSettings,
-) -> Image.Image:
+def compare(trainings: Mapping[str, Training], audited: Audit, settings: DemoSettings) -> Image.Image:
     """Return the image of the first prompts of each kind with what either model generates."""
-    duplicated, unique = training_kinds(found)
     blocks = [
         Block("Prompts of duplicated images", "These images are 16 times in the training set.", "Training image", []),
         Block("Prompts of unique images", "These images are in the training set once.", "Training image", []),
         Block("Held-out prompts", "Neither model has seen these prompts and images.", "Held-out image", []),
     ]
+    rows = audited.pairs.to_pylist()
     blocks = [
-        block._replace(columns=columns(generated, kind))
-        for block, kind in zip(blocks, (duplicated, unique, HELDOUT), strict=True)
+        block._replace(columns=columns(rows, kind, settings.folder / AUDIT))
+        for block, kind in zip(blocks, KINDS, strict=True)
     ]
+    found = {model.name: shares(model) for model in audited.report.models}
     table = Table(
         (
             "own training image is the nearest, duplicated",
             "own training image is the nearest, unique",
+            "background: held-out prompts",
             "traits shared beyond the prompt, duplicated (chance)",
             "held-out prompts followed",
             "held-out loss",
@@ -239,9 +229,10 @@ def compare(
             (
                 NAMES[model],
                 (
-                    *(f"{found[model][kind].own:.0%}" for kind in (duplicated, unique)),
-                    f"{found[model][duplicated].open_agreement:.0%} ({found[model][duplicated].chance:.0%})",
-                    f"{found[model][HELDOUT].caption_accuracy:.0%}",
+                    *(_percent(found[model][kind]["own_nearest"]) for kind in KINDS),
+                    f"{_percent(found[model]['duplicated']['open_agreement'])} "
+                    f"({_percent(found[model]['duplicated']['chance_agreement'])})",
+                    _percent(found[model]["heldout"]["caption_accuracy"]),
                     f"{trainings[model].heldout_loss:.4f}",
                 ),
             )
@@ -260,46 +251,66 @@ def compare(
     )
 
 
-def columns(generated: Sequence[Generated], kind: str) -> list[Column]:
-    """Return the first prompts of a kind, each with its original and the first image that each model generates."""
-    first: dict[Path, dict[str, Generated]] = {}
-    for one in generated:
-        if one.kind == kind:
-            first.setdefault(one.original, {}).setdefault(one.model, one)
+def columns(rows: Sequence[Mapping[str, Any]], kind: Kind, folder: Path) -> list[Column]:
+    """Return the first prompts of a kind, each with its original and the first image that each model generates.
+
+    Args:
+        rows: Of the audit's ``pairs.parquet``.
+        kind: Of the prompts.
+        folder: Of the audit.
+    """
+    originals = demo_heldout_path() if kind == "heldout" else demo_data_path()
+    first: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["kind"] == kind:
+            first.setdefault(row["own_file"], {}).setdefault(row["model"], row)
     return [
         Column(
-            next(iter(by_model.values())).prompt,
-            [Image.open(original), *(by_model[model].image for model in MODELS)],
-            [False, *(bool(by_model[model].is_own) for model in MODELS)],
+            by_model["plain"]["caption"],
+            [Image.open(originals / file), *(Image.open(folder / by_model[model]["file"]) for model in MODELS)],
+            [False, *(kind != "heldout" and by_model[model]["is_own_nearest"] for model in MODELS)],
         )
-        for original, by_model in list(first.items())[:PROMPTS_SHOWN]
+        for file, by_model in list(first.items())[:PROMPTS_SHOWN]
     ]
 
 
-def report(
-    trainings: Mapping[str, Training],
-    found: Mapping[str, Mapping[str, Figures]],
-    ceiling: float,
-    settings: DemoSettings,
-) -> str:
-    """Return the figures as text, and where to look."""
-    kinds = training_kinds(found)
+def report_text(trainings: Mapping[str, Training], report: Report, settings: DemoSettings) -> str:
+    """Return the verdict and the figures as text, and where to look."""
+    told = tell(report)
+    found = {model.name: shares(model) for model in report.models}
     rows = [("", *MODELS)]
-    for kind in kinds:
-        for name, label in (("own", "own training image is the nearest"), ("copies", "verified copies")):
-            rows.append((f"{label}, {kind}", *(f"{getattr(found[model][kind], name):.0%}" for model in MODELS)))
-    for kind in kinds:
-        texts = (
-            f"{one.open_agreement:.0%} (chance {one.chance:.0%})" for one in (found[model][kind] for model in MODELS)
-        )
-        rows.append((f"traits shared beyond the prompt, {kind}", *texts))
-    followed = (f"{found[model][HELDOUT].caption_accuracy:.0%}" for model in MODELS)
-    rows.append((f"held-out prompts followed (real images: {ceiling:.0%})", *followed))
+    for name, label in (
+        ("own_nearest", "own image is the nearest"),
+        ("copies", "verified copies"),
+        ("open_agreement", "traits shared beyond the prompt"),
+        ("chance_agreement", "  by chance"),
+        ("caption_accuracy", "prompt followed"),
+    ):
+        rows += [(f"{label}, {kind}", *(_percent(found[model][kind][name]) for model in MODELS)) for kind in KINDS]
     for name, label in (("heldout_loss", "held-out loss"), ("train_loss", "training loss")):
         rows.append((label, *(f"{getattr(trainings[model], name):.4f}" for model in MODELS)))
     rows.append(("seconds of the fine-tune", *(f"{trainings[model].seconds:.0f}" for model in MODELS)))
-    table = [f"{row[0]:55}" + "".join(f"{cell:>20}" for cell in row[1:]) for row in rows]
-    folder = settings.output_dir
+    table = [f"{row[0]:45}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows]
+    folder = settings.folder
     places = [f"  {folder / COMPARISON}", f"  {folder / RESULTS}", *(f"  {folder / model}{os.sep}" for model in MODELS)]
-    closing = "One run with one seed on a tiny model: a demonstration, not a benchmark."
-    return "\n".join(["", *table, "", closing, "", "Look at:", *places])
+    closing = [
+        f"Real images follow {_percent(_ceiling(report))} of their captions by the same measure.",
+        "One run with one seed on a tiny model: a demonstration, not a benchmark.",
+    ]
+    lines = [
+        "",
+        told.headline,
+        *(f"  {line}" for line in told.found),
+        "",
+        *table,
+        "",
+        *closing,
+        "",
+        "Look at:",
+        *places,
+    ]
+    return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"

@@ -103,7 +103,7 @@ class _Page:
         self.y += 22 * max(map(len, lines)) + 8
         for name, cells in table.rows:
             self.line()
-            self.text(MARGIN, self.y + 2, name, 20, INK)
+            self.text(MARGIN, self.y + 3, name, 18, INK)
             for x, cell in zip(lefts, cells, strict=True):
                 self.text(x, self.y, cell, 24, INK)
             self.y += 36

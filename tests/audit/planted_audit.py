@@ -2,16 +2,36 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import torch
 from PIL import Image, ImageFilter
 
 from sd_memguard.assets import demo_data_path, demo_heldout_path
+from sd_memguard.audit.metrics.statistics import Estimate, Summary
+from sd_memguard.audit.report import (
+    BACKGROUND_SCHEMA,
+    FORMAT,
+    PAIR_SCHEMA,
+    Audit,
+    Backgrounds,
+    CopyFigures,
+    Detection,
+    Features,
+    Images,
+    Membership,
+    ModelReport,
+    QualityFigures,
+    Report,
+    Threshold,
+    Verdict,
+    write_audit,
+)
+from sd_memguard.audit.verdict import HELDOUT_IMAGES, CopyBackground, Measured, compare_models, judge
 
 CREATED = "2026-01-02T03:04:05+00:00"
 
@@ -83,177 +103,173 @@ def _gallery() -> tuple[Any, ...]:
     return rows, contents, distinct, features, gallery, among, reference
 
 
-def write_planted_audit(output_dir: Path, generated: Sequence[Planted] | None = None, **changes: Any) -> dict[str, Any]:
-    """Write report.json, pairs.parquet, background.parquet and the generated images, and return what report.json holds.
+def write_planted_audit(
+    output_dir: Path, generated: Sequence[Planted] | None = None, change: Callable[[Report], Report] = lambda same: same
+) -> Report:
+    """Write report.json, pairs.parquet, background.parquet and the generated images, and return the report.
 
-    `changes` replace parts of report.json by name.
+    `change` gets the report before it is written, and returns what is written instead.
     """
     generated = planted_generated() if generated is None else generated
     rows, contents, distinct, features, gallery, among, reference = _gallery()
     threshold = round(float(np.quantile(reference.max(1), 0.99)), 4)
     background = {"train": among.max(1), "reference": reference.max(1)}
     found = [
-        {"kind": kind, "similarity": np.float32(value), "file": "", "nearest_file": ""}
+        {"kind": kind, "similarity": float(value), "file": "", "nearest_file": ""}
         for kind, values in background.items()
         for value in values
     ]
     output_dir.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(found), output_dir / "background.parquet")
-
-    queries = features([generated_image.image for generated_image in generated]) @ gallery.T
+    queries = features([one.image for one in generated]) @ gallery.T
     position = {row["file_name"]: index for index, row in enumerate(rows)}
     pairs = []
-    for number, (generated_image, similarities) in enumerate(zip(generated, queries, strict=True)):
+    for number, (one, similarities) in enumerate(zip(generated, queries, strict=True)):
         nearest = int(similarities.argmax())
         row = distinct[nearest]
         own = None
-        if generated_image.own_file:
-            content = contents[position[generated_image.own_file]]
+        if one.own_file:
+            content = contents[position[one.own_file]]
             own = next(value for index, value in zip(distinct, similarities, strict=True) if contents[index] == content)
         distances = np.sqrt(np.maximum(2 - 2 * np.sort(similarities)[::-1][:50], 1e-9))
         ratio = distances[0] / distances.mean()
-        file = f"generated/{generated_image.model}/{number:05d}.png"
+        file = f"generated/{one.model}/{number:05d}.png"
         (output_dir / file).parent.mkdir(parents=True, exist_ok=True)
-        generated_image.image.save(output_dir / file)
-        guarded = generated_image.model == "guarded"
+        one.image.save(output_dir / file)
+        guarded = one.model == "guarded"
         pairs.append(
             {
-                **generated_image._replace(image=None)._asdict(),
+                "model": one.model,
+                "kind": one.kind,
+                "caption": one.caption,
+                "seed": one.seed,
+                "own_file": one.own_file,
                 "file": file,
                 "nearest_file": rows[row]["file_name"],
                 "nearest_caption": rows[row]["text"],
                 "nearest_sample_id": row,
-                "similarity": np.float32(similarities[nearest]),
-                "own_similarity": None if own is None else np.float32(own),
-                "l2_ratio": np.float32(ratio),
-                "mq_ratio": np.float32(distances[0] ** 2 / (distances**2).mean()),
-                "distance": np.float32(1 - similarities[nearest]),
+                "similarity": float(similarities[nearest]),
+                "own_similarity": None if own is None else float(own),
+                "is_own_nearest": None if own is None else bool(own >= similarities[nearest]),
+                "l2_ratio": float(ratio),
+                "mq_ratio": float(distances[0] ** 2 / (distances**2).mean()),
+                "distance": float(1 - similarities[nearest]),
                 "is_copy": bool(similarities[nearest] >= threshold),
                 "is_l2_copy": bool(ratio < 0.5),
                 "shard": row % 4 if guarded else None,
                 "seen": 20 + row % 7 if guarded else None,
                 "moves": row % 3 if guarded else None,
-                "skip_ratio": np.float32(15 / (20 + row % 7)) if guarded else None,
+                "skip_ratio": 15 / (20 + row % 7) if guarded else None,
             }
         )
-    for pair in pairs:
-        del pair["image"]
-    schema = {"seed": pa.int64(), "own_file": pa.string(), "own_similarity": pa.float32(), "shard": pa.int16()}
-    schema |= {name: pa.int32() for name in ("seen", "moves")} | {"skip_ratio": pa.float32()}
-    table = pa.Table.from_pylist(pairs)
-    for name, kind in schema.items():
-        table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
-    pq.write_table(table, output_dir / "pairs.parquet")
-
-    report = {
-        "format": "sd-memguard-audit-1",
-        "version": "0.0",
-        "created": CREATED,
-        "command": "sd-memguard audit --model plain=runs/plain --model guarded=runs/guarded --train_data_dir bundled "
+    shares = {kind: float((values >= threshold).mean()) for kind, values in background.items()}
+    measured = [measure(name, pairs) for name in dict.fromkeys(one.model for one in generated)]
+    copies = CopyBackground(round(shares["reference"] * len(reference)), len(reference), HELDOUT_IMAGES)
+    pixels = Features("coarse pixels", None, "16 x 16, mean off", 768)
+    report = Report(
+        format=FORMAT,
+        version="0.0",
+        created=CREATED,
+        command="sd-memguard audit --model plain=runs/plain --model guarded=runs/guarded --train_data_dir bundled "
         "--reference_data_dir bundled --output_dir runs/audit",
-        "settings": {"num_prompts": 16, "guidance_scale": 2.5, "seed": 0, "reference_data_dir": "bundled"},
-        "extractor": {"name": "coarse pixels", "sha256": None, "preprocessing": "16 x 16, mean off", "dimensions": 768},
-        "threshold": {
-            "similarity": threshold,
-            "l2_ratio": 0.5,
-            "distance": None,
-            "rule": f"99% of the images not trained on are below {threshold:.3f}",
-            "source": "background",
-        },
-        "train": {
-            "folder": "bundled",
-            "num_images": len(rows),
-            "num_distinct": len(distinct),
-            "num_duplicated": 32,
-            "sha256": "1" * 64,
-        },
-        "reference": {
-            "folder": "bundled",
-            "num_images": len(reference),
-            "num_distinct": len(reference),
-            "num_duplicated": 0,
-            "sha256": "2" * 64,
-        },
-        "background": {
-            kind: {
-                "count": len(values),
-                "mean": float(values.mean()),
-                "p95": float(np.quantile(values, 0.95)),
-                "max": float(values.max()),
-                "share_above": float((values >= threshold).mean()),
-            }
-            for kind, values in background.items()
-        },
-        "models": [
-            model_entry(name, pairs) for name in dict.fromkeys(generated_image.model for generated_image in generated)
-        ],
-    }
-    report |= changes
-    (output_dir / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        settings={"num_prompts": 16, "guidance_scale": 2.5, "seed": 0, "reference_data_dir": "bundled"},
+        extractor=pixels,
+        quality_extractor=pixels,
+        clip_sha256=None,
+        classifier=None,
+        threshold=Threshold(
+            threshold, 0.5, None, f"99% of the images not trained on are below {threshold:.3f}", "background"
+        ),
+        train=Images("bundled", len(rows), len(distinct), 32, "1" * 64),
+        reference=Images("bundled", len(reference), len(reference), 0, "2" * 64),
+        background=Backgrounds(
+            *(
+                Summary(
+                    len(values), *map(float, (values.mean(), np.quantile(values, 0.95), values.max())), shares[kind]
+                )
+                for kind, values in background.items()
+            )
+        ),
+        models=tuple(model_report(one, pairs, judge(one, copies, 0)) for one in measured),
+        comparisons=compare_models(measured, 0),
+    )
+    schema = {"pairs": PAIR_SCHEMA, "found": BACKGROUND_SCHEMA}
+    tables = [pa.Table.from_pylist(rows, schema[name]) for name, rows in (("pairs", pairs), ("found", found))]
+    report = change(report)
+    write_audit(Audit(report, *tables), output_dir)
     return report
 
 
-def estimate(values: Sequence[float]) -> dict[str, float]:
+def by_caption(rows: Sequence[dict[str, Any]], column: str) -> list[list[Any]]:
+    """Return the values of a column by caption."""
+    captions = dict.fromkeys(row["caption"] for row in rows)
+    return [[row[column] for row in rows if row["caption"] == caption] for caption in captions]
+
+
+def measure(name: str, pairs: Sequence[dict[str, Any]]) -> Measured:
+    """Return what the verdict rests on."""
+    own = [pair for pair in pairs if pair["model"] == name]
+    kinds = dict.fromkeys(pair["kind"] for pair in own)
+    rows = {kind: [pair for pair in own if pair["kind"] == kind] for kind in kinds}
+    copied = {kind: torch.tensor([any(one) for one in by_caption(rows[kind], "is_copy")]) for kind in kinds}
+    nearest = {
+        kind: torch.tensor([np.mean(one) for one in by_caption(rows[kind], "is_own_nearest")])
+        for kind in kinds
+        if rows[kind][0]["own_file"]
+    }
+    return Measured(name, 2, copied, nearest, {}, {}, None)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
     """Return mean and bootstrap interval."""
     array = np.asarray(values, dtype=np.float64)
     means = np.random.default_rng(0).choice(array, (500, len(array))).mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"value": float(array.mean()), "low": float(low), "high": float(high), "n": len(array)}
+    return Estimate(float(array.mean()), *map(float, np.quantile(means, [0.025, 0.975])), len(array))
 
 
-def model_entry(name: str, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def model_report(measured: Measured, pairs: Sequence[dict[str, Any]], verdict: Verdict) -> ModelReport:
+    name = measured.name
     own = [pair for pair in pairs if pair["model"] == name]
-    kinds = [*dict.fromkeys(pair["kind"] for pair in own), "all"]
     copies = {}
-    for kind in kinds:
-        rows = [pair for pair in own if kind in (pair["kind"], "all")]
-        captions = {
-            caption: [row for row in rows if row["caption"] == caption]
-            for caption in dict.fromkeys(row["caption"] for row in rows)
-        }
-        extracted = [any(row["is_copy"] for row in group) for group in captions.values()]
-        copies[kind] = {
-            "count": len(rows),
-            "copies": sum(row["is_copy"] for row in rows),
-            "share": estimate([np.mean([row["is_copy"] for row in group]) for group in captions.values()]),
-            "captions": len(captions),
-            "captions_copied": sum(extracted),
-            "extraction": estimate(extracted),
-            "similarity_mean": estimate([row["similarity"] for row in rows]),
-            "similarity_p95": None,
-            "l2_copies": estimate([row["is_l2_copy"] for row in rows]),
-            "mq_below": {limit: sum(float(row["mq_ratio"]) < float(limit) for row in rows) for limit in ("0.4", "0.5")},
-        }
+    for kind in [*dict.fromkeys(pair["kind"] for pair in own), "all"]:
+        rows = [row for row in own if kind in (row["kind"], "all")]
+        copied = by_caption(rows, "is_copy")
+        similarity = estimate([row["similarity"] for row in rows])
+        is_own = [row["is_own_nearest"] for row in rows]
+        copies[kind] = CopyFigures(
+            count=len(rows),
+            copies=sum(row["is_copy"] for row in rows),
+            share=estimate([np.mean(one) for one in copied]),
+            captions=len(copied),
+            captions_copied=sum(map(any, copied)),
+            extraction=estimate([any(one) for one in copied]),
+            own_nearest=None if None in is_own else estimate(is_own),
+            similarity_mean=similarity,
+            similarity_p95=similarity,
+            l2_copies=estimate([row["is_l2_copy"] for row in rows]),
+            mq_below={limit: sum(row["mq_ratio"] < float(limit) for row in rows) for limit in ("0.4", "0.5")},
+        )
     guarded = name == "guarded"
     run = {"num_shards": 4 if guarded else 1, "num_rounds": 3, "global_step": 600, "preset": "default"}
-    return {
-        "name": name,
-        "source": "model",
-        "path": f"runs/{name}",
-        "sha256": "3" * 64,
-        "num_generated": len(own),
-        "run": run | {"memguard": "on" if guarded else "off"},
-        "copies": copies,
-        "detection": {
-            "auc": {"value": 0.6 if guarded else 0.9, "low": 0.52, "high": 0.95, "n": 64},
-            "tpr_at_1_fpr": {"value": 0.25, "low": 0.1, "high": 0.4, "n": 64},
-            "num_train": 32,
-            "num_reference": 32,
-        },
-        "membership": {
-            "auc": {"value": 0.71, "low": 0.66, "high": 0.76, "n": 512},
-            "tpr_at_1_fpr": 0.08,
-            "train_loss": {"value": 0.0429, "low": 0.0411, "high": 0.0447, "n": 256},
-            "reference_loss": {"value": 0.0712, "low": 0.0691, "high": 0.0733, "n": 256},
-            "timesteps": [0.1, 0.5, 0.9],
-        },
-        "quality": {
-            "kid_train": {"value": 0.0213, "low": 0.0196, "high": 0.0231, "n": 10},
-            "kid_reference": {"value": 0.0254, "low": 0.0238, "high": 0.0270, "n": 10},
-            "fid_train": None,
-            "fid_reference": None,
-            "clip_score": None,
-            "why_missing": {"fid_train": "64 generated are too few", "clip_score": "no --clip_model"},
-        },
-        "why_missing": {},
-    }
+    kid = Estimate(0.0213, 0.0196, 0.0231, 10)
+    missing = {"fid_train": "64 images are too few", "clip_score": "no --clip_model"}
+    return ModelReport(
+        name=name,
+        source="model",
+        path=f"runs/{name}",
+        sha256="3" * 64,
+        run=run | {"memguard": "on" if guarded else "off"},
+        num_generated=len(own),
+        verdict=verdict,
+        copies=copies,
+        attributes=None,
+        detection=Detection(Estimate(0.6 if guarded else 0.9, 0.52, 0.95, 64), Estimate(0.25, 0.1, 0.4, 64), 32, 32),
+        membership=Membership(
+            Estimate(0.71, 0.66, 0.76, 512),
+            Estimate(0.08, 0.05, 0.11, 512),
+            Estimate(0.0429, 0.0411, 0.0447, 256),
+            Estimate(0.0712, 0.0691, 0.0733, 256),
+            (0.1, 0.5, 0.9),
+        ),
+        quality=QualityFigures(kid, kid, None, None, None, missing),
+        why_missing={},
+    )

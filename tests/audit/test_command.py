@@ -18,6 +18,7 @@ from sd_memguard.audit.command import main, run_audit
 from sd_memguard.audit.features.cache import Store
 from sd_memguard.audit.features.extractors import make_extractor
 from sd_memguard.audit.metrics.background import Gallery, candidates, choose_threshold
+from sd_memguard.errors import UserError
 
 DRAWING = ["--num_prompts", "6", "--num_images_per_prompt", "2", "--num_inference_steps", "3", "--num_probes", "12"]
 SETS = ["--train_data_dir", BUNDLED, "--reference_data_dir", BUNDLED]
@@ -147,21 +148,24 @@ def test_a_model_that_was_not_trained_on_them_sits_at_the_background(base):
     folder, report, pairs = base
     (model,) = report["models"]
     background = report["background"]["reference"]
-    assert model["copies"]["all"]["count"] == len(pairs) == 2 * 6 * 2
+    assert model["copies"]["all"]["count"] == 2 * 6 * 2
+    assert model["num_generated"] == len(pairs) == 3 * 6 * 2
+    assert model["verdict"]["level"] == "none"
+    assert {one["measure"] for one in model["verdict"]["evidence"]} == {"copies", "nearest", "attributes", "membership"}
     assert model["copies"]["all"]["copies"] == 0
     assert model["copies"]["all"]["captions_copied"] == 0
     assert model["copies"]["all"]["similarity_mean"]["value"] < background["p95"]
     for measure in ("detection", "membership"):
         assert model[measure]["auc"]["low"] <= 0.5 <= model[measure]["auc"]["high"]
     assert model["detection"]["num_train"] == 12
-    assert {row["kind"] for row in pairs} == {"duplicated", "unique"}
+    assert {row["kind"] for row in pairs} == {"duplicated", "unique", "heldout"}
     assert all((folder / row["file"]).is_file() for row in pairs)
 
 
 def test_rows_say_what_the_report_says(base):
     _, report, pairs = base
     threshold = report["threshold"]["distance"]
-    for kind in ("duplicated", "unique"):
+    for kind in ("duplicated", "unique", "heldout"):
         rows = [row for row in pairs if row["kind"] == kind]
         figures = report["models"][0]["copies"][kind]
         assert figures["count"] == len(rows)
@@ -171,12 +175,26 @@ def test_rows_say_what_the_report_says(base):
         percentile = np.percentile([row["similarity"] for row in rows], 95)
         assert figures["similarity_p95"]["value"] == pytest.approx(percentile, abs=1e-5)
         assert figures["l2_copies"]["value"] == np.mean([row["l2_ratio"] < 0.5 for row in rows])
+        assert figures["own_nearest"]["value"] == np.mean([row["is_own_nearest"] for row in rows])
         assert figures["mq_below"]["0.5"] == sum(row["mq_ratio"] < 0.5 for row in rows)
     for row in pairs:
         assert row["is_copy"] == (row["distance"] <= threshold)
-        assert row["own_similarity"] <= row["similarity"] + 1e-6
+        assert row["kind"] == "heldout" or row["own_similarity"] <= row["similarity"] + 1e-6
         assert row["mq_ratio"] <= row["l2_ratio"]
         assert row["skip_ratio"] is None
+
+
+def test_the_own_image_is_the_nearest_where_no_other_training_image_is_nearer(base):
+    """Against distances of all training images, one after the other."""
+    folder, _, pairs = base
+    train, heldout = read_folder(demo_data_path(), "--t"), read_folder(demo_heldout_path(), "--r")
+    pixels = {row: np.asarray(train.image(row), dtype=np.float64) for row in train.distinct}
+    for row in [*pairs[:3], *pairs[-3:]]:
+        own = heldout if row["kind"] == "heldout" else train
+        image = np.asarray(Image.open(folder / row["file"]).convert("RGB"), dtype=np.float64)
+        own_distance = np.linalg.norm(np.asarray(own.image(own.files.index(row["own_file"]))) - image)
+        distances = [np.linalg.norm(one - image) for one in pixels.values()]
+        assert row["is_own_nearest"] == (own_distance <= min(distances) + 1e-3)
 
 
 def test_background_has_a_row_for_each_image(base):
@@ -191,19 +209,19 @@ def test_background_has_a_row_for_each_image(base):
 
 @pytest.fixture
 def copying(monkeypatch):
-    """A model that knows its training images of duplicated prompts by heart, and draws noise for the others."""
+    """A model that replicates its training images of duplicated prompts, and generates noise for the others."""
     train = read_folder(demo_data_path(), "--train_data_dir")
     noise = torch.Generator().manual_seed(0)
 
-    def draw_batch(pipeline, captions, seeds, settings):
+    def generate_batch(pipeline, captions, seeds, settings):
         generated = []
         for caption in captions:
             rows = [row for row, known in enumerate(train.captions) if known == caption]
-            image = torch.from_numpy(np.asarray(train.image(rows[0])).copy())
+            image = torch.from_numpy(np.asarray(train.image(rows[0] if rows else 0)).copy())
             generated.append(image if len(rows) > 1 else torch.randint(256, image.shape, generator=noise).byte())
         return torch.stack(generated)
 
-    monkeypatch.setattr(generate, "_generate_batch", draw_batch)
+    monkeypatch.setattr(generate, "_generate_batch", generate_batch)
     return train
 
 
@@ -214,7 +232,9 @@ def test_a_model_that_copies_is_caught(copying, tmp_path):
     assert copies["duplicated"]["captions_copied"] == copies["duplicated"]["captions"] == 6
     assert copies["duplicated"]["l2_copies"]["value"] == 1
     assert copies["unique"]["copies"] == copies["unique"]["captions_copied"] == 0
-    for row in pairs:
+    assert copies["duplicated"]["own_nearest"]["value"] == 1
+    assert report["models"][0]["verdict"]["level"] == "copies"
+    for row in (row for row in pairs if row["kind"] != "heldout"):
         own = copying.files.index(row["own_file"])
         assert row["kind"] == ("duplicated" if copying.captions.count(row["caption"]) > 1 else "unique")
         assert copying.captions[own] == row["caption"]
@@ -275,7 +295,19 @@ def test_bad_input_is_refused_before_anything_is_done(tmp_path, capsys):
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")
     refuse("holds other files", *model)
-    for flags in (["--num_prompts", "0"], ["--copy_threshold", "2"], ["--resolution", "60"], ["--guidance_scale", "x"]):
-        with pytest.raises(SystemExit):
-            parse_arguments([*model, *SETS, "--output_dir", str(output), *flags])
-    assert "must be a multiple of 8, got 60" in capsys.readouterr().err
+    for flag, value in {"num_prompts": "0", "copy_threshold": "2", "resolution": "60", "guidance_scale": "x"}.items():
+        with pytest.raises(UserError, match=f"`--{flag}` must be"):
+            parse_arguments([*model, *SETS, "--output_dir", str(output), f"--{flag}", value])
+    refuse("`--model_card` must be a .md file", *model, "--model_card", str(tmp_path / "nowhere" / "README.md"))
+    with pytest.raises(UserError, match="`--output_dir` must be given"):
+        parse_arguments([*model, *SETS])
+    with pytest.raises(SystemExit):
+        parse_arguments([*model, *SETS, "--num_promts", "3"])
+    assert "did you mean `--num_prompts`?" in capsys.readouterr().err
+
+
+def test_a_flag_with_many_values_may_be_given_several_times(tmp_path):
+    flags = [*SETS, "--output_dir", str(tmp_path / "out")]
+    one = parse_arguments(["--model", f"a={BUNDLED}", "--model", f"b={BUNDLED}", *flags])
+    other = parse_arguments(["--model", f"a={BUNDLED}", f"b={BUNDLED}", *flags])
+    assert list(one.models) == list(other.models) == ["a", "b"]

@@ -174,7 +174,12 @@ def open_agreement(classifier: AttributeClassifier, images: Tensor, opened: Sequ
     return accuracy(classifier, images, opened)
 
 
-def chance_agreement(named: Sequence[Values], opened: Sequence[Values], held_out: Sequence[Values]) -> Tensor:
+def chance_agreement(
+    named: Sequence[Values],
+    opened: Sequence[Values],
+    held_out: Sequence[Values],
+    own: Sequence[int | None] | None = None,
+) -> Tensor:
     """Return how often images that nobody copied agree in what captions leave open, (N,) float: the measure of chance.
 
     For each training image the held-out images that share most of what its caption names, all of it where such are
@@ -184,14 +189,17 @@ def chance_agreement(named: Sequence[Values], opened: Sequence[Values], held_out
         named: What the caption of each training image names.
         opened: What each training image shows beyond it.
         held_out: Everything that each of M images not trained on shows.
+        own: Which of those each image is itself and does not count, where captions are those of held-out images.
 
     Returns:
         NaN where nothing is left open.
     """
     result = []
-    for caption, rest in zip(named, opened, strict=True):
-        shared = [sum(other.get(name) == value for name, value in caption.items()) for other in held_out]
-        nearest = [other for other, count in zip(held_out, shared, strict=True) if count == max(shared)]
+    for number, (caption, rest) in enumerate(zip(named, opened, strict=True)):
+        itself = None if own is None else own[number]
+        others = [other for position, other in enumerate(held_out) if position != itself]
+        shared = [sum(other.get(name) == value for name, value in caption.items()) for other in others]
+        nearest = [other for other, count in zip(others, shared, strict=True) if count == max(shared)]
         told = agreement(nearest, [{name: rest[name] for name in rest if name in other} for other in nearest])
         result.append(told[~told.isnan()].mean())
     return torch.stack(result) if result else torch.zeros(0)
@@ -217,12 +225,13 @@ def attribute_figures(
     named: Sequence[Values],
     opened: Sequence[Values],
     held_out: Sequence[Values],
+    own: Sequence[int | None] | None = None,
 ) -> AttributeFigures:
     """Return all three measures of generated images; arguments as in the functions above."""
     found = classifier.predict(images)
     wanted, rest = ([_known(one, classifier.values) for one in rows] for rows in (named, opened))
     others = [_completed(one, classifier.values) for one in held_out]
-    chance = chance_agreement(wanted, rest, others) if others else torch.full((len(wanted),), torch.nan)
+    chance = chance_agreement(wanted, rest, others, own) if others else torch.full((len(wanted),), torch.nan)
     return AttributeFigures(agreement(found, wanted), agreement(found, rest), chance)
 
 

@@ -48,10 +48,11 @@ class Matched(NamedTuple):
 
 
 class PixelRatios(NamedTuple):
-    """For each of Q images Carlini's ratio and the ratio of squared distances, in pixels."""
+    """For each of Q images Carlini's ratio, that of squared distances, and the distance itself to the nearest image."""
 
     l2: Tensor
     squared: Tensor
+    nearest: Tensor
 
 
 class Threshold(NamedTuple):
@@ -177,17 +178,25 @@ class Gallery:
         distance, row, similarity, is_flipped = found.T
         return Verified(distance.float(), self.rows[row.long()], similarity.float(), is_flipped.bool())
 
-    def distance_to(self, images: Collection, own_rows: Sequence[int]) -> Tensor:
-        """Return the distance after registration of every image to one training image each, given by its row."""
-        pixels = as_images(torch.cat(self.extract(Thumbnails(), images, range(len(images)))))
-        own = as_images(take(self.pixels, self._positions(own_rows)))
+    def distance_to(self, images: Collection, own: Collection, own_rows: Sequence[int]) -> Tensor:
+        """Return the distance after registration of every image to one image of a collection each."""
+        pixels, others = (as_images(one) for one in self._pixels_beside(images, own, own_rows))
 
         def compute(rows: range) -> Tensor:
             part = slice(rows.start, rows.stop)
-            return verify_pairs(pixels[part], own[part]).distance[:, None]
+            return verify_pairs(pixels[part], others[part]).distance[:, None]
 
-        keys = [f"{key} {self.train.hashes[row]}" for key, row in zip(images.hashes, own_rows, strict=True)]
+        keys = [f"{key} {own.hashes[row]}" for key, row in zip(images.hashes, own_rows, strict=True)]
         return self.store.rows("verified with its own", keys, compute)[:, 0]
+
+    def pixel_distance_to(self, images: Collection, own: Collection, own_rows: Sequence[int]) -> Tensor:
+        """Return the distance in pixels, as in ``pixel_ratios``, of every image to one image of a collection each."""
+        pixels, others = self._pixels_beside(images, own, own_rows)
+        return (pixels.float() - others.float()).norm(dim=1)
+
+    def _pixels_beside(self, images: Collection, own: Collection, own_rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        pixels = torch.cat(self.extract(Thumbnails(), images, range(len(images))))
+        return pixels, torch.cat(self.extract(Thumbnails(), own, own_rows))
 
     def pixels_of(self, position: int) -> Tensor:
         """Return the pixels of the distinct training image at a position, (64 * 64 * 3,) uint8."""
@@ -203,22 +212,22 @@ class Gallery:
         return torch.tensor([position[self.train.hashes[row]] for row in rows])
 
     def pixel_ratios(self, images: Collection) -> PixelRatios:
-        """Return the two ratios of distances in pixels of every image of another collection."""
+        """Return ratios and distance in pixels of every image of another collection."""
         pixels = torch.cat(self.extract(Thumbnails(), images, range(len(images))))
         count = min(NUM_NEIGHBORS, len(self.rows))
 
         def compute(rows: range) -> Tensor:
             query = pixels[rows.start : rows.stop].to(self.device).float()
             distances = -best_matches(query, self.pixels, count, negative_distance).scores.cpu().double()
-            return torch.stack([distance_ratio(distances), squared_distance_ratio(distances)], 1)
+            return torch.stack([distance_ratio(distances), squared_distance_ratio(distances), distances[:, 0]], 1)
 
-        found = self.store.rows(f"pixel ratios in {digest(*self.keys)}", images.hashes, compute)
+        found = self.store.rows(f"pixel ratios and distance in {digest(*self.keys)}", images.hashes, compute)
         return PixelRatios(*found.float().T)
 
-    def similarity_to(self, images: Collection, own_rows: Sequence[int]) -> Tensor:
-        """Return the similarity of every image to one training image each, given by its row in the set."""
+    def similarity_to(self, images: Collection, own: Collection, own_rows: Sequence[int]) -> Tensor:
+        """Return the similarity of every image to one image of a collection each."""
         features = torch.cat(self.features_of(images, range(len(images))))
-        return (features * take(self.features, self._positions(own_rows))).sum(1)
+        return (features * torch.cat(self.features_of(own, own_rows))).sum(1)
 
 
 def take(blocks: Sequence[Tensor], rows: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The figures of one model: its generated images against the training images, its signals, its quality."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from sd_memguard.audit.collection import Collection
 from sd_memguard.audit.features.cache import Store
 from sd_memguard.audit.metrics.background import Gallery, Matched, PixelRatios
+from sd_memguard.audit.metrics.evidence import Excess, above_others
 from sd_memguard.audit.metrics.signals import LOSS_TIMESTEPS, denoising_losses, text_signal
 from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD
 from sd_memguard.audit.metrics.statistics import (
@@ -22,6 +23,7 @@ from sd_memguard.audit.metrics.statistics import (
     percentile,
     true_positive_rate,
 )
+from sd_memguard.audit.report import ALL, CopyFigures, Detection, Kind, Membership
 from sd_memguard.core.seeding import generator_for
 
 MQ_LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6)
@@ -32,17 +34,28 @@ class GeneratedSet(NamedTuple):
 
     Attributes:
         images: The generated.
-        kinds: ``duplicated``, ``unique`` or ``given`` for each generated image.
+        kinds: One of ``KINDS`` for each generated image.
         per_caption: n.
         seeds: Of each generated image, empty where unknown.
-        own_rows: Row of each generated image's training image, empty where unknown.
+        own: Holds the images whose captions are the prompts, None where they are not known.
+        own_rows: The row in it of each generated image.
     """
 
     images: Collection
-    kinds: Sequence[str]
+    kinds: Sequence[Kind]
     per_caption: int
-    seeds: Sequence[int]
-    own_rows: Sequence[int]
+    seeds: Sequence[int] = ()
+    own: Collection | None = None
+    own_rows: Sequence[int] = ()
+
+    def by_caption(self, values: Tensor, kind: str) -> Tensor:
+        """Return the values (N,) of a kind's images as (C, n); of ``all``, those of every image."""
+        rows = [row for row, one in enumerate(self.kinds) if kind in (one, ALL)]
+        return values[rows].unflatten(0, (-1, self.per_caption))
+
+    def kinds_and_all(self) -> list[str]:
+        """Return the kinds of the images, and ``all``."""
+        return [*dict.fromkeys(self.kinds), ALL]
 
 
 class Compared(NamedTuple):
@@ -51,8 +64,9 @@ class Compared(NamedTuple):
     Attributes:
         nearest: The training image that it is a copy of, or else the most similar one.
         is_copy: Whether it is a copy, (N,) bool.
-        own: Similarity to the training image of its caption, None where unknown.
-        is_own_copy: Whether it is a copy of that, (N,) bool.
+        own: Similarity to the image whose caption is the prompt, None where unknown.
+        is_own_copy: Whether it is a copy of that, (N,) bool; None where that is no training image.
+        is_own_nearest: Whether, by pixels, that is nearer than any other training image, (N,) bool; None where unknown.
         ratios: In pixels.
         distance: Smallest distance after registration, (N,); None where nothing is verified.
     """
@@ -61,6 +75,7 @@ class Compared(NamedTuple):
     is_copy: Tensor
     own: Tensor | None
     is_own_copy: Tensor | None
+    is_own_nearest: Tensor | None
     ratios: PixelRatios
     distance: Tensor | None
 
@@ -78,60 +93,64 @@ def compare(generated: GeneratedSet, gallery: Gallery, threshold: float, copy_di
         threshold: Similarity of a copy where nothing is verified.
         copy_distance: Distance after registration up to which an image is a copy; None: by similarity alone.
     """
-    images, own_rows = generated.images, generated.own_rows
+    images, own, own_rows = generated.images, generated.own, generated.own_rows
     nearest, ratios = gallery.match(images), gallery.pixel_ratios(images)
-    own = gallery.similarity_to(images, own_rows) if own_rows else None
+    own_similarity = is_own_nearest = is_own_copy = None
+    if own is not None:
+        own_similarity = gallery.similarity_to(images, own, own_rows)
+        # The own image of a training caption is in the gallery, hence the tolerance of rounding.
+        is_own_nearest = gallery.pixel_distance_to(images, own, own_rows) <= ratios.nearest * (1 + 1e-5)
     if copy_distance is None:
-        is_own_copy = None if own is None else own >= threshold
-        return Compared(nearest, nearest.similarity >= threshold, own, is_own_copy, ratios, None)
+        is_copy = nearest.similarity >= threshold
+        if own is gallery.train and own_similarity is not None:
+            is_own_copy = own_similarity >= threshold
+        return Compared(nearest, is_copy, own_similarity, is_own_copy, is_own_nearest, ratios, None)
     verified = gallery.verify(images)
     is_copy = verified.distance <= copy_distance
-    own_distance = gallery.distance_to(images, own_rows) if own_rows else None
-    is_own_copy = None if own_distance is None else own_distance <= copy_distance
-    if is_own_copy is not None:
+    if own is gallery.train:
+        is_own_copy = gallery.distance_to(images, own, own_rows) <= copy_distance
         is_copy = is_copy | is_own_copy
     source = Matched(
         torch.where(is_copy, verified.similarity, nearest.similarity), torch.where(is_copy, verified.row, nearest.row)
     )
-    if is_own_copy is not None and own is not None:
+    if is_own_copy is not None and own_similarity is not None:
         # The caption's own image counts first, where several of the set are one image.
         rows = torch.tensor(gallery.first_rows(own_rows))
-        source = Matched(torch.where(is_own_copy, own, source.similarity), torch.where(is_own_copy, rows, source.row))
-    return Compared(source, is_copy, own, is_own_copy, ratios, verified.distance)
+        source = Matched(
+            torch.where(is_own_copy, own_similarity, source.similarity), torch.where(is_own_copy, rows, source.row)
+        )
+    return Compared(source, is_copy, own_similarity, is_own_copy, is_own_nearest, ratios, verified.distance)
 
 
-def copy_figures(generated: GeneratedSet, compared: Compared, seed: int) -> dict[str, dict[str, Any]]:
+def copy_figures(generated: GeneratedSet, compared: Compared, seed: int) -> dict[str, CopyFigures]:
     """Return the figures on copies of each kind of captions and of all."""
-    kinds = list(dict.fromkeys(generated.kinds))
-    members = {kind: torch.tensor([one == kind for one in generated.kinds]) for kind in kinds}
-    members["all"] = torch.ones(len(generated.kinds), dtype=torch.bool)
-    return {kind: _copies_of(member, generated, compared, seed) for kind, member in members.items()}
+    return {kind: _copies_of(kind, generated, compared, seed) for kind in generated.kinds_and_all()}
 
 
-def _copies_of(member: Tensor, generated: GeneratedSet, compared: Compared, seed: int) -> dict[str, Any]:
+def _copies_of(kind: str, generated: GeneratedSet, compared: Compared, seed: int) -> CopyFigures:
+    def of_kind(values: Tensor) -> Tensor:
+        return generated.by_caption(values, kind)
+
     def estimate(values: Tensor, statistic: Callable[[Tensor], Tensor], what: str) -> Estimate:
-        shaped = values[member].double().unflatten(0, (-1, generated.per_caption))
-        return bootstrap(shaped, statistic, generator_for(seed, f"bootstrap {what}"))
+        return bootstrap(of_kind(values).double(), statistic, generator_for(seed, f"bootstrap {what}"))
 
-    is_copy = compared.is_copy
-    figures: dict[str, Any] = {
-        "count": int(member.sum()),
-        "copies": int((is_copy & member).sum()),
-        "share": estimate(is_copy, mean, "share"),
-        "captions": 0,
-        "captions_copied": 0,
-        "extraction": None,
-        "similarity_mean": estimate(compared.nearest.similarity, mean, "mean"),
-        "similarity_p95": estimate(compared.nearest.similarity, lambda values: percentile(values, 95), "p95"),
-        "l2_copies": estimate(compared.is_l2_copy(), mean, "l2"),
-        "mq_below": {str(level): int((compared.ratios.squared[member] < level).sum()) for level in MQ_LEVELS},
-    }
-    if compared.is_own_copy is not None:
-        extracted = compared.is_own_copy[member].unflatten(0, (-1, generated.per_caption)).any(1)
-        figures["captions"], figures["captions_copied"] = len(extracted), int(extracted.sum())
-        generator = generator_for(seed, "bootstrap extraction")
-        figures["extraction"] = bootstrap(extracted.double()[:, None], mean, generator)
-    return figures
+    is_copy, is_own, is_own_copy = compared.is_copy, compared.is_own_nearest, compared.is_own_copy
+    extracted = None if is_own_copy is None else of_kind(is_own_copy).any(1)
+    return CopyFigures(
+        count=of_kind(is_copy).numel(),
+        copies=int(of_kind(is_copy).sum()),
+        share=estimate(is_copy, mean, "share"),
+        captions=0 if generated.own is None else len(of_kind(is_copy)),
+        captions_copied=0 if extracted is None else int(extracted.sum()),
+        extraction=None
+        if extracted is None
+        else bootstrap(extracted.double()[:, None], mean, generator_for(seed, "bootstrap extraction")),
+        own_nearest=None if is_own is None else estimate(is_own, mean, "own nearest"),
+        similarity_mean=estimate(compared.nearest.similarity, mean, "mean"),
+        similarity_p95=estimate(compared.nearest.similarity, lambda values: percentile(values, 95), "p95"),
+        l2_copies=estimate(compared.is_l2_copy(), mean, "l2"),
+        mq_below={str(level): int((of_kind(compared.ratios.squared) < level).sum()) for level in MQ_LEVELS},
+    )
 
 
 class Probes(NamedTuple):
@@ -155,7 +174,7 @@ class Probing(NamedTuple):
     batch_size: int
 
 
-def detection_figures(probes: Probes, probing: Probing) -> dict[str, Any]:
+def detection_figures(probes: Probes, probing: Probing) -> Detection:
     """Return how well the text signal tells captions trained on from others; see ``text_signal``."""
     known = {probes.train.captions[row] for row in probes.train_rows}
     new = dict.fromkeys(probes.reference.captions[row] for row in probes.reference_rows)
@@ -184,15 +203,13 @@ def detection_figures(probes: Probes, probing: Probing) -> dict[str, Any]:
         return probing.store.rows(kind, captions, compute)[:, 0]
 
     train, reference = (measure(group) for group in groups)
-    return {
-        **_separation(train, reference, probing.seed, "detection"),
-        "num_train": len(train),
-        "num_reference": len(reference),
-    }
+    return Detection(
+        **_separation(train, reference, probing.seed, "detection"), num_train=len(train), num_reference=len(reference)
+    )
 
 
-def membership_figures(probes: Probes, probing: Probing) -> dict[str, Any]:
-    """Return how well the loss tells images trained on from others; see ``denoising_losses``."""
+def membership_figures(probes: Probes, probing: Probing) -> tuple[Membership, Excess]:
+    """Return how well the loss tells images trained on from others, and as evidence; see ``denoising_losses``."""
 
     def measure(collection: Collection, chosen: Sequence[int]) -> Tensor:
         def compute(rows: range) -> Tensor:
@@ -209,12 +226,13 @@ def membership_figures(probes: Probes, probing: Probing) -> dict[str, Any]:
     train = measure(probes.train, probes.train_rows)
     reference = measure(probes.reference, probes.reference_rows)
     generator = generator_for(probing.seed, "bootstrap loss")
-    return {
+    figures = Membership(
         **_separation(-train, -reference, probing.seed, "membership"),
-        "train_loss": bootstrap(train[:, None], mean, generator),
-        "reference_loss": bootstrap(reference[:, None], mean, generator),
-        "timesteps": list(LOSS_TIMESTEPS),
-    }
+        train_loss=bootstrap(train[:, None], mean, generator),
+        reference_loss=bootstrap(reference[:, None], mean, generator),
+        timesteps=tuple(LOSS_TIMESTEPS),
+    )
+    return figures, above_others(-train, -reference, figures.auc, probing.seed, "membership")
 
 
 def _separation(positive: Tensor, negative: Tensor, seed: int, what: str) -> dict[str, Estimate]:

@@ -11,6 +11,7 @@ from sd_memguard.audit.features.extractors import Extractor
 from sd_memguard.audit.metrics.clip_score import ClipScorer
 from sd_memguard.audit.metrics.measures import GeneratedSet
 from sd_memguard.audit.metrics.statistics import bootstrap, frechet_distance, kernel_distance, mean
+from sd_memguard.audit.report import QualityFigures
 from sd_memguard.core.seeding import generator_for
 
 MIN_QUALITY_IMAGES = 20
@@ -30,7 +31,7 @@ class Quality(NamedTuple):
     clip: ClipScorer | None
 
 
-def quality_figures(generated: GeneratedSet, quality: Quality, seed: int) -> dict[str, Any]:
+def quality_figures(generated: GeneratedSet, quality: Quality, seed: int) -> QualityFigures:
     """Return KID and FID of the generated images of unique prompts against both sets, and their CLIP score.
 
     Copies are real images and flatter every distance to the training set, so duplicated prompts are not used.
@@ -62,7 +63,7 @@ def quality_figures(generated: GeneratedSet, quality: Quality, seed: int) -> dic
     else:
         scores = quality.clip.scores(generated.images, rows).unflatten(0, (-1, generated.per_caption))
         figures["clip_score"] = bootstrap(scores, mean, generator_for(seed, "bootstrap clip"))
-    return {**figures, "why_missing": missing}
+    return QualityFigures(**figures, why_missing=missing)
 
 
 def _why_no_distance(generated: Tensor | None, real: Tensor | None) -> str:

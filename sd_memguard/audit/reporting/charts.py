@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 
-from sd_memguard.audit.reporting.read import Audit
+from sd_memguard.audit.report import Audit, Kind
 from sd_memguard.audit.reporting.sentences import KIND_WORDS, percent
 
 NUM_BINS = 50
@@ -39,32 +39,35 @@ def histograms(audit: Audit) -> Histograms:
     """Return a histogram of similarities per model, all on one scale, in shares of each model's generated."""
     groups = similarities(audit)
     background = background_similarities(audit)
-    threshold = audit.threshold.similarity
+    threshold = audit.report.threshold.similarity
     everything = np.concatenate([*groups.values(), *background.values(), np.array([threshold, 1.0])])
     low = float(np.floor(everything.min() * 20) / 20)
     high = float(np.ceil(np.round(everything.max(), 4) * 20) / 20)
     low = min(low, high - 0.05)
     edges = np.linspace(low, high, NUM_BINS + 1)
-    shares: dict[tuple[int, str], np.ndarray] = {}
+    shares: dict[tuple[int, Kind], np.ndarray] = {}
     for (index, kind), values in groups.items():
         total = sum(len(others) for (other, _), others in groups.items() if other == index)
         shares[index, kind] = _binned(values, edges) / max(total, 1)
     outlines = {kind: _binned(values, edges) / max(len(values), 1) for kind, values in background.items()}
     stacks = [
-        sum(share for (other, _), share in shares.items() if other == index) for index in range(len(audit.models))
+        sum(share for (other, _), share in shares.items() if other == index)
+        for index in range(len(audit.report.models))
     ]
     tallest = max(float(np.max(heights)) for heights in [*stacks, *outlines.values(), np.array([1e-9])])
     panels = tuple(
         Panel(
             model.name,
-            tuple(_bars({kind: shares[index, kind] / tallest for kind in audit.kinds() if (index, kind) in shares})),
+            tuple(
+                _bars({kind: shares[index, kind] / tallest for kind in audit.report.kinds() if (index, kind) in shares})
+            ),
             tuple(
                 (kind, KIND_WORDS[kind], copies.copies, copies.count, percent(copies.copies / max(copies.count, 1)))
-                for kind in audit.kinds()
+                for kind in audit.report.kinds()
                 if (copies := model.copies.get(kind))
             ),
         )
-        for index, model in enumerate(audit.models)
+        for index, model in enumerate(audit.report.models)
     )
     step = 0.1 if high - low <= 1.2 else 0.5
     ticks = [round(tick * step, 1) for tick in range(round(np.ceil(low / step - 1e-6)), int(high / step + 1e-6) + 1)]
@@ -78,11 +81,11 @@ def histograms(audit: Audit) -> Histograms:
     )
 
 
-def similarities(audit: Audit) -> dict[tuple[int, str], np.ndarray]:
+def similarities(audit: Audit) -> dict[tuple[int, Kind], np.ndarray]:
     """Return the similarities of each model (by index) and kind, ascending float32, in the order of both."""
     found = {}
-    for index, model in enumerate(audit.models):
-        for kind in audit.kinds():
+    for index, model in enumerate(audit.report.models):
+        for kind in audit.report.kinds():
             mask = pc.and_(pc.equal(audit.pairs["model"], model.name), pc.equal(audit.pairs["kind"], kind))
             values = audit.pairs.filter(mask)["similarity"]
             if len(values):
@@ -92,12 +95,9 @@ def similarities(audit: Audit) -> dict[tuple[int, str], np.ndarray]:
 
 def background_similarities(audit: Audit) -> dict[str, np.ndarray]:
     """Return the background's similarities by kind, ascending float32."""
-    rows = audit.background_rows
-    return {
-        kind: _ascending(rows.filter(pc.equal(rows["kind"], kind))["similarity"])
-        for kind in ("reference", "train")
-        if kind in audit.background
-    }
+    rows = audit.background
+    kinds = ("reference", "train") if audit.report.background.reference else ("train",)
+    return {kind: _ascending(rows.filter(pc.equal(rows["kind"], kind))["similarity"]) for kind in kinds}
 
 
 def _ascending(column: Any) -> np.ndarray:

@@ -7,20 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
+from sd_memguard.audit.report import Audit, read_audit
 from sd_memguard.audit.reporting.charts import Histograms, background_similarities, histograms, packed, similarities
-from sd_memguard.audit.reporting.read import Audit, read_audit
-from sd_memguard.audit.reporting.sentences import KIND_WORDS, percent, verdict
-from sd_memguard.audit.reporting.tables import DEFINITIONS, GROUPS, cards, measure_rows, settings_tables, short_name
+from sd_memguard.audit.reporting.sentences import KIND_WORDS, percent, tell
+from sd_memguard.audit.reporting.tables import (
+    DEFINITIONS,
+    GROUPS,
+    cards,
+    evidence_rows,
+    measure_rows,
+    settings_tables,
+    short_name,
+)
 from sd_memguard.audit.reporting.thumbnails import Shown, Thumbnails, choose_pairs, worst_of
 
-REPORT = "report.html"
+PAGE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
 CAPTION_LETTERS = 240
 """Longer captions are cut in the page; pairs.parquet has them whole."""
 
 
-def write_report(output_dir: Path, train_data_dir: Path | None) -> Path:
+def write_page(output_dir: Path, train_data_dir: Path | None) -> Path:
     """Write ``report.html`` from the files of an audit, and return its path.
 
     The page holds its images, style and script, loads nothing and sends nothing (its Content-Security-Policy allows
@@ -37,7 +46,7 @@ def write_report(output_dir: Path, train_data_dir: Path | None) -> Path:
     """
     audit = read_audit(output_dir)
     shown = choose_pairs(audit, Thumbnails(output_dir, train_data_dir))
-    path = output_dir / REPORT
+    path = output_dir / PAGE
     path.write_bytes(_render(audit, shown).encode("utf-8", errors="replace"))
     return path
 
@@ -50,20 +59,22 @@ def _render(audit: Audit, shown: Shown) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "short_name": short_name, "caption": _cut}
+    environment.filters |= {"percent": percent, "short_name": short_name, "caption": _cut, "code": _code}
     charts = histograms(audit)
     style, script = (_source(name) for name in ("report.css", "report.js"))
     return environment.get_template("report.html.j2").render(
-        audit=audit,
-        verdict=verdict(audit),
-        cards=cards(audit),
-        worst=[worst_of(shown.pairs, index) for index in range(len(audit.models))],
-        measures=measure_rows(audit),
+        audit=audit.report,
+        pairs=audit.pairs,
+        told=tell(audit.report),
+        evidence=evidence_rows(audit.report),
+        cards=cards(audit.report),
+        worst=[worst_of(shown.pairs, index) for index in range(len(audit.report.models))],
+        measures=measure_rows(audit.report),
         groups=GROUPS,
         kind_words=KIND_WORDS,
         charts=charts,
         shown=shown,
-        settings=settings_tables(audit),
+        settings=settings_tables(audit.report),
         definitions=DEFINITIONS,
         style=style,
         script=script,
@@ -85,10 +96,10 @@ def _csp_hash(source: str) -> str:
 def _script_data(audit: Audit, charts: Histograms) -> dict[str, Any]:
     """Return what the page's script counts on: all similarities, not only those of the pairs that are shown."""
     return {
-        "threshold": audit.threshold.similarity,
+        "threshold": audit.report.threshold.similarity,
         "low": charts.low,
         "high": charts.high,
-        "models": [model.name for model in audit.models],
+        "models": [model.name for model in audit.report.models],
         "similarities": {f"{index}.{kind}": packed(values) for (index, kind), values in similarities(audit).items()},
         "background": {kind: packed(values) for kind, values in background_similarities(audit).items()},
     }
@@ -98,6 +109,14 @@ def _json_block(data: dict[str, Any]) -> str:
     """Return JSON that no text in it can end or open a tag with: all but ASCII and ``<``, ``>``, ``&`` are escaped."""
     text = json.dumps(data, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _code(line: str) -> Markup:
+    """Return a sentence whose parts in backticks are code."""
+    parts = line.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if index % 2 else part for index, part in enumerate(parts)
+    )
 
 
 def _cut(caption: str) -> str:

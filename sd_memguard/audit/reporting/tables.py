@@ -1,30 +1,34 @@
 """The report's numbers laid out: a card per model, the table of measures, settings and definitions."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from sd_memguard.audit.metrics.statistics import Estimate
+from sd_memguard.audit.report import ALL, KINDS, MEASURES, CopyFigures, Evidence, ModelReport, Report
 from sd_memguard.audit.reporting.charts import rounded
-from sd_memguard.audit.reporting.read import Audit, Copies, Estimate, Model
 from sd_memguard.audit.reporting.sentences import (
     KIND_WORDS,
+    MEASURE_WORDS,
     background_share,
-    generated_by,
     interval_words,
     num_units,
+    p_words,
     percent,
     share_interval,
+    share_words,
 )
 
 GROUPS = {
-    "duplicated": "Generated images of duplicated prompts",
-    "unique": "Generated images of unique prompts",
+    "duplicated": "Images of duplicated prompts",
+    "unique": "Images of unique prompts",
     "given": "Given images",
-    "all": "All generated images",
-    "detection": "Detection, without generated image",
-    "membership": "Membership, without generated image",
-    "attributes": "Attributes of generated images",
+    "heldout": "Images of held-out prompts",
+    "all": "Images of all training prompts",
+    "detection": "Detection, without generated images",
+    "membership": "Membership, without generated images",
     "quality": "Quality",
 }
 
@@ -46,6 +50,10 @@ DEFINITIONS = {
     "FID": "Fréchet distance between generated images and images, where the sample is large enough; lower is closer.",
     "CLIP score": "How well a generated image fits its caption, by a CLIP model; higher is better.",
     "Skip ratio": "Share of the times a training image was seen at which the guard skipped or augmented it.",
+    "Own image is the nearest": "By pixels, no (other) training image is nearer to the generated one than the image "
+    "whose caption the prompt is.",
+    "Above the background": "More often than images of held-out prompts, by a permutation test over prompts; of "
+    "several tests of a model, by Holm's correction at 5%.",
     "Intervals": "95%, by bootstrap over captions; where none or all are copies, the exact binomial bound.",
 }
 """Each word of the page in one line; docs/audit.md has formulas and sources."""
@@ -57,9 +65,6 @@ MEASURE_LABELS = {
     "membership.tpr_at_1_fpr": ("TPR at 1% FPR, loss", None),
     "membership.train_loss": ("Loss on training images", 4),
     "membership.reference_loss": ("Loss on images not trained on", 4),
-    "attributes.caption_accuracy": ("Named by the caption and shown", None),
-    "attributes.open_agreement": ("Left open, and as in the training image", None),
-    "attributes.chance_agreement": ("The same by chance", None),
     "quality.kid_train": ("KID to training images", 4),
     "quality.kid_reference": ("KID to images not trained on", 4),
     "quality.fid_train": ("FID to training images", 1),
@@ -69,18 +74,26 @@ MEASURE_LABELS = {
 """Label and decimals of each measure; None: a share, shown as a percentage."""
 
 
+ATTRIBUTE_LABELS = {
+    "caption_accuracy": "Named by the prompt and shown",
+    "open_agreement": "Left open, and as in the prompt's own image",
+    "chance_agreement": "The same by chance",
+}
+
+
 class KindRow(NamedTuple):
-    """The share of copies of one kind of generated images, in words and as lengths of a bar in percent of its track."""
+    """A share of one kind of generated images, in words and as lengths of a bar in percent of its track."""
 
     kind: str
+    what: str
     label: str
     percent: str
-    counted: str
-    interval: str
+    remark: str
     bar: float
     low: float
     high: float
     background: float | None
+    is_alarming: bool
 
 
 class Card(NamedTuple):
@@ -100,6 +113,23 @@ class Cell(NamedTuple):
     unknown: str = "not measured"
 
 
+class EvidenceCell(NamedTuple):
+    """What a measure says of one model, and whether that is above the background."""
+
+    value: str
+    background: str
+    p_value: str
+    is_significant: bool
+
+
+class EvidenceRow(NamedTuple):
+    """One measure of one kind of prompts over all models, None where it was not measured."""
+
+    label: str
+    kind: str
+    cells: tuple[EvidenceCell | None, ...]
+
+
 class MeasureRow(NamedTuple):
     """One measure over all models, in their order."""
 
@@ -108,21 +138,21 @@ class MeasureRow(NamedTuple):
     cells: tuple[Cell, ...]
 
 
-def cards(audit: Audit) -> list[Card]:
+def cards(report: Report) -> list[Card]:
     """Return the key numbers of each model."""
-    background = background_share(audit)
+    background = background_share(report)
     return [
         Card(
             model.name,
             model.path,
             _run_words(model),
-            tuple(_kind_row(kind, model.copies[kind], background) for kind in audit.kinds() if kind in model.copies),
+            tuple(_kind_row(model, kind, background) for kind in report.kinds() if kind in model.copies),
         )
-        for model in audit.models
+        for model in report.models
     ]
 
 
-def _run_words(model: Model) -> str:
+def _run_words(model: ModelReport) -> str:
     if model.source == "images":
         return "images that were given"
     if not model.run:
@@ -139,102 +169,149 @@ def _run_words(model: Model) -> str:
     return ", ".join(words)
 
 
-def _kind_row(kind: str, copies: Copies, background: float | None) -> KindRow:
-    share = copies.copies / copies.count if copies.count else 0.0
-    low, high = share_interval(share, copies.share, num_units(kind, copies))
+def _kind_row(model: ModelReport, kind: str, background: float) -> KindRow:
+    """Return how often the own image is the nearest, or, where prompts are not known, the share of copies."""
+    copies = model.copies[kind]
+    copied = f"{copies.copies:,} of {copies.count:,} are copies"
+    share, what, tick = copies.share, "copies", background if kind == "given" else None
+    if copies.own_nearest is not None:
+        share, what = copies.own_nearest, "nearest to own image"
+        controls = model.copies.get("heldout")
+        tick = controls.own_nearest.value if controls and controls.own_nearest and kind != "heldout" else None
+    low, high = share_interval(share, num_units(kind, copies))
+    significant = any(one.is_significant for one in model.verdict.evidence if one.kind == kind)
     return KindRow(
         kind,
+        what,
         KIND_WORDS[kind],
-        percent(share) if copies.count else "none",
-        f"{copies.copies:,} of {generated_by(kind, copies.count)}",
-        f"{percent(low)} to {percent(high)}" if copies.count else "",
-        rounded(share * 100),
+        percent(share.value),
+        f"{percent(low)} to {percent(high)}; {copied}",
+        rounded(share.value * 100),
         rounded(low * 100),
         rounded(high * 100),
-        None if background is None else rounded(background * 100),
+        None if tick is None else rounded(tick * 100),
+        significant,
     )
 
 
-def measure_rows(audit: Audit) -> list[MeasureRow]:
-    """Return every measure over all models; the shares of copies come first."""
-    rows = [row for kind in [*audit.kinds(), "all"] for row in _copy_rows(audit, kind)]
+def evidence_rows(report: Report) -> list[EvidenceRow]:
+    """Return what the verdicts rest on, the strongest first, each measure over all models."""
+    found = [{(one.measure, one.kind): one for one in model.verdict.evidence} for model in report.models]
+    keys = sorted(
+        dict.fromkeys(key for evidence in found for key in evidence),
+        key=lambda key: (MEASURES.index(key[0]), KINDS.index(key[1]) if key[1] else 0),
+    )
+    return [
+        EvidenceRow(
+            MEASURE_WORDS[measure] if kind != "given" else "Verified copy of a training image",
+            KIND_WORDS[kind] if kind else "",
+            tuple(_evidence_cell(evidence.get((measure, kind))) for evidence in found),
+        )
+        for measure, kind in keys
+    ]
+
+
+def _evidence_cell(one: Evidence | None) -> EvidenceCell | None:
+    if one is None:
+        return None
+    if one.measure == "membership":
+        value, background = f"{one.value.value:.2f} ({interval_words(one.value, 2)})", "0.50"
+    else:
+        value, background = share_words(one.value), percent(min(max(one.background.value, 0), 1))
+    return EvidenceCell(value, f"{background}, {one.control}", p_words(one.p_value), one.is_significant)
+
+
+def measure_rows(report: Report) -> list[MeasureRow]:
+    """Return every measure over all models; those of generated images come first."""
+    rows = []
+    for kind in [*report.kinds(), ALL]:
+        if any(kind in model.copies for model in report.models) and (kind != ALL or len(report.kinds()) > 1):
+            rows += [*_copy_rows(report, kind), *_attribute_rows(report, kind)]
     for key, (label, digits) in MEASURE_LABELS.items():
-        cells = tuple(_cell(model.measures[key], digits, _why(model, key)) for model in audit.models)
-        rows.append(MeasureRow(key.split(".")[0], label, cells))
+        part, name = key.split(".")
+        cells = []
+        for model in report.models:
+            found = getattr(getattr(model, part), name, None)
+            cells.append(_cell(found, digits, _why(model, part, name)))
+        rows.append(MeasureRow(part, label, tuple(cells)))
     return rows
 
 
-def _copy_rows(audit: Audit, kind: str) -> Iterator[MeasureRow]:
-    copies = [model.copies.get(kind) for model in audit.models]
-    if not any(copies) or (kind == "all" and len(audit.kinds()) == 1):
-        return
+def _copy_rows(report: Report, kind: str) -> Iterator[MeasureRow]:
+    copies = [model.copies.get(kind) for model in report.models]
 
-    def row(label: str, cell: Callable[[Copies], Cell]) -> MeasureRow:
-        cells = (cell(part) if part and part.count else Cell("", unknown="no such generated images") for part in copies)
+    def row(label: str, cell: Callable[[CopyFigures], Cell]) -> MeasureRow:
+        cells = (cell(part) if part else Cell("", unknown="no such generated images") for part in copies)
         return MeasureRow(kind, label, tuple(cells))
 
-    def share_row(label: str, share: Callable[[Copies], Estimate | None]) -> MeasureRow:
+    def share_row(label: str, share: Callable[[CopyFigures], Estimate | None]) -> MeasureRow:
         return row(label, lambda part: _share_cell(share(part), num_units(kind, part)))
 
-    yield share_row("Copies", lambda part: (part.share or Estimate(0))._replace(value=part.copies / part.count))
-    if kind != "given":
+    yield share_row("Copies of any training image", lambda part: part.share)
+    if any(part and part.extraction for part in copies):
         yield share_row("Captions extracted", lambda part: part.extraction)
+    if any(part and part.own_nearest for part in copies):
+        label = "Own held-out image is the nearest" if kind == "heldout" else "Own training image is the nearest"
+        yield share_row(label, lambda part: part.own_nearest)
     yield row("Similarity, mean", lambda part: _cell(part.similarity_mean, 3, ""))
     yield row("Similarity, 95th percentile", lambda part: _cell(part.similarity_p95, 3, ""))
     yield share_row("L2 copies", lambda part: part.l2_copies)
     limits = sorted({limit for part in copies if part for limit in part.mq_below}, key=float)
-    if limits:
-        yield row(f"MQ below {', '.join(limits)}", partial(_mq_cell, limits))
+    yield row(f"MQ below {', '.join(limits)}", partial(_mq_cell, limits))
+
+
+def _attribute_rows(report: Report, kind: str) -> Iterator[MeasureRow]:
+    shares = [(model.attributes or {}).get(kind) for model in report.models]
+    if any(shares):
+        for name, label in ATTRIBUTE_LABELS.items():
+            yield MeasureRow(kind, label, tuple(_cell(getattr(one, name, None), None, "") for one in shares))
 
 
 def _share_cell(estimate: Estimate | None, num_units: int) -> Cell:
     if estimate is None:
         return Cell("")
-    low, high = share_interval(estimate.value, estimate, num_units)
+    low, high = share_interval(estimate, num_units)
     return Cell(percent(estimate.value), f"{percent(low)} to {percent(high)}")
 
 
-def _mq_cell(limits: Sequence[str], copies: Copies) -> Cell:
+def _mq_cell(limits: Sequence[str], copies: CopyFigures) -> Cell:
     counts = [f"{copies.mq_below[limit]:,}" if limit in copies.mq_below else "unknown" for limit in limits]
     return Cell(f"{', '.join(counts)} of {copies.count:,}")
 
 
-def _cell(estimate: Estimate | None, digits: int | None, why: str) -> Cell:
-    if estimate is None:
+def _cell(found: Estimate | float | None, digits: int | None, why: str) -> Cell:
+    if found is None:
         return Cell("", unknown=f"not measured: {why}" if why else "not measured")
-    value = percent(estimate.value) if digits is None else f"{estimate.value:.{digits}f}"
-    return Cell(value, interval_words(estimate, digits))
+    value = found.value if isinstance(found, Estimate) else found
+    text = percent(value) if digits is None else f"{value:.{digits}f}"
+    return Cell(text, interval_words(found, digits) if isinstance(found, Estimate) else "")
 
 
-def _why(model: Model, key: str) -> str:
-    part, name = key.split(".")
-    return next((model.why_missing[at] for at in (key, name, part) if at in model.why_missing), "")
+def _why(model: ModelReport, part: str, name: str) -> str:
+    return model.quality.why_missing.get(name, "") if part == "quality" else model.why_missing.get(part, "")
 
 
-def settings_tables(audit: Audit) -> dict[str, list[tuple[str, str]]]:
+def settings_tables(report: Report) -> dict[str, list[tuple[str, str]]]:
     """Return everything that was set, with hashes, by heading."""
-    threshold = audit.threshold
-    tables = {
-        "Settings": list(_flat(audit.facts.get("settings", {}))),
-        "Threshold": [
-            ("distance of a copy", "not verified" if threshold.distance is None else f"{threshold.distance:g}"),
-            ("similarity", f"{threshold.similarity:g}"),
-            ("rule", threshold.rule),
-            ("source", threshold.source),
-            ("L2 ratio", f"{threshold.l2_ratio:g}"),
-        ],
-        "Features": list(_flat(audit.facts.get("extractor", {}))),
-        "Features for KID and FID": list(_flat(audit.facts.get("quality_extractor", {}))),
-        "Training images": list(_flat(audit.facts.get("train", {}))),
-        "Images not trained on": list(_flat(audit.facts.get("reference", {}))),
+    parts = {
+        "Settings": report.settings,
+        "Threshold": asdict(report.threshold),
+        "Features": asdict(report.extractor),
+        "Features for KID and FID": asdict(report.quality_extractor),
+        "Training images": asdict(report.train),
+        "Held-out images": asdict(report.reference) if report.reference else {},
+        "Attribute classifier, on real images": asdict(report.classifier) if report.classifier else {},
     }
-    for model in audit.models:
-        rows = [("source", model.source), ("path", model.path), ("sha256", model.sha256 or "not known")]
-        rows += [("generated", f"{model.num_generated:,}"), *(_flat(model.run or {}))]
-        if model.timesteps:
-            rows.append(("timesteps of the loss", ", ".join(f"{step:g}" for step in model.timesteps)))
-        tables[f"Model {model.name}"] = rows
-    return {heading: rows for heading, rows in tables.items() if rows}
+    for model in report.models:
+        parts[f"Model {model.name}"] = {
+            "source": model.source,
+            "path": model.path,
+            "sha256": model.sha256,
+            "generated": model.num_generated,
+            **(model.run or {}),
+            **({"timesteps of the loss": model.membership.timesteps} if model.membership else {}),
+        }
+    return {heading: list(_flat(values)) for heading, values in parts.items() if values}
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 
-from sd_memguard.audit.reporting.read import KINDS, Audit
+from sd_memguard.audit.report import KINDS, Audit
 
 PAIRS_PER_MODEL = 60
 WORST_PER_MODEL = 3
@@ -42,12 +42,21 @@ class Pair(NamedTuple):
     training: Thumbnail
 
     @property
+    def is_replica(self) -> bool:
+        """Whether the training image shown is the prompt's own, as the nearest by pixels."""
+        return _is_replica(self.row)
+
+    @property
     def is_own(self) -> bool | None:
         """Whether the nearest image is the prompt's own, or equals it; None where it has none."""
         own, nearest = self.row["own_similarity"], self.row["similarity"]
         if self.row["own_file"] is None:
             return None
-        return self.row["own_file"] == self.row["nearest_file"] or (own is not None and own >= nearest - 1e-6)
+        return (
+            self.is_replica
+            or self.row["own_file"] == self.row["nearest_file"]
+            or (own is not None and own >= nearest - 1e-6)
+        )
 
 
 class Shown(NamedTuple):
@@ -118,12 +127,12 @@ def choose_pairs(audit: Audit, thumbnails: Thumbnails) -> Shown:
     others out. Where the images would weigh more than ``IMAGE_BYTES``, the number is halved until they do not.
     """
     rows = audit.pairs.to_pylist()
-    by_model = {model.name: [row for row in rows if row["model"] == model.name] for model in audit.models}
+    by_model = {model.name: [row for row in rows if row["model"] == model.name] for model in audit.report.models}
     limit = PAIRS_PER_MODEL
     while True:
         pairs = [
-            Pair(row, index, thumbnails.generated_image(row["file"]), thumbnails.training(row["nearest_file"]))
-            for index, model in enumerate(audit.models)
+            Pair(row, index, thumbnails.generated_image(row["file"]), thumbnails.training(_shown_file(row)))
+            for index, model in enumerate(audit.report.models)
             for row in _nearest_of_each_kind(by_model[model.name], limit)
         ]
         if limit == 1 or sum(map(_weight, pairs)) + sum(map(_weight, _on_cards(pairs, audit))) <= IMAGE_BYTES:
@@ -131,7 +140,7 @@ def choose_pairs(audit: Audit, thumbnails: Thumbnails) -> Shown:
         limit //= 2
     counts = tuple(
         (sum(pair.model_index == index for pair in pairs), len(by_model[model.name]))
-        for index, model in enumerate(audit.models)
+        for index, model in enumerate(audit.report.models)
     )
     return Shown(tuple(sorted(pairs, key=lambda pair: _worst_first(pair.row))), counts)
 
@@ -151,9 +160,24 @@ def _worst_first(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return (2.0 if math.isnan(similarity) else -similarity, row["model"], row["kind"], row["file"])
 
 
+def _is_replica(row: Mapping[str, Any]) -> bool:
+    return bool(row["is_own_nearest"]) and row["kind"] != "heldout"
+
+
+def _shown_file(row: Mapping[str, Any]) -> str | None:
+    """Return the training image shown beside a generated one: a copy's source, its own, or the most similar."""
+    file: str | None = row["own_file"] if _is_replica(row) and not row["is_copy"] else row["nearest_file"]
+    return file
+
+
+def _most_telling(pair: Pair) -> tuple[Any, ...]:
+    row = pair.row
+    return (not row["is_copy"], not pair.is_replica, row["l2_ratio"], *_worst_first(row))
+
+
 def worst_of(pairs: Sequence[Pair], model_index: int) -> list[Pair]:
-    """Return the worst pairs of a model, no training image or caption twice where there are others."""
-    own = sorted((pair for pair in pairs if pair.model_index == model_index), key=lambda pair: _worst_first(pair.row))
+    """Return the most telling pairs of a model, no training image or caption twice where there are others."""
+    own = sorted((pair for pair in pairs if pair.model_index == model_index), key=_most_telling)
     seen: set[str] = set()
     fresh: list[Pair] = []
     again: list[Pair] = []
@@ -165,7 +189,7 @@ def worst_of(pairs: Sequence[Pair], model_index: int) -> list[Pair]:
 
 
 def _on_cards(pairs: Sequence[Pair], audit: Audit) -> Iterator[Pair]:
-    for index in range(len(audit.models)):
+    for index in range(len(audit.report.models)):
         yield from worst_of(pairs, index)
 
 

@@ -1,19 +1,20 @@
 import json
 import re
 import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from sd_memguard.assets import demo_data_path
 from sd_memguard.audit import AuditError
+from sd_memguard.audit.metrics.statistics import Estimate
+from sd_memguard.audit.report import Comparison, Evidence, Verdict, read_audit, write_audit
 from sd_memguard.audit.reporting import thumbnails as report_images
-from sd_memguard.audit.reporting.page import write_report
-from sd_memguard.audit.reporting.read import Audit, Background, Copies, Estimate, Model, read_audit
-from sd_memguard.audit.reporting.sentences import percent, share_interval, verdict
+from sd_memguard.audit.reporting.page import write_page
+from sd_memguard.audit.reporting.sentences import percent, share_interval, tell
 from sd_memguard.audit.reporting.thumbnails import Thumbnails, choose_pairs
 from tests.audit.planted_audit import Planted, write_planted_audit
 
@@ -31,27 +32,30 @@ def own_copy(planted, tmp_path):
 
 
 def page_of(folder, train_data_dir=None):
-    return write_report(folder, train_data_dir or demo_data_path()).read_text(encoding="utf-8")
+    return write_page(folder, train_data_dir or demo_data_path()).read_text(encoding="utf-8")
 
 
-def make_copies(count, copies, captions, low=None, high=None):
-    value = copies / count
-    share = Estimate(value, value if low is None else low, value if high is None else high, captions)
-    return Copies(count, copies, share, captions, 0, None, None, None, None, {})
+def changed(folder, **changes):
+    """Replace parts of the report of an audit by name."""
+    audit = read_audit(folder)
+    write_audit(audit._replace(report=replace(audit.report, **changes)), folder)
 
 
-def make_audit(models, reference=0.012, train=0.03):
-    """Return an audit of nothing but counts: {model: {kind: Copies}}."""
-    background = {"reference": reference, "train": train}
-    entries = tuple(Model(name, "model", "", None, 1, None, copies, {}, (), {}) for name, copies in models.items())
-    summaries = {kind: Background(257, 0.5, 0.6, 0.9, share) for kind, share in background.items() if share is not None}
-    return Audit("1", "", "", None, summaries, entries, {}, None, None)
+def change_json(folder, where, value):
+    """Put a value into report.json at a path of keys."""
+    report = json.loads((folder / "report.json").read_text())
+    *path, last = where
+    target = report
+    for key in path:
+        target = target[key]
+    target[last] = value
+    (folder / "report.json").write_text(json.dumps(report))
 
 
 def test_the_same_files_give_the_same_bytes(planted):
     folder, _ = planted
-    first = write_report(folder, demo_data_path()).read_bytes()
-    assert write_report(folder, demo_data_path()).read_bytes() == first
+    first = write_page(folder, demo_data_path()).read_bytes()
+    assert write_page(folder, demo_data_path()).read_bytes() == first
     assert len(first) < 1_000_000
 
 
@@ -72,9 +76,7 @@ def test_captions_and_names_cannot_become_markup(own_copy):
     assert "<script>alert" not in page
     assert "<img src=x" not in page
     assert "&lt;/script&gt;&lt;script&gt;alert(1)" in page
-    report = json.loads((own_copy / "report.json").read_text())
-    report["models"][0]["name"] = hostile
-    (own_copy / "report.json").write_text(json.dumps(report))
+    change_json(own_copy, ("models", 0, "name"), hostile)
     page = page_of(own_copy)
     block = page.split('id="audit-data">')[1].split("</script>")[0]
     assert json.loads(block)["models"] == [hostile]
@@ -90,7 +92,7 @@ def test_missing_and_broken_images_are_named_frames(own_copy):
     assert "the file is missing" in page
     assert "the file cannot be read as an image" in page
     assert "generated/plain/00000.png" in page
-    away = write_report(own_copy, None).read_text()
+    away = write_page(own_copy, None).read_text()
     assert "the folder of training images is not at hand" in away
 
 
@@ -98,17 +100,13 @@ def test_missing_and_broken_images_are_named_frames(own_copy):
     ("file", "change", "message"),
     [
         ("report.json", None, "must hold an audit, it has no report.json; run `sd-memguard audit`"),
-        ("report.json", b"{", "it is not JSON"),
-        ("report.json", b"[]", "`the file` must be an object"),
-        (
-            "report.json",
-            b'{"format": "sd-memguard-audit-9"}',
-            "`format` must be sd-memguard-audit-1, got sd-memguard-aud",
-        ),
-        ("report.json", b'{"format": "sd-memguard-audit-1"}', "`threshold` is missing"),
-        ("pairs.parquet", None, "pairs.parquet cannot be shown: it is missing"),
-        ("pairs.parquet", b"nothing", "it is not a parquet file"),
-        ("background.parquet", b"nothing", "background.parquet cannot be shown: it is not a parquet file"),
+        ("report.json", b"{", "Invalid JSON"),
+        ("report.json", b"[]", "report.json cannot be used"),
+        ("report.json", b'{"format": "sd-memguard-audit-9"}', "`format`: Input should be 'sd-memguard-audit-2'"),
+        ("report.json", b'{"format": "sd-memguard-audit-2"}', "`version`: Field required"),
+        ("pairs.parquet", None, "pairs.parquet cannot be used: it is missing"),
+        ("pairs.parquet", b"nothing", "it is no table of an audit"),
+        ("background.parquet", b"nothing", "background.parquet cannot be used: it is no table of an audit"),
     ],
 )
 def test_what_cannot_be_shown_is_named_with_a_way_out(own_copy, file, change, message):
@@ -116,7 +114,7 @@ def test_what_cannot_be_shown_is_named_with_a_way_out(own_copy, file, change, me
     if change is not None:
         (own_copy / file).write_bytes(change)
     with pytest.raises(AuditError) as caught:
-        write_report(own_copy, demo_data_path())
+        write_page(own_copy, demo_data_path())
     assert message in str(caught.value)
     assert "again into this folder" in str(caught.value) or "name another" in str(caught.value)
 
@@ -124,32 +122,37 @@ def test_what_cannot_be_shown_is_named_with_a_way_out(own_copy, file, change, me
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (("models", 0, "copies", "all", "count"), "many", "`models[0].copies.all.count` must be a whole number"),
-        (("models", 0, "copies"), [], "`models[0].copies` must be an object"),
-        (("models",), [], "`models` must name at least one model"),
-        (("threshold", "similarity"), None, "`threshold.similarity` must be a number"),
-        (("settings",), 3, "`settings` must be an object"),
+        (
+            ("models", 0, "copies", "all", "count"),
+            "many",
+            "`models.0.copies.all.count`: Input should be a valid integer",
+        ),
+        (("models", 0, "copies"), [], "`models.0.copies`: Input should be an object"),
+        (("threshold", "similarity"), None, "`threshold.similarity`: Input should be a valid number"),
+        (("settings",), 3, "`settings`: Input should be an object"),
     ],
 )
 def test_a_wrong_value_is_named_by_its_place(own_copy, where, value, message):
-    report = json.loads((own_copy / "report.json").read_text())
-    *path, last = where
-    target = report
-    for key in path:
-        target = target[key]
-    target[last] = value
-    (own_copy / "report.json").write_text(json.dumps(report))
+    change_json(own_copy, where, value)
     with pytest.raises(AuditError) as caught:
         read_audit(own_copy)
     assert message in str(caught.value)
 
 
+def test_what_is_written_is_read_again(planted):
+    """Numbers are kept at six digits, everything else as it is."""
+    folder, report = planted
+    again = read_audit(folder).report
+    assert asdict(again).keys() == asdict(report).keys()
+    assert again.models[0].copies["all"].share.value == pytest.approx(report.models[0].copies["all"].share.value, 1e-5)
+    assert again.models[0].verdict.level == report.models[0].verdict.level
+    assert again.train == report.train
+
+
 def test_unknown_measures_are_said_to_be_unknown_with_the_reason(own_copy):
-    report = json.loads((own_copy / "report.json").read_text())
-    report["models"][0] |= {"detection": None, "why_missing": {"detection": "no --reference_data_dir <here>"}}
-    report["models"][0]["quality"]["kid_train"]["value"] = float("nan")
-    report |= {"reference": None, "background": {"train": report["background"]["train"], "reference": None}}
-    (own_copy / "report.json").write_text(json.dumps(report))
+    model = read_audit(own_copy).report.models[0]
+    model = replace(model, detection=None, why_missing={"detection": "no --reference_data_dir <here>"})
+    changed(own_copy, models=(model,))
     page = page_of(own_copy)
     assert page.count("not measured: no --reference_data_dir &lt;here&gt;") == 2
     assert "not measured: no --clip_model" in page
@@ -157,24 +160,15 @@ def test_unknown_measures_are_said_to_be_unknown_with_the_reason(own_copy):
 
 
 def test_a_report_of_nothing_is_a_report(own_copy):
-    report = json.loads((own_copy / "report.json").read_text())
-    report |= {"background": {"train": None, "reference": None}, "models": [report["models"][0] | {"copies": {}}]}
-    report["threshold"]["similarity"] = 1.0
-    (own_copy / "report.json").write_text(json.dumps(report))
+    report = read_audit(own_copy).report
+    model = replace(report.models[0], copies={}, verdict=Verdict("unknown", ()))
+    background = replace(report.background, reference=None)
+    changed(own_copy, reference=None, background=background, models=(model,), comparisons=())
     for name in ("pairs.parquet", "background.parquet"):
         pq.write_table(pq.read_table(own_copy / name).slice(0, 0), own_copy / name)
     page = page_of(own_copy)
-    assert "Nothing was generated, so nothing can be said about copies." in page
+    assert "Nothing was measured that tells replication." in page
     assert "There are no pairs." in page
-
-
-def test_rows_without_a_similarity_are_refused(own_copy):
-    pairs = pq.read_table(own_copy / "pairs.parquet")
-    index = pairs.column_names.index("similarity")
-    pairs = pairs.set_column(index, "similarity", pa.nulls(len(pairs), pa.float32()))
-    pq.write_table(pairs, own_copy / "pairs.parquet")
-    with pytest.raises(AuditError, match="it has rows without similarity; run `sd-memguard audit` again"):
-        read_audit(own_copy)
 
 
 def test_pairs_are_worst_first_and_capped_evenly_over_kinds(planted, monkeypatch):
@@ -211,72 +205,85 @@ def test_transparent_images_are_shown_on_white(tmp_path):
     assert report_images._on_white(image).getpixel((0, 0)) == (255, 255, 255)
 
 
+def evidence(measure="nearest", kind="duplicated", value=0.5, background=0.05, p_value=0.0002, significant=True):
+    around = [Estimate(one, max(one - 0.1, 0), one + 0.1, 32) for one in (value, background, value - background)]
+    control = "images of held-out prompts"
+    return Evidence(measure, kind, around[0], around[1], control, around[2], p_value, significant)
+
+
+REPLICATES = Verdict("replicates", (evidence("copies", value=0, significant=False), evidence()))
+NOTHING = Verdict("none", (evidence(value=0.08, p_value=0.3, significant=False),))
+COPIES = Verdict("copies", (evidence("copies", value=0.4, background=0.01),))
+TRAINED = Verdict("trained", (evidence("membership", None, 0.63, 0.5),))
+
+
+def told(report, verdicts, comparisons=()):
+    models = tuple(
+        replace(report.models[0], name=name, verdict=verdict, why_missing={}) for name, verdict in verdicts.items()
+    )
+    return tell(replace(report, models=models, comparisons=comparisons))
+
+
 @pytest.mark.parametrize(
-    ("models", "sentence"),
+    ("verdicts", "headline"),
     [
+        ({"a": COPIES}, "a returns its training images."),
+        ({"a": NOTHING}, "a shows no replication above the background."),
         (
-            {"plain": {"duplicated": (64, 49, 16, 0.6, 0.9)}, "guarded": {"duplicated": (64, 0, 16)}},
-            "plain copies in 77% of its generated images of duplicated prompts (49 of 64); "
-            "guarded in none of 64 (at most 17% at 95% confidence).",
+            {"plain": REPLICATES, "guarded": NOTHING},
+            "plain replicates its training images; guarded shows no replication above the background.",
         ),
         (
-            {"mine": {"unique": (200, 0, 200)}},
-            "No copy was found among the 200 generated images of unique prompts of mine "
-            "(at 95% confidence, at most 1% are copies).",
+            {"a": TRAINED},
+            "a shows no replication above the background, only traces of training.",
         ),
+        ({"a": Verdict("unknown", ())}, "Of a nothing was measured that would tell replication."),
+        (dict.fromkeys("abcd", NOTHING), "None of the 4 models shows replication above the background."),
         (
-            {"mine": {"duplicated": (64, 1, 64, 0.0, 0.05)}},
-            "mine copies in 2% of its generated images of duplicated prompts (1 of 64; 95% interval 0% to 5%).",
+            {"a": NOTHING, "b": REPLICATES, "c": NOTHING, "d": COPIES},
+            "2 of 4 models replicate their training images: b and d.",
         ),
-        (
-            {"a": {"duplicated": (10, 1, 10)}, "b": {"given": (20, 5, 20)}},
-            "a copies in 10% of its generated images of duplicated prompts (1 of 10); b copies in 25% of its given "
-            "images (5 of 20).",
-        ),
-        (
-            {name: {"duplicated": (10, copies, 10)} for name, copies in zip("abcd", (3, 0, 10, 5), strict=True)},
-            "4 models copy in between 0% (b) and 100% (c) of their generated images of duplicated prompts.",
-        ),
-        ({"a": {}}, "Nothing was generated, so nothing can be said about copies."),
     ],
 )
-def test_verdicts(models, sentence):
-    audit = make_audit(
-        {name: {kind: make_copies(*numbers) for kind, numbers in kinds.items()} for name, kinds in models.items()}
+def test_headlines(planted, verdicts, headline):
+    assert told(planted[1], verdicts).headline == headline
+
+
+def test_of_two_that_replicate_the_lesser_is_named_where_they_differ(planted):
+    both = {"plain": REPLICATES, "guarded": REPLICATES}
+    difference = Comparison(("plain", "guarded"), "nearest", "duplicated", Estimate(0.37, 0.24, 0.5, 27), 0.0002, True)
+    assert told(planted[1], both, (difference,)).headline == (
+        "plain replicates its training images; guarded replicates fewer of them."
     )
-    assert verdict(audit).sentence == sentence
-
-
-def test_the_verdict_is_put_into_scale():
-    plain = {"duplicated": make_copies(64, 49, 16, 0.6, 0.9), "unique": make_copies(64, 1, 16, 0.0, 0.05)}
-    guarded = {"duplicated": make_copies(64, 0, 16), "unique": make_copies(64, 1, 16, 0.0, 0.05)}
-    scale = verdict(make_audit({"plain": plain, "guarded": guarded})).scale
-    assert scale[0].startswith("For scale: of 257 images that were not trained on, 1% are as similar to a training")
-    assert (
-        scale[1] == "plain copies in 2% of its generated images of unique prompts (1 of 64); guarded in 2% (1 of 64)."
+    alike = replace(difference, is_significant=False)
+    assert told(planted[1], both, (alike,)).headline == (
+        "plain replicates its training images; guarded replicates its training images."
     )
-    assert scale[-1].startswith("No copy found does not mean that there is none")
-    assert not any("overlap" in line for line in scale)
-    none = verdict(make_audit({"plain": plain}, reference=None, train=None)).scale
-    assert none[0] == "No background was measured to set this against."
+    assert any("plain is above guarded by 37 percentage points (24 to 50; p < 0.001)" in line
+               for line in told(planted[1], both, (difference,)).found)  # fmt: skip
 
 
-def test_what_the_intervals_do_not_carry_is_said():
-    few = {"duplicated": make_copies(64, 3, 16, 0.0, 0.1)}
-    scale = verdict(make_audit({"a": few, "b": {"duplicated": make_copies(64, 0, 16)}})).scale
-    assert "The copies of a are not clearly more than near-duplicates make in that background." in scale
-    assert any(line.startswith("The intervals of a and b overlap") for line in scale)
+def test_figures_stand_beside_their_background_and_what_is_not_excluded_is_said(planted):
+    found = told(planted[1], {"plain": REPLICATES, "guarded": NOTHING})
+    assert found.found[0] == (
+        "plain: 50% (40% to 60%) of its images of duplicated prompts are nearest to the prompt's own training image; "
+        "the background, images of held-out prompts, is 5% (p < 0.001)."
+    )
+    assert any("guarded" in line and "no more than chance allows (p = 0.300)" in line for line in found.found)
+    assert any(line.startswith("guarded: not excluded is that up to 13%") for line in found.sure)
+    assert found.remedies != told(planted[1], {"guarded": NOTHING}).remedies
+    assert len(found.means) == 2
 
 
 def test_the_bound_where_none_or_all_are_copies_is_the_binomial_one():
     """With that share, all captions agree in just 5% of the audits."""
-    _, high = share_interval(0, Estimate(0, 0, 0, 16), 16)
+    _, high = share_interval(Estimate(0, 0, 0, 16), 16)
     assert (1 - high) ** 16 == pytest.approx(0.05)
-    low, top = share_interval(1, None, 16)
+    low, top = share_interval(Estimate(1, 1, 1, 16), 16)
     assert low**16 == pytest.approx(0.05)
     assert top == 1
-    assert share_interval(0, Estimate(0, 0, 0.3, 16), 16) == (0, 0.3)
-    assert share_interval(0.5, Estimate(0.5, 0.4, 0.6, 16), 16) == (0.4, 0.6)
+    assert share_interval(Estimate(0, 0, 0.3, 16), 16) == (0, 0.3)
+    assert share_interval(Estimate(0.5, 0.4, 0.6, 16), 16) == (0.4, 0.6)
 
 
 def test_percentages_are_never_rounded_to_none_or_all():

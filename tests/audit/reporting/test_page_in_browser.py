@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sd_memguard.assets import demo_data_path
-from sd_memguard.audit.reporting.page import write_report
+from sd_memguard.audit.reporting.page import write_page
 from tests.audit.planted_audit import planted_generated, write_planted_audit
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     generated[1] = generated[1]._replace(caption=LONG)
     folder = tmp_path_factory.mktemp("page") / "audit"
     write_planted_audit(folder, generated)
-    write_report(folder, demo_data_path())
+    write_page(folder, demo_data_path())
     return folder
 
 
@@ -202,9 +202,10 @@ def test_without_javascript_the_numbers_are_there(open_page, folder):
     pairs = pq.read_table(folder / "pairs.parquet", filters=[("model", "=", "plain"), ("kind", "=", "duplicated")])
     copies = pc.sum(pairs["is_copy"]).as_py()
     assert 0 < copies < 16
-    assert f"{copies / 16:.0%} of its generated images of duplicated prompts ({copies} of 16)" in text
-    assert f"{copies} of 16 generated images of duplicated prompts" in text
-    assert "0 of 16 generated images of duplicated prompts" in text
+    assert f"{copies} of 16 are copies" in text
+    assert "0 of 16 are copies" in text
+    assert "plain returns its training images; guarded shows no replication above the background." in text
+    assert "What you can do" in text
     for control in ("#threshold-bar", "#filters", "#more"):
         assert page.locator(control).is_hidden()
     assert page.locator(".pair:visible").count() == 64
