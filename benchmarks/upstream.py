@@ -33,7 +33,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.denoising import Encoded, denoising_losses, encode
-from benchmarks.upstream_scripts import LORA, make_tiny_sdxl
+from benchmarks.tiny_pipelines import make
+from benchmarks.upstream_scripts import LORA
 from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
 from sd_memguard.audit.images import load_images
 
@@ -55,7 +56,7 @@ def make_model(upstream_script: Path, folder: Path) -> Path:
     """Return the folder of the model that the script trains; an SDXL is made there."""
     if "sdxl" not in upstream_script.stem:
         return tiny_sd_path()
-    make_tiny_sdxl(folder)
+    make("sdxl", folder)
     shutil.rmtree(folder / "vae")
     shutil.copytree(tiny_sd_path() / "vae", folder / "vae")
     return folder

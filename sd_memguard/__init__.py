@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sd_memguard.config import GuardConfig, TrainConfig
     from sd_memguard.guard import MemorizationGuard
+    from sd_memguard.inference import guarded_pipeline
     from sd_memguard.plugin.duplicates import find_duplicates
 
 __version__ = "0.1.0"
-__all__ = ["GuardConfig", "MemorizationGuard", "TrainConfig", "__version__", "find_duplicates"]
+__all__ = ["GuardConfig", "MemorizationGuard", "TrainConfig", "__version__", "find_duplicates", "guarded_pipeline"]
 
 _HOMES = {
     "GuardConfig": "sd_memguard.config",
     "MemorizationGuard": "sd_memguard.guard",
     "TrainConfig": "sd_memguard.config",
     "find_duplicates": "sd_memguard.plugin.duplicates",
+    "guarded_pipeline": "sd_memguard.inference",
 }
 
 

@@ -69,7 +69,7 @@ class GuardConfig:
     num_shards: int | Literal["auto"] = setting(
         "auto",
         GUARD,
-        "shards, one proxy each; auto: one per 60 epochs over the images, at most 4, of 64 or more",
+        "shards, one proxy each; auto: one per 200 epochs over the images, at most 4, of 64 or more",
         POSITIVE_COUNT,
     )
     steps_per_round: int | Literal["auto"] = setting(

@@ -143,6 +143,7 @@ class MemorizationGuard(SampleGuard):
         *,
         total_steps: int | None = None,
         gradient_accumulation_steps: int = 1,
+        grad_scaler: Any = None,
         models: Sequence[Any] = (),
         ema: Any = None,
         augment: Callable[[list[int], int], Any] | None = None,
@@ -167,6 +168,7 @@ class MemorizationGuard(SampleGuard):
             total_steps: optimizer steps of the whole run, over all proxies; needed with several shards, since the last
                 round ends with the run. It also tells ``num_shards="auto"`` how long the run is.
             gradient_accumulation_steps: batches per optimizer step.
+            grad_scaler: the loop's ``GradScaler``; by default the only one of the process that is enabled.
             models: further models that the same optimizer trains, e.g. text encoders; needed with several shards.
             ema: the EMA of the trained weights (diffusers' ``EMAModel``), to be kept per proxy and averaged.
             augment: returns a batch like the dataloader's, of augmented copies of the samples with these ids, at a
@@ -191,7 +193,8 @@ class MemorizationGuard(SampleGuard):
             loss_weight=loss_weight,
             timestep_argument=timestep_argument,
         )
-        self.attachment = attach(self, Loop(denoiser, optimizer, dataloader, lr_scheduler, PlainBackend(), options))
+        backend = PlainBackend(grad_scaler)
+        self.attachment = attach(self, Loop(denoiser, optimizer, dataloader, lr_scheduler, backend, options))
         self._log_notices()
         return self.attachment.loader
 

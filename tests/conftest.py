@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 # With the core's dependencies alone (torch, numpy, safetensors) the tests of core, proxies and plugin run.
 if find_spec("diffusers") is None:
     collect_ignore_glob = [
-        *("audit/*", "benchmarks/*", "check/*", "data/*", "demo/*", "export/*", "inspection/*", "launcher/*"),
-        *("models/*", "runs/*", "training/*", "reference/*", "core/test_verification.py", "plugin/families.py"),
-        *("plugin/test_augment.py", "plugin/test_gate_families.py", "plugin/test_lora_export.py"),
+        *("audit/*", "benchmarks/*", "check/*", "data/*", "demo/*", "export/*", "inference/*", "inspection/*"),
+        *("launcher/*", "models/*", "runs/*", "training/*", "reference/*", "core/test_verification.py"),
+        *("plugin/families.py", "plugin/test_augment.py", "plugin/test_gate_families.py", "plugin/test_lora_export.py"),
         *("plugin/test_prepare.py", "test_assets.py", "test_config.py", "test_docs.py", "test_examples.py"),
         *("test_flags.py", "test_host_memory.py", "test_platforms.py"),
     ]

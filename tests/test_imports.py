@@ -41,6 +41,7 @@ PARTS = {
     "training": {*ENGINE, "assets", "console", "data", "export", "models", "runs"},
     "launcher": {*ENGINE, "flags", "runs"},
     "audit": {*BASE, "assets", "core", "figures", "flags"},
+    "inference": {"errors"},
     "demo": {*BASE, "assets", "audit", "console", "core", "figures", "flags", "training"},
 }
 # Parts and modules that import nothing from outside but the standard library and these.
@@ -64,6 +65,7 @@ LIBRARIES = {
     "plugin": {"torch", "numpy"},
     "plugin.augment": {"torch", "torchvision"},
     "guard": {"torch"},
+    "inference": {"torch"},
     "audit.metrics.similarity": {"torch"},
     "audit.metrics.statistics": {"torch"},
     "audit.reporting.page": {"jinja2", "markupsafe"},

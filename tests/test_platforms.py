@@ -134,22 +134,27 @@ def test_averages_need_no_float64_on_the_device():
     assert distance(states[0], mean) > 0
 
 
+def matrix(change):
+    return change.up @ change.down
+
+
 def test_averages_of_adapters_need_no_float64_on_the_device():
     parameters = {
         f"layer{suffix}": torch.nn.Parameter(on_mps(*shape)) for suffix, shape in ((DOWN, (2, 5)), (UP, (4, 2)))
     }
     optimizer = torch.optim.SGD(parameters.values())
-    base = on_mps(4, 5)
-    proxies = LoraProxies(parameters, optimizer, 2, RamStore(), {"layer": base}, {"layer": base.cpu().clone()}, 1.0)
+    layer = torch.nn.Identity()
+    proxies = LoraProxies(parameters, optimizer, 2, RamStore(), {"layer": layer}, 1.0)
     proxies.activate(1)
     with torch.no_grad():
         parameters[f"layer{UP}"].mul_(2.0)
-    merged = proxies.merged([1.0, 1.0])["layer"]
+    change = matrix(proxies.changes([1.0, 1.0])["layer"])
     with proxies.averaged([1.0, 1.0]):
-        shown = base.cpu() + (parameters[f"layer{UP}"] @ parameters[f"layer{DOWN}"]).detach().cpu()
-    torch.testing.assert_close(shown, merged)
+        shown = (parameters[f"layer{UP}"] @ parameters[f"layer{DOWN}"]).detach().cpu().double()
+        shown += matrix(proxies.residuals["layer"].change())
+    torch.testing.assert_close(shown, change, rtol=0, atol=1e-6)
     assert proxies.average([1.0, 1.0])[0] > 0
-    torch.testing.assert_close(proxies.merged([1.0, 1.0])["layer"], merged)
+    torch.testing.assert_close(matrix(proxies.changes([1.0, 1.0])["layer"]), change, rtol=0, atol=1e-6)
 
 
 def test_ratios_of_distances_need_no_float64_on_the_device(monkeypatch):
@@ -194,11 +199,11 @@ def test_exhausted_memory_of_other_devices_is_explained_too(configure, text):
 def test_loaded_adapters_keep_no_checkpoint_mapped(tmp_path):
     parameters = {f"layer{suffix}": torch.nn.Parameter(torch.ones(2, 2)) for suffix in (DOWN, UP)}
     optimizer = torch.optim.SGD(parameters.values())
-    base = torch.ones(2, 2)
-    proxies = LoraProxies(parameters, optimizer, 1, RamStore(), {"layer": base}, {"layer": base.clone()}, 1.0)
+    proxies = LoraProxies(parameters, optimizer, 2, RamStore(), {"layer": torch.nn.Identity()}, 1.0)
+    proxies.residuals["layer"].maps = (torch.ones(1, 2), torch.ones(2, 1))
     proxies.load(tmp_path, proxies.save(tmp_path))
-    file = tmp_path / "base.safetensors"
-    assert load_file(file)["layer"].tolist() == base.tolist()
+    file = tmp_path / "residual.safetensors"
+    assert load_file(file)["layer|0"].tolist() == [[1, 1]]
     with file.open("rb+") as content:
         content.write(bytes(file.stat().st_size))
-    assert proxies.master["layer"].tolist() == base.tolist()
+    assert [each.tolist() for each in proxies.residuals["layer"].maps] == [[[1, 1]], [[1], [1]]]

@@ -59,7 +59,7 @@ def main() -> None:
         "Framed: of all training images, that of the prompt is the nearest by pixels.",
     )
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(options.output, optimize=True)
+    sheet.quantize(256).save(options.output, optimize=True)
 
 
 def figures(results: Sequence[Result], variants: Sequence[str]) -> Table:

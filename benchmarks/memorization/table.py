@@ -38,14 +38,13 @@ COLUMNS = (
     "variant",
     "steps",
     "seeds",
-    "duplicated: copies",
-    "duplicated: own image nearest",
-    "unique: copies",
-    "unique: own image nearest",
-    "agreement beyond the prompt: duplicated, unique (chance)",
+    "own image nearest: duplicated",
+    "unique",
+    "copies: duplicated, unique",
+    "agreement beyond the prompt (chance): duplicated, unique",
     "held-out loss",
     "prompt followed",
-    "KID",
+    "1000 KID",
     "precision, recall",
     "image-forwards",
 )
@@ -161,11 +160,12 @@ def row(variant: str, step: int, results: Sequence[Result]) -> list[object]:
         VARIANTS[variant].title,
         step,
         len(results),
-        *(share_text(results, kind, name) for kind in ("duplicated", "unique") for name in ("copies", "own")),
+        *(share_text(results, kind, "own") for kind in ("duplicated", "unique")),
+        ", ".join(f"{share(results, kind, 'copies')[0]:.0%}" for kind in ("duplicated", "unique")),
         agreement_text(results),
         f"{_average(one['losses']['heldout']['mean'] for one in results):.4f}",
         _share(attribute(results, "heldout", "caption_accuracy")),
-        f"{_average(one['quality']['kid'] for one in results):.3f}",
+        f"{_average(1000 * one['quality']['kid'] for one in results):.2f}",
         ", ".join(f"{_average(one['quality'][name] for one in results):.2f}" for name in ("precision", "recall")),
         f"{_average(forwards):,.0f}" if forwards else "-",
     ]
@@ -207,6 +207,8 @@ def attribute(results: Sequence[Result], kind: str, name: str) -> float | None:
 
 def agreement_text(results: Sequence[Result]) -> str:
     """Return how often generated images agree with the training image beyond the prompt, and chance, as text."""
+    if attribute(results, "unique", "open_agreement") is None:
+        return "-"
     return ", ".join(
         f"{_share(attribute(results, kind, 'open_agreement'))} ({_share(attribute(results, kind, 'chance_agreement'))})"
         for kind in ("duplicated", "unique")

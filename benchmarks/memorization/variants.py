@@ -45,7 +45,7 @@ VARIANTS = {
     "anchored_balance": Variant("anchored AGC, near-duplicates balanced", FULL | OFF | ANCHORED | BALANCE),
     "anchored": Variant("anchored AGC", FULL | OFF | ANCHORED),
     "default": Variant("**the default**", FULL),
-    "default_1": Variant("the default with one shard", FULL | {"num_shards": 1}),
+    "shards_2": Variant("the default, but two shards", FULL | {"num_shards": 2}),
     "paper": Variant("`--preset paper`, four shards", FULL | {"preset": "paper", "num_shards": 4}),
     "lora_plain": Variant("LoRA, plain", LORA | {"memguard": "off"}),
     "lora_default": Variant("LoRA, the default", LORA),

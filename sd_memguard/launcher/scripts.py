@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sd_memguard.environment import configured_spreading, launched_processes
@@ -26,6 +27,10 @@ REFUSED_SOURCES: Mapping[str, str] = {
         "taken for well known ones"
     ),
     r"\bdisc(riminator|_optimizer|r_optimizer)\b|\boptimizer_D\b": "it trains against a discriminator",
+    r"accelerator\.prepare\(\s*(\w*controlnet\w*|\w*t2i_?adapter\w*|text_encoder\w*),\s*(text_encoder\w*,\s*)?optim": (
+        "it trains a ControlNet, a T2I-Adapter or the text encoder alone, and the denoiser stays as it is: the guard "
+        "keeps a denoiser from memorizing images, by its own weights or a LoRA of it"
+    ),
 }
 """Patterns of a script's source, and why a script with it cannot be guarded."""
 
@@ -40,6 +45,9 @@ REFUSED_FLAGS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     ),
 }
 """Flags of scripts, their values, and why a script cannot be guarded under them."""
+
+
+WEIGHT_FILES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".safetensors"})
 
 
 class ScriptError(UserError):
@@ -108,12 +116,21 @@ def caches_by_step(source: str, arguments: Any) -> bool:
     return bool(re.search(r"\b\w+_cache\[step\]", source)) and bool(getattr(arguments, "cache_latents", False))
 
 
+def output_folder(arguments: Any) -> Path | None:
+    """Return the folder that a script writes to; some scripts take the file of their weights as `--output_dir`."""
+    name = getattr(arguments, "output_dir", None)
+    if name is None:
+        return None
+    path = Path(name)
+    return path.parent if path.suffix in WEIGHT_FILES else path
+
+
 def total_steps(arguments: Any, dataloader: Any) -> int | None:
     """Return the number of optimizer steps that a script will take, as it computes it from its flags; None: unknown."""
     steps = getattr(arguments, "max_train_steps", None)
     if steps is not None:
         return int(steps)
-    epochs = getattr(arguments, "num_train_epochs", None)
+    epochs = getattr(arguments, "num_train_epochs", getattr(arguments, "num_epochs", None))
     if epochs is None or dataloader is None:
         return None
     accumulation = getattr(arguments, "gradient_accumulation_steps", 1)

@@ -13,6 +13,7 @@ import logging
 import os
 import runpy
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -36,7 +37,14 @@ from sd_memguard.launcher.denoisers import (
     watch_calls,
 )
 from sd_memguard.launcher.records import BareRecords, data_dir, find_script_duplicates, sample_table
-from sd_memguard.launcher.scripts import ScriptError, caches_by_step, check_flags, check_script, total_steps
+from sd_memguard.launcher.scripts import (
+    ScriptError,
+    caches_by_step,
+    check_flags,
+    check_script,
+    output_folder,
+    total_steps,
+)
 from sd_memguard.plugin.attach import Attachment, Loop, LoopOptions, plan_loop, prepare
 from sd_memguard.plugin.backends import AccelerateBackend, PlainBackend, plain_optimizer
 from sd_memguard.plugin.checkpoint import FOLDER
@@ -198,7 +206,8 @@ class Session:
         if guard.num_shards == 1:  # nothing is exchanged, and an EMA averages what it always does
             loop.options = replace(options, ema=None, models=())
         elif self._stores_on_disk([*loop.models], guard.num_shards):
-            loop.options = replace(options, store_dir=Path(self.arguments.output_dir) / FOLDER / "proxies")
+            folder = output_folder(self.arguments) or Path(tempfile.mkdtemp())
+            loop.options = replace(options, store_dir=folder / FOLDER / "proxies")
         plan.notices[:0] = notices
         guard.attachment, prepared = prepare(guard, accelerator, loop, objects, plan=plan, call=call)
         self._begin(guard, denoiser, plain_optimizer(optimizer), dataloader if guard.has_ids else None, steps)
@@ -282,9 +291,9 @@ class Session:
         self.guard, self.denoiser = guard, denoiser
         for notice in guard.attachment.notices:
             logger.warning("%s", notice)
-        output_dir = getattr(self.arguments, "output_dir", None)
+        output_dir = output_folder(self.arguments)
         if output_dir is not None and int(os.environ.get("RANK", "0")) == 0:
-            self.records = _open_records(Path(output_dir))
+            self.records = _open_records(output_dir)
             self.records.begin(self._record(denoiser, optimizer, steps))
             if dataloader is not None:
                 self.table = sample_table(dataloader.dataset, self.arguments, guard.groups)

@@ -7,11 +7,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd_memguard.core.seeding import derive_seed
 from sd_memguard.errors import UserError
+from sd_memguard.proxies.lora import Change
 from sd_memguard.proxies.low_rank import best_factors
 
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -40,8 +41,8 @@ class LowRank(NamedTuple):
     inexpressible: float
 
 
-def add_adapter(unet: UNet2DConditionModel, rank: int, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Freeze the UNet in ``dtype``, add a float32 adapter (alpha = rank), and return the adapted weights in float32.
+def add_adapter(unet: UNet2DConditionModel, rank: int, seed: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Freeze the UNet in ``dtype``, add a float32 adapter (alpha = rank), and return the adapted layers by name.
 
     The factors are initialized as in diffusers' script (gaussian down, zero up), from an address of their own.
     """
@@ -50,24 +51,18 @@ def add_adapter(unet: UNet2DConditionModel, rank: int, seed: int, dtype: torch.d
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora"))
         unet.add_adapter(config)
-    master = {layer: weight.detach().float().cpu().clone() for layer, weight in base_weights(unet).items()}
     if dtype != torch.float32:
         unet.to(dtype)
     cast_training_params(unet, dtype=torch.float32)
-    return master
+    return {name: module for name, module in unet.named_modules() if hasattr(module, "base_layer")}
 
 
-def base_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """Return the weight under the adapter of each adapted layer, by layer name."""
-    suffix = ".base_layer.weight"
-    return {name.removesuffix(suffix): p for name, p in unet.named_parameters() if name.endswith(suffix)}
-
-
-def merge(unet: UNet2DConditionModel, merged: Mapping[str, Tensor]) -> UNet2DConditionModel:
-    """Set the merged weights in a plain UNet as it was before training, and return it."""
+def merge(unet: UNet2DConditionModel, changes: Mapping[str, Change]) -> UNet2DConditionModel:
+    """Add changes to the weights of layers of a plain UNet as it was before training, and return it."""
     with torch.no_grad():
-        for layer, weight in merged.items():
-            unet.get_parameter(f"{layer}.weight").copy_(weight)
+        for layer, change in changes.items():
+            weight = unet.get_parameter(f"{layer}.weight")
+            weight.copy_(weight.double() + change.up @ change.down)
     return unet
 
 

@@ -35,7 +35,14 @@ class LoopBackend(Protocol):
 
 
 class PlainBackend:
-    """A plain torch loop: it moves batches itself, and tells nobody when it accumulates."""
+    """A plain torch loop: it moves batches itself, and tells nobody when it accumulates.
+
+    Args:
+        scaler: its gradient scaler, where it has told of one.
+    """
+
+    def __init__(self, scaler: Any = None) -> None:
+        self.scaler = scaler
 
     def place(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the batch as it is."""
@@ -52,8 +59,8 @@ class PlainBackend:
         return False
 
     def grad_scaler(self) -> Any:
-        """Return None: it is looked for in the process."""
-        return None
+        """Return the one that was given; where there is none, one is looked for in the process."""
+        return self.scaler
 
     @property
     def num_processes(self) -> int:

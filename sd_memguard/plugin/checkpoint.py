@@ -12,7 +12,7 @@ from sd_memguard.proxies.state_file import load_state, save_state
 logger = logging.getLogger(__name__)
 
 FOLDER, PROXIES, STATE = "memguard", "proxies", "state"
-KIND = "GuardedLoop-1"
+KIND = "GuardedLoop-2"
 
 
 def save(driver: LoopDriver, checkpoint: Path) -> None:

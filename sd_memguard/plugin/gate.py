@@ -701,19 +701,27 @@ def find_grad_scale() -> Callable[[], Tensor | float]:
     Raises:
         LoopError: there are several that are enabled.
     """
+    scaler = only_grad_scaler()
+    return (lambda: 1.0) if scaler is None else grad_scale_of(scaler)
+
+
+def only_grad_scaler() -> torch.amp.GradScaler | None:
+    """Return the ``GradScaler`` of the process that is enabled, None where there is none.
+
+    Raises:
+        LoopError: there are several.
+    """
     scalers = _grad_scalers()
-    if len(scalers) > 1:  # one may be that of an earlier loop
+    if scalers:  # one may be that of an earlier loop, which waits to be freed
         del scalers
         gc.collect()
         scalers = _grad_scalers()
-    if not scalers:
-        return lambda: 1.0
     if len(scalers) > 1:
         raise LoopError(
             f"there are {len(scalers)} gradient scalers in this process, and which one scales the loss cannot be told; "
-            "give the guard `grad_scale`, e.g. `grad_scale=scaler.get_scale`"
+            "give `attach` the one of this loop as `grad_scaler`"
         )
-    return grad_scale_of(scalers[0])
+    return scalers[0] if scalers else None
 
 
 def _grad_scalers() -> list[torch.amp.GradScaler]:

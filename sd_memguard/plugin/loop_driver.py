@@ -21,8 +21,9 @@ from sd_memguard.core.sampler import SampleRef
 from sd_memguard.ensemble import Ensemble, round_text
 from sd_memguard.errors import LoopError
 from sd_memguard.plugin.backends import LoopBackend
-from sd_memguard.plugin.gate import ClosedWindow, RowBatch, RowGate, before_update
+from sd_memguard.plugin.gate import ClosedWindow, RowBatch, RowGate, before_update, only_grad_scaler
 from sd_memguard.plugin.lr_table import LRTable, learning_rates, set_learning_rates
+from sd_memguard.proxies.scalers import ProxyScalers
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class LoopDriver:
         self._skips_checked = False
         self._loop_rates: list[float] = []
         self._just_restored = False
+        self._scalers: ProxyScalers | None = None
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(lambda *_: self._after_step())
         ensemble.listeners.append(self._log_round)
@@ -113,11 +115,21 @@ class LoopDriver:
         if self.window.batches:
             return
         progress = self.ensemble.progress
+        before = self.guard.shard_index
         while not self.ensemble.is_finished and self.ensemble.begin_turn(progress.shard_index) == 0:
             if progress.shard_index + 1 < self.schedule.num_shards:
                 progress.shard_index += 1
             else:
                 self.ensemble.end_round()
+        if self.guard.shard_index != before:
+            self._proxy_scalers(before).activate(self.guard.shard_index)
+
+    def _proxy_scalers(self, active: int) -> ProxyScalers:
+        """Return the scales of the proxies; one that the guard was not told of is there once a turn is over."""
+        if self._scalers is None:
+            scaler = self.backend.grad_scaler() or only_grad_scaler()
+            self._scalers = ProxyScalers(scaler, self.schedule.num_shards, active)
+        return self._scalers
 
     def take(self, refs: list[SampleRef]) -> None:
         """Count a batch that goes out to the loop."""
@@ -339,7 +351,8 @@ class LoopDriver:
                 self.window.batches,
             )
         self.record()
-        return {"ensemble": self.ensemble.state_dict(), "epoch_position": self.epoch_position}
+        scalers = [] if self.schedule.num_shards == 1 else self._proxy_scalers(self.guard.shard_index).state()
+        return {"ensemble": self.ensemble.state_dict(), "epoch_position": self.epoch_position, "scalers": scalers}
 
     def set_steps_per_round(self, steps: int) -> None:
         """Keep the rounds that a run was begun with, whatever ``auto`` is for its new length."""
@@ -349,5 +362,8 @@ class LoopDriver:
         """Take over a saved state, but for the proxies."""
         self.ensemble.load_state_dict(state["ensemble"])
         self.epoch_position = state["epoch_position"]
+        if state["scalers"]:
+            active = self.ensemble.progress.shard_index
+            self._proxy_scalers(active).load(state["scalers"], active)
         self._just_restored = True
         self.window = Window()

@@ -1,19 +1,20 @@
 """The aggregate of LoRA proxies as one adapter on the base as it was, which is all that a loop of others saves.
 
-Averaging leaves part of the change in the base weights (see `sd_memguard.proxies.lora`). Here the whole change of each
-layer is put in the adapter, by its best factors of a given rank.
+Averaging leaves part of the change in a second adapter (see `sd_memguard.proxies.lora`). Here the whole change of each
+layer is put in the first one, by its best factors of a given rank.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from sd_memguard.plugin.trainable import Adapter
 from sd_memguard.proxies.lora import LoraProxies
-from sd_memguard.proxies.low_rank import best_factors
-from sd_memguard.proxies.swap import copy_tensors
+from sd_memguard.proxies.low_rank import best_factors_of_product
 
 
 class Fit(NamedTuple):
@@ -27,7 +28,7 @@ class Fit(NamedTuple):
 def whole_adapter(
     proxies: LoraProxies, adapter: Adapter, weights: Sequence[float], rank: int | None = None
 ) -> Iterator[Fit]:
-    """Give the model the original base and an adapter that carries the whole change, for as long as the block lasts.
+    """Give the model an adapter that carries the whole change, and no second one, for as long as the block lasts.
 
     Args:
         proxies: the proxies to average.
@@ -42,26 +43,31 @@ def whole_adapter(
     restored = ExitStack()
     try:
         _set_rank(adapter, wanted, restored)
-        for layer, merged in proxies.merged(weights).items():
+        for layer, change in proxies.changes(weights).items():
             modules = adapter.factors(layer)
             own[layer] = [module.weight for module in modules]
-            change = merged.double() - adapter.original[layer].double()
             device = own[layer][0].device
             # Apple's GPUs know no float64.
-            change = change.to("cpu" if device.type == "mps" else device)
-            down, up = best_factors(change / adapter.scaling, wanted)
-            for module, factor, weight in zip(modules, (down, up), own[layer], strict=True):
+            up, down = (part.to("cpu" if device.type == "mps" else device) for part in change)
+            new_down, new_up = best_factors_of_product(up / adapter.scaling, down, wanted)
+            for module, factor, weight in zip(modules, (new_down, new_up), own[layer], strict=True):
                 module.weight = Parameter(factor.to(weight).contiguous(), requires_grad=weight.requires_grad)
-            missed += float((change - adapter.scaling * up @ down).square().sum())
-            total += float(change.square().sum())
-        copy_tensors(adapter.original, proxies.base)
+            total += _square(up, down)
+            missed += _square(torch.cat((up, -adapter.scaling * new_up), dim=1), torch.cat((down, new_down)))
+        restored.enter_context(proxies.without_residuals())
         yield Fit(wanted, (missed / total) ** 0.5 if total else 0.0)
     finally:
         for layer, weights_of_layer in own.items():
             for module, weight in zip(adapter.factors(layer), weights_of_layer, strict=True):
                 module.weight = weight
-        copy_tensors(proxies.master, proxies.base)
         restored.close()
+
+
+def _square(up: Tensor, down: Tensor) -> float:
+    """Return the squared Frobenius norm of ``up @ down``, without forming it."""
+    _, left = torch.linalg.qr(up)
+    _, right = torch.linalg.qr(down.T)
+    return float((left @ right.T).square().sum())
 
 
 def _set_rank(adapter: Adapter, rank: int, restored: ExitStack) -> None:

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -28,15 +28,12 @@ class Adapter:
         name: peft's name of the adapter.
         layers: the peft layer of each adapted layer.
         scaling: alpha / rank.
-        original: (out, in) float32 on the CPU, the weight of each adapted layer when training began; of several shards
-            alone, whose averages change it.
         configs: peft's config of the adapter in each model that has one, which is saved and loaded with it.
     """
 
     name: str
     layers: dict[str, Any]
     scaling: float
-    original: dict[str, Tensor] = field(default_factory=dict)
     configs: tuple[Any, ...] = ()
 
     def factors(self, layer: str) -> tuple[Any, Any]:
@@ -119,10 +116,7 @@ def make_proxies(
     if adapter is None:
         return FullProxies(parameters, optimizer, num_shards, store, ema)
     named = {_common_name(name): parameter for name, parameter in parameters.items()}
-    base = {layer: module.base_layer.weight for layer, module in adapter.layers.items()}
-    adapter.original.update({layer: _host_copy(weight) for layer, weight in base.items()})
-    master = {layer: weight.clone() for layer, weight in adapter.original.items()}
-    return LoraProxies(named, optimizer, num_shards, store, base, master, adapter.scaling)
+    return LoraProxies(named, optimizer, num_shards, store, adapter.layers, adapter.scaling)
 
 
 def _common_name(name: str) -> str:
@@ -136,7 +130,3 @@ def _module(layer: str, models: Sequence[nn.Module]) -> Any:
     match = re.fullmatch(r"model(\d+)\.(.+)", layer)
     model, name = (models[int(match[1])], match[2]) if match else (models[0], layer)
     return getattr(model, "_orig_mod", model).get_submodule(name)
-
-
-def _host_copy(weight: Tensor) -> Tensor:
-    return weight.detach().float().cpu().clone()

@@ -20,3 +20,14 @@ def best_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     down, up = right / root.clamp_min(1e-150)[:, None], left * root
     padding = rank - len(root)
     return pad(down, (0, 0, 0, padding)), pad(up, (0, padding))
+
+
+def best_factors_of_product(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the same of ``up @ down``, (out, n) and (n, in), without forming it where n is small."""
+    size = up.shape[1]
+    if size >= min(up.shape[0], down.shape[1]):
+        return best_factors(up @ down, rank)
+    left, inner = torch.linalg.qr(up)
+    right, outer = torch.linalg.qr(down.T)
+    core_down, core_up = best_factors(inner @ outer.T, rank)
+    return core_down @ right.T, left @ core_up

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from sd_memguard.config import TrainConfig
-from sd_memguard.models.lora import add_adapter, base_weights
+from sd_memguard.models.lora import add_adapter
 from sd_memguard.models.pipeline import Models, load_models
 from sd_memguard.proxies.full import FullProxies
 from sd_memguard.proxies.lora import LoraProxies
@@ -121,16 +121,16 @@ def make_proxies(
 ) -> FullProxies:
     """Return the proxies of a run with their optimizer: full weights, or adapters on a frozen UNet in ``dtype``."""
     config, num_shards = plan.config, plan.schedule.num_shards
-    master = {}
+    layers = {}
     if config.rank is not None:
-        master = add_adapter(unet, config.rank, plan.seed, dtype)
+        layers = add_adapter(unet, config.rank, plan.seed, dtype)
     parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(parameters, config, device, plan.batch_size)
     store, exchange = make_store(plan, ranks), ranks.proxy_exchange
     if config.rank is None:
         return FullProxies(parameters, optimizer, num_shards, store, ema, exchange)
     # The adapter's alpha equals its rank, so its factor is 1.
-    return LoraProxies(parameters, optimizer, num_shards, store, base_weights(unet), master, 1.0, exchange)
+    return LoraProxies(parameters, optimizer, num_shards, store, layers, 1.0, exchange)
 
 
 def make_store(plan: Plan, ranks: Ranks) -> ProxyStore:

@@ -13,6 +13,7 @@ from sd_memguard.ensemble import Ensemble
 from sd_memguard.models.lora import merge
 from sd_memguard.models.pipeline import load_unet
 from sd_memguard.proxies.lora import LoraProxies
+from sd_memguard.proxies.scalers import ProxyScalers
 from sd_memguard.proxies.state_file import load_state, save_state
 from sd_memguard.runs.checkpoint import (
     find_checkpoint,
@@ -24,7 +25,6 @@ from sd_memguard.runs.checkpoint import (
 from sd_memguard.runs.folder import FOLDER, PROXIES_FOLDER
 from sd_memguard.runs.trained_run import UNET
 from sd_memguard.training.failures import check_finite
-from sd_memguard.training.optimizer_step import ProxyScalers
 from sd_memguard.training.plan import Plan
 from sd_memguard.training.ranks import Ranks
 
@@ -60,8 +60,8 @@ class RunState:
         """Give the aggregate as a plain UNet in float32, for as long as the block lasts; to the main process alone."""
         weights, is_main = self.guard.aggregation_weights(), self.ranks.is_main
         if isinstance(self.proxies, LoraProxies):
-            merged = {} if self.ranks.by_batch and not is_main else self.proxies.merged(weights)
-            yield merge(load_unet(self.plan.pipeline, self.config), merged) if is_main else None
+            changes = {} if self.ranks.by_batch and not is_main else self.proxies.changes(weights)
+            yield merge(load_unet(self.plan.pipeline, self.config), changes) if is_main else None
         else:
             with self.ensemble.averaged():
                 yield self.unet if is_main else None

@@ -28,6 +28,7 @@ from sd_memguard.export.exporter import export_at_end
 from sd_memguard.export.hub import push_to_hub
 from sd_memguard.export.pipeline_folder import write_pipeline
 from sd_memguard.models.pipeline import recognize, replaced_parts
+from sd_memguard.proxies.scalers import ProxyScalers
 from sd_memguard.runs.checkpoint import remove_leftovers
 from sd_memguard.runs.folder import PROXIES_FOLDER
 from sd_memguard.runs.lock import run_lock
@@ -55,7 +56,7 @@ from sd_memguard.training.dry_run import describe_plan, vae_factor
 from sd_memguard.training.failures import NonFiniteError, Seen, check_finite, describe_samples, explained_faults
 from sd_memguard.training.learning_rate import learning_rate_schedule
 from sd_memguard.training.loss import DenoisingLoss, NoiseSampler, dream_exponent, timestep_weights
-from sd_memguard.training.optimizer_step import ClippedStep, ProxyScalers
+from sd_memguard.training.optimizer_step import ClippedStep
 from sd_memguard.training.plan import Plan, finished_summary
 from sd_memguard.training.progress_log import RunLog, summary_text
 from sd_memguard.training.ranks import Ranks

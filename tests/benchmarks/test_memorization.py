@@ -9,7 +9,7 @@ from PIL import Image
 from benchmarks.memorization.datasets import NUM_COPIES, NUM_DUPLICATED, CaptionedImage, load_dataset, training_folder
 from benchmarks.memorization.judge import precision_and_recall
 from benchmarks.memorization.plot import plot
-from benchmarks.memorization.table import read_results, share, table
+from benchmarks.memorization.table import differences, read_results, share, table
 
 
 def rows_of(folder):
@@ -59,7 +59,7 @@ def make_result(variant, seed, own, loss):
         "case": {"dataset": "emoji", "duplicates": "exact", "variant": variant, "seed": seed},
         "step": 900,
         "replication": {"duplicated": one, "unique": one, "heldout": one},
-        "losses": {"heldout": {"mean": loss}},
+        "losses": {"heldout": {"mean": loss, "by_image": [loss - 0.01, loss + 0.01]}},
         "quality": {"kid": 0.1, "precision": 0.5, "recall": 0.25},
         "image_forwards": 14400,
     }
@@ -84,10 +84,18 @@ def test_shares_are_means_over_prompts_and_seeds(groups):
 
 def test_the_table_has_a_row_for_each_variant(groups):
     lines = list(table(groups["emoji", "exact"]))
-    assert lines[2].startswith("| plain | 900 | 2 | 0% (0% to 0%) | 75% (")
-    assert lines[2].endswith("| 0.0750 | - | 0.100 | 0.50, 0.25 | 14,400 |")
+    assert lines[2].startswith("| plain | 900 | 2 | 75% (")
+    assert lines[2].endswith("| 0%, 0% | - | 0.0750 | - | 100.00 | 0.50, 0.25 | 14,400 |")
     assert lines[3].startswith("| **the default** | 900 | 1 |")
     assert lines[-1].startswith("For scale")
+
+
+def test_differences_to_plain_training_are_paired_by_seed(groups):
+    lines = list(differences(groups["emoji", "exact"]))
+    # The default has seed 0 alone: its shares are compared with those of that seed, 4 of 8, and not with the mean.
+    assert lines[2].startswith("| **the default** | 900 | 1 | -50 (")
+    assert lines[2].endswith("| - | - | - | -14.3% (-14.3% to -14.3%) |")
+    assert len(lines) == 3
 
 
 def test_the_plot_is_written(groups, tmp_path):

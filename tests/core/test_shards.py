@@ -97,7 +97,7 @@ def test_auto_leaves_each_shard_64_samples(num_samples, expected):
     assert auto_num_shards(num_samples) == 1
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [(0.1, 1), (60, 1), (60.1, 2), (180, 3), (181, 4), (1000, 4)])
+@pytest.mark.parametrize(("epochs", "expected"), [(0.1, 1), (200, 1), (200.1, 2), (600, 3), (601, 4), (1000, 4)])
 def test_auto_takes_more_shards_for_a_longer_training(epochs, expected):
     assert auto_num_shards(9999, epochs) == expected
     assert auto_num_shards(150, epochs) == min(expected, 2)

@@ -21,7 +21,7 @@ from sd_memguard.launcher.denoisers import (
     trained_parameters,
     watch_calls,
 )
-from sd_memguard.launcher.scripts import check_flags, check_source
+from sd_memguard.launcher.scripts import check_flags, check_source, output_folder, total_steps
 from tests.plugin.families import FAMILIES
 
 
@@ -154,6 +154,9 @@ def test_calls_are_heard_of_until_the_right_one():
         ("teacher_unet = UNet2DConditionModel()", "teacher"),
         ("attn = CustomDiffusionAttnProcessor", "mask"),
         ("disc_optimizer = 1", "discriminator"),
+        ("    controlnet, optimizer = accelerator.prepare(\n        controlnet, optimizer)", "ControlNet"),
+        ("x = accelerator.prepare(t2iadapter, optimizer)", "T2I-Adapter"),
+        ("x = accelerator.prepare(text_encoder_1, text_encoder_2, optimizer)", "the text encoder alone"),
     ],
 )
 def test_sources_that_are_refused(source, reason):
@@ -163,6 +166,7 @@ def test_sources_that_are_refused(source, reason):
 
 def test_plain_source_is_not():
     check_source("from diffusers import UNet2DConditionModel\nloss = F.mse_loss(a, b)", "train.py")
+    check_source("x = accelerator.prepare(unet, text_encoder, optimizer, train_dataloader)", "train.py")
 
 
 def test_flags_that_are_refused():
@@ -171,6 +175,22 @@ def test_flags_that_are_refused():
         check_flags(SimpleNamespace(loss_type="huber"))
     with pytest.raises(LoopError, match="`--use_lpl` cannot"):
         check_flags(SimpleNamespace(use_lpl=True))
+
+
+@pytest.mark.parametrize(
+    ("output_dir", "folder"), [("runs/a", "runs/a"), ("runs/a.pth", "runs"), ("runs/v1.5", "runs/v1.5")]
+)
+def test_a_file_of_weights_is_no_folder(output_dir, folder):
+    assert output_folder(SimpleNamespace(output_dir=output_dir)) == Path(folder)
+    assert output_folder(None) is None
+
+
+@pytest.mark.parametrize("flag", ["num_train_epochs", "num_epochs"])
+def test_the_length_of_a_run_in_epochs(flag):
+    loader = range(7)
+    assert total_steps(SimpleNamespace(**{flag: 3}, gradient_accumulation_steps=2), loader) == 12
+    assert total_steps(SimpleNamespace(**{flag: 3}, max_train_steps=5), loader) == 5
+    assert total_steps(SimpleNamespace(), loader) is None
 
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "diffusers_scripts.json"

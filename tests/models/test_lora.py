@@ -32,7 +32,7 @@ def trainer(configure, request):
         for parameter in trainer.parameters:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     expected = {"no": torch.float32, "bf16": torch.bfloat16}[request.param]
-    assert {weight.dtype for weight in trainer.proxies.base.values()} == {expected}
+    assert {base_weight(trainer, layer).dtype for layer in trainer.proxies.layers} == {expected}
     yield trainer
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -44,45 +44,70 @@ def product(proxies, shard_index, layer):
     return up @ down
 
 
-def effective(proxies, layer):
-    """Return the weight that the active model stands for: it multiplies with the base rounded to its precision."""
-    base = proxies.base[layer].detach()
-    assert torch.equal(base, proxies.master[layer].to(base.dtype))
-    return proxies.master[layer].double() + product(proxies, proxies.active, layer)
+def base_weight(trainer, layer):
+    return trainer.unet.get_submodule(layer).base_layer.weight.detach()
+
+
+def rounding(base, change):
+    """Return the tolerance of two outputs in the base's precision, and of sums in float32."""
+    return {"rtol": 0, "atol": max(1e-6, 2 * torch.finfo(base.dtype).eps * float(change.abs().max()))}
+
+
+def active_change(trainer, layer):
+    """Return what the two adapters make of a layer of the active model, by its outputs for unit vectors."""
+    module = trainer.unet.get_submodule(layer)
+    own = [(parameter, parameter.data) for parameter in module.base_layer.parameters()]
+    units = torch.eye(module.base_layer.in_features).to(base_weight(trainer, layer))
+    try:
+        for parameter, data in own:
+            parameter.data = torch.zeros_like(data)
+        return module(units).detach().T.double()
+    finally:
+        for parameter, data in own:
+            parameter.data = data
 
 
 def test_the_aggregate_is_the_mean_of_the_merged_proxies(trainer):
     proxies, weights = trainer.proxies, [1.0, 2.0, 5.0]
+    bases = {layer: base_weight(trainer, layer).clone() for layer in proxies.layers}
+    total = {layer: torch.zeros(*base.shape, dtype=torch.float64) for layer, base in bases.items()}
     for _ in range(3):
         expected = {
-            layer: master.double() + sum(w * product(proxies, k, layer) for k, w in enumerate(weights)) / sum(weights)
-            for layer, master in proxies.master.items()
+            layer: change + sum(w * product(proxies, k, layer) for k, w in enumerate(weights)) / sum(weights)
+            for layer, change in total.items()
         }
         factors = {layer: product(proxies, 0, layer) for layer in expected}
-        proxies.average(weights)
-        merged = proxies.merged(weights)
-        for layer, weight in expected.items():
-            torch.testing.assert_close(effective(proxies, layer), weight, atol=1e-6, rtol=0)
-            torch.testing.assert_close(merged[layer].double(), weight, atol=1e-6, rtol=0)
+        distances = proxies.distances(weights)
+        for k in range(3):
+            square = sum(
+                (product(proxies, k, layer) + total[layer] - mean).square().sum() for layer, mean in expected.items()
+            )
+            assert distances[k] == pytest.approx(float(square.sqrt()), rel=1e-9)
+        assert proxies.average(weights) == distances
+        for layer, change in expected.items():
+            found = proxies.changes(weights)[layer]
+            torch.testing.assert_close(found.up @ found.down, change, atol=1e-6, rtol=0)
+            torch.testing.assert_close(active_change(trainer, layer), change, **rounding(bases[layer], change))
             assert not torch.allclose(product(proxies, 0, layer), factors[layer])
+            assert torch.equal(base_weight(trainer, layer), bases[layer])
+            total[layer] = change - product(proxies, 0, layer)
         for shard_index in range(3):  # apart again, for the next averaging
             proxies.activate(shard_index)
             for parameter in trainer.parameters:
-                parameter.data = parameter.data + 0.05 * (shard_index + 1)
+                parameter.data = parameter.data + 0.05 * (shard_index + 1) * torch.randn(parameter.shape)
 
 
 def test_looking_at_the_aggregate_changes_nothing(trainer):
-    proxies = trainer.proxies
-    before = {layer: effective(proxies, layer) for layer in proxies.master}
-    merged = proxies.merged([1.0, 1.0, 1.0])
-    with proxies.averaged([1.0, 1.0, 1.0]):
-        for layer, weight in merged.items():
-            base = proxies.base[layer].detach()
-            rounding = torch.finfo(base.dtype).eps * base.abs().max().double()
-            active = base.double() + product(proxies, proxies.active, layer)
-            torch.testing.assert_close(active, weight.double(), atol=max(1e-6, rounding), rtol=0)
-    for layer, weight in before.items():
-        assert torch.equal(effective(proxies, layer), weight)
+    proxies, weights = trainer.proxies, [1.0, 1.0, 1.0]
+    before = {layer: active_change(trainer, layer) for layer in proxies.layers}
+    changes = proxies.changes(weights)
+    with proxies.averaged(weights):
+        for layer, change in changes.items():
+            matrix = change.up @ change.down
+            tolerance = rounding(base_weight(trainer, layer), matrix)
+            torch.testing.assert_close(active_change(trainer, layer), matrix, **tolerance)
+    for layer, change in before.items():
+        assert torch.equal(active_change(trainer, layer), change)
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])
@@ -142,7 +167,7 @@ def test_an_ema_is_refused(configure):
 
 def test_the_generated_of_validation_prompt_are_made(run, monkeypatch):
     drawn = []
-    monkeypatch.setattr("sd_memguard.training.validation.generate_prompts", lambda *args: drawn.append(args[2]) or [])
+    monkeypatch.setattr("sd_memguard.training.validation.generate_prompts", lambda *args: drawn.append(args[3]) or [])
     monkeypatch.setattr("sd_memguard.training.progress_log.RunLog.generated", lambda *args: None)
     run(**LORA, validation_prompt="a private thing", num_validation_images=2)
     assert drawn

@@ -232,6 +232,33 @@ def test_batches_skipped_after_a_resume_keep_their_samples():
     assert guard.attachment.driver.window.sample_ids == [20, 21]
 
 
+def test_each_proxy_has_a_gradient_scale_of_its_own():
+    """The loop's one scaler doubles the scale after each step: for each proxy from where that one was."""
+    guard, network, found = make_guard(num_shards=2, skip_threshold=0.0), make_timed(), []
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    scaler, other = (torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1) for _ in range(2))
+    state = None
+    loader = guard.attach(network, optimizer, make_loader(), total_steps=8, grad_scaler=scaler)  # turns of two steps
+    while len(found) < 8:
+        for batch in loader:
+            values, timesteps = batch["values"], torch.zeros(len(batch["values"]), dtype=torch.int64)
+            scaler.scale((network(values, timesteps) - values).square().mean()).backward()
+            found.append((guard.shard_index, scaler.get_scale()))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if len(found) == 5:
+                state = guard.attachment.driver.state_dict()["scalers"]
+            if len(found) == 8:
+                break
+    # The second begins with the scale at which the first has left the scaler.
+    assert found == [(0, 1), (0, 2), (1, 4), (1, 8), (0, 4), (0, 8), (1, 16), (1, 32)]
+    assert [each["scale"] for each in state] == [8, 16]
+    guard.attachment.driver._proxy_scalers(0).load([{**each, "scale": 2.0} for each in state], 0)
+    assert scaler.get_scale() == 2
+    del scaler, other
+
+
 def test_weights_that_are_trained_alone_are_not_copied():
     loop = Loop()
     guard = MemorizationGuard(config(num_shards=1, group_duplicates="off"), NUM_SAMPLES)

@@ -210,7 +210,7 @@ def test_lora_is_saved_as_one_adapter_on_the_base_as_it_was():
     loop.run(13)  # in the middle of a turn, after two averagings
     values = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     proxies = loop.guard.attachment.ensemble.proxies
-    merged = proxies.merged(loop.guard.aggregation_weights())
+    changes = proxies.changes(loop.guard.aggregation_weights())
     own = loop.network(values)
 
     with loop.guard.averaged(loop.unet):
@@ -220,8 +220,15 @@ def test_lora_is_saved_as_one_adapter_on_the_base_as_it_was():
         assert loop.network.first.lora_A["default"].weight.shape == (6, 4)  # 2 x 3 is more than the layer has
         for layer, module in (("first", loop.network.first), ("second", loop.network.second)):
             change = module.scaling["default"] * module.lora_B["default"].weight @ module.lora_A["default"].weight
-            torch.testing.assert_close(module.base_layer.weight + change, merged[layer], rtol=0, atol=1e-6)
+            expected = (changes[layer].up @ changes[layer].down).float()
+            torch.testing.assert_close(change, expected, rtol=0, atol=1e-6)
+            inputs = torch.randn(3, module.in_features)
+            merged = nn.functional.linear(inputs, module.base_layer.weight + expected, module.base_layer.bias)
+            torch.testing.assert_close(module(inputs), merged)
     assert torch.equal(loop.network(values), own)
+    for name, parameter in loop.network.named_parameters():
+        if "base_layer" in name:
+            assert torch.equal(parameter, before[name])
     with loop.guard.averaged(loop.unet, rank=2):
         assert loop.network.second.lora_A["default"].weight.shape == (2, 8)
     loop.run(TOTAL)

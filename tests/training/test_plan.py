@@ -25,12 +25,12 @@ def plan(configure):
 
 
 def test_a_longer_training_is_shared_by_more_shards(plan):
-    short = plan(max_train_steps=7500)  # 60 epochs over 500 images
+    short = plan(max_train_steps=25_000)  # 200 epochs over 500 images
     assert num_different(short.samples) == 500
     assert short.schedule.num_shards == 1
-    assert plan(max_train_steps=7501).schedule.num_shards == 2
-    assert plan(max_train_steps=None, num_train_epochs=61).schedule.num_shards == 2
-    assert plan(max_train_steps=7500, gradient_accumulation_steps=3).schedule.num_shards == 3
+    assert plan(max_train_steps=25_001).schedule.num_shards == 2
+    assert plan(max_train_steps=None, num_train_epochs=201).schedule.num_shards == 2
+    assert plan(max_train_steps=25_000, gradient_accumulation_steps=3).schedule.num_shards == 3
     assert plan(max_train_steps=100_000).schedule.num_shards == 4
     assert plan(max_train_steps=100_000, max_train_samples=100).schedule.num_shards == 1
 
