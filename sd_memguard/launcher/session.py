@@ -382,6 +382,11 @@ class Session:
                 f"the script has ended, and of {driver.batches_seen} batches the guard has seen no gradient at the "
                 f"output of {type(self.denoiser).__name__}, so that nothing was guarded"
             )
+        if not progress.global_step:
+            raise ScriptError(
+                f"the script has ended, and in {driver.losses_seen} batches that were judged no step of its optimizer "
+                "was seen, so that none could be left out: it is stepped in another way than by its `step`"
+            )
         if guard.num_shards > 1 and not self._finished:
             raise ScriptError(
                 f"the script has ended after {progress.global_step} of {ensemble.schedule.total_steps} steps, or has "

@@ -52,6 +52,7 @@ from torch.optim import Optimizer
 from sd_memguard.core.async_copy import AsyncCPUCopy
 from sd_memguard.core.timesteps import TimestepBins
 from sd_memguard.errors import LoopError
+from sd_memguard.plugin.step_hooks import call_hooks_of
 
 logger = logging.getLogger(__name__)
 
@@ -228,6 +229,7 @@ class RowGate:
         self._fault: LoopError | None = None
         self._left_to_check = CHECKED_BATCHES
         hooked = hooked_module(denoiser)
+        call_hooks_of(optimizer)
         self._handles: list[Any] = [
             hooked.register_forward_hook(_Hook(self, hooked), with_kwargs=True),
             optimizer.register_step_pre_hook(self._before_step),

@@ -23,6 +23,7 @@ from sd_memguard.errors import LoopError
 from sd_memguard.plugin.backends import LoopBackend
 from sd_memguard.plugin.gate import ClosedWindow, RowBatch, RowGate, before_update, only_grad_scaler
 from sd_memguard.plugin.lr_table import LRTable, learning_rates, set_learning_rates
+from sd_memguard.plugin.step_hooks import call_hooks_of
 from sd_memguard.proxies.scalers import ProxyScalers
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class LoopDriver:
         self._loop_rates: list[float] = []
         self._just_restored = False
         self._scalers: ProxyScalers | None = None
+        call_hooks_of(optimizer)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(lambda *_: self._after_step())
         ensemble.listeners.append(self._log_round)

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -356,6 +356,42 @@ def test_closure_of_the_optimizer():
     assert float(optimizer.step(closure=closure)) > 0
     assert not torch.equal(before, model.first.weight)
     assert (gate.num_windows, gate.num_empty_windows) == (2, 1)
+
+
+@pytest.mark.parametrize("calls_through", [False, True], ids=["replaced", "wrapped"])
+@pytest.mark.parametrize("with_schedule", [False, True])
+def test_a_step_of_the_optimizers_own_is_seen_once(calls_through, with_schedule):
+    """Trainers replace `step` of the optimizer, and torch then calls none of its hooks."""
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plain = optimizer.step
+
+    @torch.no_grad()
+    def own_step(self, closure=None):
+        if calls_through:
+            return plain()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+        return None
+
+    optimizer.step = MethodType(own_step, optimizer)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0) if with_schedule else None
+    gate = RowGate(model, optimizer, Recorder([1, 0], [0, 0], [1, 1]))
+    heard, before = [], []
+    optimizer.register_step_post_hook(lambda *_: heard.append(gate.num_windows))
+    for _ in range(3):
+        sample, target, timesteps = draw(2)
+        mse_loss(model(sample, timesteps), target).backward()
+        before.append(model.first.weight.clone())
+        optimizer.step()
+        optimizer.zero_grad()
+        if schedule is not None:
+            schedule.step()
+    assert heard == [1, 2, 3]
+    assert gate.num_empty_windows == 1
+    assert torch.equal(before[1], before[2])
+    assert not torch.equal(before[0], before[1])
 
 
 def test_step_without_a_gradient_from_the_denoiser_is_refused():
