@@ -4,18 +4,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pyarrow as pa
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from sd_memguard import assets
 from sd_memguard.data.folder import FolderImages
 from sd_memguard.data.image_check import ImageError, decode_image
 from sd_memguard.errors import UserError
-from sd_memguard.inspection.text_table import DOTS, one_line
+from sd_memguard.figures import LINE, MUTED, Canvas, fitted, font, shortened, wrapped
+from sd_memguard.inspection.text_table import one_line
 from sd_memguard.runs.folder import RunFolder
 
-PAGE, INK, MUTED, LINE, EMPTY = "#ffffff", "#23262b", "#60656c", "#c9ccd1", "#f1f1ef"
+EMPTY = "#f1f1ef"
 COLUMNS, IMAGE, GAP, MARGIN = 5, 216, 20, 36
 TEXT_HEIGHT, LINE_HEIGHT, CAPTION_LINES = 82, 19, 2
 HEADER, MAX_NOTE_LINES = 128, 3
@@ -62,20 +62,15 @@ def contact_sheet(rows: Sequence[dict[str, Any]], load: Load | None, note: Seque
         note: up to three lines under the title.
     """
     height = HEADER + -(-len(rows) // COLUMNS) * (IMAGE + TEXT_HEIGHT + GAP) + MARGIN - GAP
-    sheet = Image.new("RGB", (WIDTH, height), PAGE)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, 24), "Most memory-prone images", fill=INK, font=_font(24, bold=True))
+    sheet = Canvas(WIDTH, height)
+    sheet.write(MARGIN, 24, "Most memory-prone images", 24, bold=True)
     for number, line in enumerate(note[:MAX_NOTE_LINES]):
-        draw.text(
-            (MARGIN, 58 + number * 18),
-            _shortened(one_line(line, 200), 13, WIDTH - 2 * MARGIN),
-            fill=MUTED,
-            font=_font(13),
-        )
+        text = shortened(one_line(line, 200), 13, WIDTH - 2 * MARGIN)
+        sheet.write(MARGIN, 58 + number * 18, text, 13, MUTED)
     for index, row in enumerate(rows):
-        _paste_image(sheet, draw, image_box(index), row["file"], load)
-        _write_caption(draw, image_box(index), index + 1, row)
-    return sheet
+        _place_image(sheet, image_box(index), row["file"], load)
+        _write_caption(sheet, image_box(index), index + 1, row)
+    return sheet.image
 
 
 def image_box(index: int) -> tuple[int, int, int, int]:
@@ -85,76 +80,32 @@ def image_box(index: int) -> tuple[int, int, int, int]:
     return left, top, left + IMAGE, top + IMAGE
 
 
-def fitted(image: Image.Image) -> Image.Image:
-    """Return the image, as large as fits the square with its sides in proportion."""
-    scale = IMAGE / max(image.size)
-    width, height = (max(round(side * scale), 1) for side in image.size)
-    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _paste_image(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], file: str, load: Load | None
-) -> None:
+def _place_image(sheet: Canvas, box: tuple[int, int, int, int], file: str, load: Load | None) -> None:
     left, top, right, bottom = box
     try:
         if load is None:
             raise ImageError("image not found")
-        image = fitted(load(file))
+        image = fitted(load(file), IMAGE)
     except ImageError as error:
-        draw.rectangle((left, top, right - 1, bottom - 1), fill=EMPTY, outline=LINE)
+        sheet.draw.rectangle((left, top, right - 1, bottom - 1), fill=EMPTY, outline=LINE)
         room = IMAGE - 24
         name, reason = one_line(file, 100, keep="end"), one_line(str(error), 200)
-        lines = [*_wrapped(name, 13, room, 3), "", *_wrapped(reason, 13, room, 5)]
-        for number, line in enumerate(lines):
-            draw.text((left + 12, top + 14 + number * LINE_HEIGHT), line, fill=MUTED, font=_font(13))
+        sheet.write_lines(
+            left + 12, top + 14, [*wrapped(name, 13, room, 3), "", *wrapped(reason, 13, room, 5)], 13, MUTED
+        )
         return
-    corner = (left + (IMAGE - image.width) // 2, top + (IMAGE - image.height) // 2)
-    draw.rectangle((corner[0] - 1, corner[1] - 1, corner[0] + image.width, corner[1] + image.height), outline=LINE)
-    sheet.paste(image, corner)
+    sheet.place(left + (IMAGE - image.width) // 2, top + (IMAGE - image.height) // 2, image)
 
 
-def _write_caption(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], rank: int, row: dict[str, Any]) -> None:
+def _write_caption(sheet: Canvas, box: tuple[int, int, int, int], rank: int, row: dict[str, Any]) -> None:
     left, _, _, bottom = box
     unclean = round(row["skip_ratio"] * row["seen"])
     y = bottom + 7
-    draw.text((left, y), f"{rank}.  {row['skip_ratio']:.0%}", fill=INK, font=_font(15, bold=True))
-    counts = f"{unclean} of {row['seen']} times"
-    draw.text((left + IMAGE, y + 2), counts, fill=MUTED, font=_font(12), anchor="ra")
-    y += LINE_HEIGHT + 3
-    for line in _wrapped(one_line(row["caption"], 200), 13, IMAGE, CAPTION_LINES):
-        draw.text((left, y), line, fill=INK, font=_font(13))
-        y += LINE_HEIGHT - 2
+    sheet.write(left, y, f"{rank}.  {row['skip_ratio']:.0%}", 15, bold=True)
+    sheet.write(left + IMAGE, y + 2, f"{unclean} of {row['seen']} times", 12, MUTED, anchor="ra")
+    lines = wrapped(one_line(row["caption"], 200), 13, IMAGE, CAPTION_LINES)
+    y = sheet.write_lines(left, y + LINE_HEIGHT + 3, lines, 13, spacing=1.3)
     shard = f", shard {row['shard']}"
-    room = IMAGE - round(_font(11).getlength(shard))
-    file = _shortened(one_line(row["file"], 60, keep="end"), 11, room, keep="end")
-    draw.text((left, y + 1), file + shard, fill=MUTED, font=_font(11))
-
-
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return matplotlib's font, which has Greek, Cyrillic and more; Pillow's own has Latin letters alone."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
-
-
-def _wrapped(text: str, size: int, width: int, max_lines: int) -> list[str]:
-    """Return the text in lines that fit; the last one ends in dots where the text is longer."""
-    lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _font(size).getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    if len(lines) > max_lines:
-        lines = [*lines[: max_lines - 1], " ".join(lines[max_lines - 1 :])]
-    return [_shortened(line, size, width) for line in lines]
-
-
-def _shortened(line: str, size: int, width: int, keep: str = "start") -> str:
-    """Return the line, cut where it does not fit."""
-    font = _font(size)
-    if font.getlength(line) <= width:
-        return line
-    while line and font.getlength(line + DOTS) > width:
-        line = line[:-1] if keep == "start" else line[1:]
-    return line.rstrip() + DOTS if keep == "start" else DOTS + line
+    room = IMAGE - round(font(11).getlength(shard))
+    file = shortened(one_line(row["file"], 60, keep="end"), 11, room, keep="end")
+    sheet.write(left, y + 1, file + shard, 11, MUTED)
