@@ -270,7 +270,7 @@ def broken(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "class_name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "StableDiffusionInpaintPipeline"]
+    "class_name", ["StableDiffusionXLImg2ImgPipeline", "StableDiffusion3Pipeline", "StableDiffusionInpaintPipeline"]
 )
 def test_other_pipelines_are_refused_by_name(run, broken, class_name):
     folder = broken("model_index.json", _class_name=class_name)
