@@ -33,7 +33,7 @@ class GeneratedSet(NamedTuple):
     """The generated images of a model or of a folder, in the order of captions, n for each.
 
     Attributes:
-        images: The generated.
+        images: The generated images.
         kinds: One of ``KINDS`` for each generated image.
         per_caption: n.
         seeds: Of each generated image, empty where unknown.

@@ -1,4 +1,4 @@
-"""What a model betrays without generated image: its answer to a caption, and its loss on an image."""
+"""What a model betrays without generated images: its answer to a caption, and its loss on an image."""
 
 from collections.abc import Sequence
 

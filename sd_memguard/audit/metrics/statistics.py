@@ -103,7 +103,7 @@ def bootstrap(values: Tensor, statistic: Statistic, generator: torch.Generator) 
 def bootstrap_separation(
     positive: Tensor, negative: Tensor, separation: Separation, generator: torch.Generator
 ) -> Estimate:
-    """Return how two groups differ, with the interval from generated image both groups again; ``n`` counts both.
+    """Return how two groups differ, with the interval from resampling both groups; ``n`` counts both.
 
     Args:
         positive: (P,) values of the one group.
@@ -114,8 +114,8 @@ def bootstrap_separation(
     groups = [positive.double(), negative.double()]
     found = []
     for size in _portions(len(positive) + len(negative)):
-        generated = [group[torch.randint(len(group), (size, len(group)), generator=generator)] for group in groups]
-        found.append(separation(*generated))
+        resampled = [group[torch.randint(len(group), (size, len(group)), generator=generator)] for group in groups]
+        found.append(separation(*resampled))
     low, high = _interval(torch.cat(found))
     value = separation(*(group[None] for group in groups))[0].item()
     return Estimate(value, low, high, len(positive) + len(negative))

@@ -36,7 +36,7 @@ class Histograms(NamedTuple):
 
 
 def histograms(audit: Audit) -> Histograms:
-    """Return a histogram of similarities per model, all on one scale, in shares of each model's generated."""
+    """Return a histogram of similarities per model, all on one scale, in shares of each model's images."""
     groups = similarities(audit)
     background = background_similarities(audit)
     threshold = audit.report.threshold.similarity

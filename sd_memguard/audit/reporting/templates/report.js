@@ -28,7 +28,7 @@
     return values.length - low;
   };
 
-  // The same words as `percent` in report_words.py.
+  // The same words as `percent` in sentences.py.
   const percent = (share) => {
     if (share === 0 || share === 1) return `${100 * share}%`;
     if (share < 0.001) return "under 0.1%";
