@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sd_memguard.audit import AuditError
-from sd_memguard.audit.models import ModelFiles, find_model
+from sd_memguard.audit.models import ModelFiles, find_model, find_weights
 from sd_memguard.flags import parse_settings
 from sd_memguard.settings import NOT_NEGATIVE, POSITIVE_COUNT, Rule, check_settings, setting, settings_of
 
@@ -37,6 +37,10 @@ class AuditSettings:
         AUDITED,
         "[NAME=]DIR: a pipeline folder, a whole checkpoint FILE.safetensors, FOLDER+LORA.safetensors, or `bundled`",
     )
+    lora: tuple[str, ...] | None = setting(
+        None, AUDITED, "[NAME=]FILE: LoRA weights to put on the model of that name, or on every --model"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", AUDITED, "precision of the models' weights")
     images: tuple[str, ...] | None = setting(None, AUDITED, "[NAME=]DIR: images that were generated elsewhere")
     train_data_dir: str | None = setting(None, IMAGES, "the training images: a folder, or `bundled`")
     dataset_name: str | None = setting(None, IMAGES, "the training images: a dataset on the hub or in a folder")
@@ -60,6 +64,9 @@ class AuditSettings:
     seed: int = setting(0, GENERATION, "seed of everything random")
     num_probes: int = setting(
         256, MEASURING, "most captions and images for measures without generated images; 0: none", NOT_NEGATIVE
+    )
+    attacks: tuple[Literal["text_signal", "clid", "embedding_search", "cyclic_denoising"], ...] | None = setting(
+        None, MEASURING, "attacks to try, each at its own cost; default: none"
     )
     extractor: str = setting("bundled", MEASURING, "bundled, sscd, sscd-paper, dinov2 or clip")
     extractor_weights: str | None = setting(None, MEASURING, "file, folder or hub name of its weights")
@@ -85,6 +92,8 @@ class AuditSettings:
     def __post_init__(self) -> None:
         """Check values, what they name, and what must not stand side by side."""
         check_settings(self)
+        if self.lora and not self.model:
+            raise AuditError("`--lora` must go on a model: give the one it was trained for as `--model`")
         if not self.models and not self.image_folders:
             raise AuditError("there is nothing to audit: give `--model DIR` or `--images DIR`, once or more")
         if both := self.models.keys() & self.image_folders.keys():
@@ -103,7 +112,17 @@ class AuditSettings:
     @cached_property
     def models(self) -> dict[str, ModelFiles]:
         """The files of each model by its name."""
-        return {name: find_model(place) for name, place in _named("--model", self.model or ())}
+        found = {name: find_model(place) for name, place in _named("--model", self.model or ())}
+        for text in self.lora or ():
+            name, equals, place = text.partition("=")
+            if not equals or Path(text).exists():
+                name, place = "", text
+            if name and name not in found:
+                raise AuditError(f"`--lora` {text} must name one of the models ({', '.join(found)}), or none for all")
+            weights = find_weights(place, f"`--lora` {text}")
+            for model in [name] if name else list(found):
+                found[model] = found[model]._replace(loras=(*found[model].loras, weights))
+        return found
 
     @cached_property
     def image_folders(self) -> dict[str, Path]:

@@ -12,15 +12,16 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import torch
-from diffusers import StableDiffusionPipeline
 
 from sd_memguard import __version__
 from sd_memguard.audit import AuditError, one_image
 from sd_memguard.audit.arguments import MARKER, AuditSettings, parse_arguments
+from sd_memguard.audit.attacks.figures import attack_figures
+from sd_memguard.audit.attacks.registry import ATTACKS
 from sd_memguard.audit.attribute_probe import AttributeProbe, attribute_shares, measure_attributes, prepare_attributes
 from sd_memguard.audit.captions import ChosenCaptions
 from sd_memguard.audit.collection import Collection
-from sd_memguard.audit.features.cache import Store
+from sd_memguard.audit.features.cache import Store, digest
 from sd_memguard.audit.features.extractors import Extractor
 from sd_memguard.audit.generate import GenerationSettings, generate_into, load_pipeline
 from sd_memguard.audit.inputs import Inputs, open_inputs
@@ -44,12 +45,14 @@ from sd_memguard.audit.metrics.measures import (
     membership_figures,
 )
 from sd_memguard.audit.metrics.quality import MAX_QUALITY_IMAGES, Quality, quality_features, quality_figures
+from sd_memguard.audit.metrics.signals import NotMeasurableError
 from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD
 from sd_memguard.audit.metrics.statistics import summarize
 from sd_memguard.audit.metrics.verified import CopyDistance, choose_distance
-from sd_memguard.audit.models import ModelFiles, default_device, model_sha256, read_run_records
+from sd_memguard.audit.models import DTYPES, ModelFiles, default_device, model_sha256, read_run_records
 from sd_memguard.audit.report import (
     FORMAT,
+    AttackFigures,
     AttributeShares,
     Audit,
     Backgrounds,
@@ -139,6 +142,7 @@ class ModelSource(NamedTuple):
     run: dict[str, Any] | None
     detection: Detection | None
     membership: Membership | None
+    attacks: dict[str, AttackFigures]
 
 
 class Audited(NamedTuple):
@@ -299,8 +303,10 @@ def prepare_quality(inputs: Inputs, gallery: Gallery) -> Quality:
 def audit_model(name: str, files: ModelFiles, setup: Setup) -> Audited:
     """Generate with a model, and measure images and model."""
     settings, store, background = setup.settings, setup.gallery.store, setup.background
-    sha256 = model_sha256(files)
-    load = cache(lambda: load_pipeline(files, setup.gallery.device))
+    dtype = DTYPES[settings.dtype]
+    # What is computed in another precision is another result.
+    sha256 = model_sha256(files) if dtype == torch.float32 else digest(model_sha256(files), settings.dtype)
+    load = cache(lambda: load_pipeline(files, setup.gallery.device, dtype))
     train, reference = setup.inputs.train, setup.inputs.reference
     chosen = background.chosen
     prompts = [Prompts("duplicated", train, chosen.duplicated), Prompts("unique", train, chosen.unique)]
@@ -313,14 +319,27 @@ def audit_model(name: str, files: ModelFiles, setup: Setup) -> Audited:
         heldout = [Prompts("heldout", reference, background.heldout)]
         sets.append(generate_set(name, sha256, load, heldout, setup, len(sets[0].images)))
     detection, membership, evidence = None, None, None
+    attacks: dict[str, AttackFigures] = {}
     if isinstance(setup.probes, str):
         missing |= {"detection": setup.probes, "membership": setup.probes}
+        missing |= {f"attacks.{attack}": setup.probes for attack in settings.attacks or ()}
     else:
         steps, scale = settings.num_inference_steps, settings.guidance_scale
         probing = Probing(store, load, sha256, settings.seed, steps, scale, settings.batch_size)
-        detection = detection_figures(setup.probes, probing)
-        membership, evidence = membership_figures(setup.probes, probing)
-    source = ModelSource(name, "model", files.text, sha256, run, detection, membership)
+        try:
+            detection = detection_figures(setup.probes, probing)
+        except NotMeasurableError as error:
+            missing["detection"] = str(error)
+        try:
+            membership, evidence = membership_figures(setup.probes, probing)
+        except NotMeasurableError as error:
+            missing["membership"] = str(error)
+        for attack in settings.attacks or ():
+            try:
+                attacks[attack] = attack_figures(ATTACKS[attack], setup.probes, probing)
+            except NotMeasurableError as error:
+                missing[f"attacks.{attack}"] = str(error)
+    source = ModelSource(name, "model", files.text, sha256, run, detection, membership, attacks)
     return _measure(source, sets, setup, samples, evidence, missing)
 
 
@@ -329,7 +348,7 @@ def audit_images(name: str, images: Collection, setup: Setup) -> Audited:
     place = str(Path(images.place).resolve())
     generated = GeneratedSet(replace(images, place=place), ["given"] * len(images), 1)
     missing = dict.fromkeys(("run", "detection", "membership", "heldout"), "images were given, no model")
-    source = ModelSource(name, "images", images.place, images.sha256, None, None, None)
+    source = ModelSource(name, "images", images.place, images.sha256, None, None, None, {})
     return _measure(source, [generated], setup, None, None, missing)
 
 
@@ -401,7 +420,7 @@ def copy_background(setup: Setup) -> CopyBackground:
 def generate_set(
     name: str,
     sha256: str,
-    load: Callable[[], StableDiffusionPipeline],
+    load: Callable[[], Any],
     prompts: Sequence[Prompts],
     setup: Setup,
     first: int,

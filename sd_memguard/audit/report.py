@@ -127,6 +127,39 @@ class Membership:
 
 
 @dataclass(frozen=True)
+class AttackFigures:
+    """What an attack gets of a model.
+
+    Attributes:
+        title: The attack in words.
+        train: Mean score of the images trained on; for attacks that generate, the share of attacked images that came
+            out: by pixels, of all probed images the attacked one is the nearest to what was generated.
+        reference: The same of held-out images.
+        train_before: The share before the attack, from the caption alone; None where that is not generated.
+        reference_before: The same of held-out images.
+        is_share: Whether these are shares.
+        auc: How often an image trained on scores higher than a held-out one. Where images are generated, the score is
+            the distance to the nearest other probed image minus that to the attacked one.
+        tpr_at_1_fpr: Share of the images trained on above a threshold that at most 1% of the held-out ones are above.
+        num_train: Images trained on that were attacked.
+        num_reference: Held-out images.
+        evaluations: Rows that the denoiser was given for each; one with a gradient counts three times.
+    """
+
+    title: str
+    train: Estimate
+    reference: Estimate
+    train_before: Estimate | None
+    reference_before: Estimate | None
+    is_share: bool
+    auc: Estimate
+    tpr_at_1_fpr: Estimate
+    num_train: int
+    num_reference: int
+    evaluations: int
+
+
+@dataclass(frozen=True)
 class QualityFigures:
     """Distances to real images, and the fit to captions; None where ``why_missing`` has the reason."""
 
@@ -207,6 +240,7 @@ class ModelReport:
     attributes: dict[str, AttributeShares] | None
     detection: Detection | None
     membership: Membership | None
+    attacks: dict[str, AttackFigures]
     quality: QualityFigures
     why_missing: dict[str, str]
 

@@ -4,6 +4,7 @@ So the order in which shards are trained, a resumed run, more workers or another
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,17 +38,17 @@ def permutation(seed: int, purpose: str, *position: int, length: int) -> Tensor:
 Address = tuple[int, ...]
 
 
-def draw_normal(seed: int, purpose: str, addresses: list[Address], shape: tuple[int, ...]) -> Tensor:
+def draw_normal(seed: int, purpose: str, addresses: Sequence[Address], shape: tuple[int, ...]) -> Tensor:
     r"""Return standard normal draws, one of ``shape`` for each address, (len(addresses), \\*shape) float32."""
     return torch.stack([torch.randn(shape, generator=generator_for(seed, purpose, *a)) for a in addresses])
 
 
-def draw_uniform(seed: int, purpose: str, addresses: list[Address]) -> Tensor:
+def draw_uniform(seed: int, purpose: str, addresses: Sequence[Address]) -> Tensor:
     """Return uniform draws in [0, 1), one for each address, (len(addresses),) float64."""
     draws = [torch.rand((), generator=generator_for(seed, purpose, *a), dtype=torch.float64) for a in addresses]
     return torch.stack(draws)
 
 
-def draw_integers(seed: int, purpose: str, addresses: list[Address], high: int) -> Tensor:
+def draw_integers(seed: int, purpose: str, addresses: Sequence[Address], high: int) -> Tensor:
     """Return integers in ``0 .. high-1``, one for each address, (len(addresses),) int64."""
     return torch.stack([torch.randint(high, (), generator=generator_for(seed, purpose, *a)) for a in addresses])

@@ -270,6 +270,7 @@ def model_report(measured: Measured, pairs: Sequence[dict[str, Any]], verdict: V
             Estimate(0.0712, 0.0691, 0.0733, 256),
             (0.1, 0.5, 0.9),
         ),
+        attacks={},
         quality=QualityFigures(kid, kid, None, None, None, missing),
         why_missing={},
     )

@@ -1,10 +1,9 @@
 """The figures of one model: its generated images against the training images, its signals, its quality."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -12,6 +11,7 @@ from sd_memguard.audit.collection import Collection
 from sd_memguard.audit.features.cache import Store
 from sd_memguard.audit.metrics.background import Gallery, Matched, PixelRatios
 from sd_memguard.audit.metrics.evidence import Excess, above_others
+from sd_memguard.audit.metrics.flow_signals import flow_losses, flow_text_signal
 from sd_memguard.audit.metrics.signals import LOSS_TIMESTEPS, denoising_losses, text_signal
 from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD
 from sd_memguard.audit.metrics.statistics import (
@@ -166,7 +166,7 @@ class Probing(NamedTuple):
     """How a model is probed."""
 
     store: Store
-    load: Callable[[], StableDiffusionPipeline]
+    load: Callable[[], Any]
     model_sha256: str
     seed: int
     num_inference_steps: int
@@ -174,8 +174,17 @@ class Probing(NamedTuple):
     batch_size: int
 
 
+def is_flow(pipeline: Any) -> bool:
+    """Return whether a transformer, and so its own signals, stand in place of the UNet."""
+    return getattr(pipeline, "transformer", None) is not None
+
+
 def detection_figures(probes: Probes, probing: Probing) -> Detection:
-    """Return how well the text signal tells captions trained on from others; see ``text_signal``."""
+    """Return how well the text signal tells captions trained on from others; see ``text_signal``.
+
+    Raises:
+        NotMeasurableError: The model is of a kind without this signal.
+    """
     known = {probes.train.captions[row] for row in probes.train_rows}
     new = dict.fromkeys(probes.reference.captions[row] for row in probes.reference_rows)
     groups = [
@@ -186,7 +195,7 @@ def detection_figures(probes: Probes, probing: Probing) -> Detection:
     def measure(captions: Sequence[str]) -> Tensor:
         def compute(rows: range) -> Tensor:
             signals = [
-                text_signal(
+                (flow_text_signal if is_flow(probing.load()) else text_signal)(
                     probing.load(),
                     captions[start : min(start + probing.batch_size, rows.stop)],
                     probing.seed,
@@ -209,7 +218,11 @@ def detection_figures(probes: Probes, probing: Probing) -> Detection:
 
 
 def membership_figures(probes: Probes, probing: Probing) -> tuple[Membership, Excess]:
-    """Return how well the loss tells images trained on from others, and as evidence; see ``denoising_losses``."""
+    """Return how well the loss tells images trained on from others, and as evidence; see ``denoising_losses``.
+
+    Raises:
+        NotMeasurableError: The model is of a kind without known loss.
+    """
 
     def measure(collection: Collection, chosen: Sequence[int]) -> Tensor:
         def compute(rows: range) -> Tensor:
@@ -217,7 +230,8 @@ def membership_figures(probes: Probes, probing: Probing) -> tuple[Membership, Ex
             for start in _batches(rows, probing.batch_size, "loss"):
                 part = chosen[start : min(start + probing.batch_size, rows.stop)]
                 batch, captions = [collection.image(row) for row in part], [collection.captions[row] for row in part]
-                losses.append(denoising_losses(probing.load(), batch, captions, probing.seed))
+                losses_of = flow_losses if is_flow(probing.load()) else denoising_losses
+                losses.append(losses_of(probing.load(), batch, captions, probing.seed))
             return torch.cat(losses)[:, None]
 
         keys = [f"{collection.hashes[row]} {collection.captions[row]}" for row in chosen]

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from sd_memguard.audit.metrics.statistics import Estimate
-from sd_memguard.audit.report import ALL, KINDS, MEASURES, CopyFigures, Evidence, ModelReport, Report
+from sd_memguard.audit.report import ALL, KINDS, MEASURES, AttackFigures, CopyFigures, Evidence, ModelReport, Report
 from sd_memguard.audit.reporting.charts import rounded
 from sd_memguard.audit.reporting.sentences import (
     KIND_WORDS,
@@ -29,6 +29,7 @@ GROUPS = {
     "all": "Images of all training prompts",
     "detection": "Detection, without generated images",
     "membership": "Membership, without generated images",
+    "attacks": "Attacks",
     "quality": "Quality",
 }
 
@@ -43,6 +44,8 @@ DEFINITIONS = {
     "MQ": "The same ratio with squared distances, as the authors of IET-AGC compute it.",
     "Detection": "Size of the text-conditional noise prediction (Wen et al. 2024): captions trained on against others.",
     "Membership": "Denoising loss at fixed timesteps and noise: training images against others.",
+    "Attacks": "What an adversary gets who asks more of the model than images of captions; for scale, audit the base "
+    "model as well. A row of the UNet is one image at one step; with a gradient it counts three times.",
     "AUC": "Chance that the signal ranks a training sample above another one; 0.5 tells nothing.",
     "TPR at 1% FPR": "Share of training samples that are told where 1% of the others are taken for one.",
     "Attributes": "Read by a classifier trained on real images: what captions name, and what they leave open.",
@@ -234,7 +237,7 @@ def measure_rows(report: Report) -> list[MeasureRow]:
             found = getattr(getattr(model, part), name, None)
             cells.append(_cell(found, digits, _why(model, part, name)))
         rows.append(MeasureRow(part, label, tuple(cells)))
-    return rows
+    return [*rows, *_attack_rows(report)]
 
 
 def _copy_rows(report: Report, kind: str) -> Iterator[MeasureRow]:
@@ -265,6 +268,39 @@ def _attribute_rows(report: Report, kind: str) -> Iterator[MeasureRow]:
     if any(shares):
         for name, label in ATTRIBUTE_LABELS.items():
             yield MeasureRow(kind, label, tuple(_cell(getattr(one, name, None), None, "") for one in shares))
+
+
+def _attack_rows(report: Report) -> Iterator[MeasureRow]:
+    """Yield what attacks got, of each attack what, with what success, and at what cost."""
+    titles = {name: attack.title for model in report.models for name, attack in model.attacks.items()}
+    for name, title in titles.items():
+        attacks = [model.attacks.get(name) for model in report.models]
+
+        def row(label: str, cell: Callable[[AttackFigures], Cell], of: str = name, said: str = title) -> MeasureRow:
+            cells = (
+                _cell(None, None, model.why_missing.get(f"attacks.{of}", ""))
+                if (one := model.attacks.get(of)) is None
+                else cell(one)
+                for model in report.models
+            )
+            return MeasureRow("attacks", f"{said}: {label}", tuple(cells))
+
+        what = "came out" if any(one and one.is_share for one in attacks) else "mean score"
+        yield row(f"{what}, images trained on", lambda one: _attacked_cell(one.train, one.train_before, one.is_share))
+        yield row(
+            f"{what}, held-out images", lambda one: _attacked_cell(one.reference, one.reference_before, one.is_share)
+        )
+        yield row("AUC", lambda one: _cell(one.auc, 3, ""))
+        yield row("TPR at 1% FPR", lambda one: _cell(one.tpr_at_1_fpr, None, ""))
+        yield row(
+            "cost of an image",
+            lambda one: Cell(f"{one.evaluations:,} rows of the UNet", f"{one.num_train} + {one.num_reference} images"),
+        )
+
+
+def _attacked_cell(found: Estimate, before: Estimate | None, is_share: bool) -> Cell:
+    cell = _cell(found, None if is_share else 4, "")
+    return cell if before is None else cell._replace(value=f"{cell.value}, before {percent(before.value)}")
 
 
 def _share_cell(estimate: Estimate | None, num_units: int) -> Cell:

@@ -131,6 +131,13 @@ def _further(model: ModelReport) -> list[str]:
         if part is not None:
             rate = f"{part.tpr_at_1_fpr.value:.0%} at 1% false alarms"
             found.append(f"{words} tells them from held out: AUC {part.auc.value:.3f}, {rate}")
+    for attack in model.attacks.values():
+        got = (
+            f"{attack.train.value:.0%} come out, of held out {attack.reference.value:.0%}; " if attack.is_share else ""
+        )
+        found.append(
+            f"{attack.title}: {got}AUC {attack.auc.value:.3f}, at {attack.evaluations:,} rows of the UNet each"
+        )
     for kind, shares in (model.attributes or {}).items():
         named, opened, chance = (
             "unknown" if one is None else f"{one.value:.0%}"
