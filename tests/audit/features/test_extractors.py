@@ -96,7 +96,8 @@ def test_sscd_without_a_file_is_that_of_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Session))
     extractor = make_extractor("sscd", None, CPU)
     row = extractor.embed(extractor.prepare(Image.new("RGB", (64, 40), (255, 51, 0)))[None])[0]
-    assert row.tolist() == pytest.approx((torch.tensor([255.0, 51, 0]) / (255**2 + 51**2) ** 0.5).tolist())
+    # NumPy sums a hundred thousand values in float32.
+    assert row.tolist() == pytest.approx((torch.tensor([255.0, 51, 0]) / (255**2 + 51**2) ** 0.5).tolist(), abs=1e-3)
     assert extractor.sha256 == file_sha256(tmp_path / "sscd.onnx")
 
 
