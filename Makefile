@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Two processes; the tests of a file stay together, since they share what a fixture has trained.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help install demo test test-all lint types docs clean
+.PHONY: help install demo test test-all lint types docs dist clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,6 +37,11 @@ types: $(INSTALLED) ## check types
 docs: $(INSTALLED) ## build the documentation site: site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+dist: $(INSTALLED) ## build wheel and source archive into dist/, and run the demo from the wheel in a clean environment
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python tools/check_distribution.py dist
+
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
