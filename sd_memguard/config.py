@@ -29,6 +29,7 @@ __all__ = ["PRESETS", "ConfigError", "GuardConfig", "TrainConfig", "make_train_c
 GUARD = "Memorization guard"  # the heading of its flags
 MULTIPLE_OF_8 = Rule("a positive multiple of 8", lambda pixels: pixels > 0 and pixels % 8 == 0)
 AFFINE_RULE = Rule("between 0 and 0.2", lambda share: 0 <= share <= 0.2)
+STEP_RULES = Rule("factors of the learning rate with rising steps", lambda rules: _are_step_rules(rules))
 RANK = Rule("-1 or more", lambda rank: rank >= -1)
 SEED = (
     "Training",
@@ -275,9 +276,29 @@ class TrainConfig:
     learning_rate: float = setting(1e-4, "Optimizer", "learning rate after the warm-up", NOT_NEGATIVE)
     scale_lr: bool = setting(False, "Optimizer", "multiply it by devices, accumulation steps and batch size")
     lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "piecewise_constant",
     ] = setting("constant", "Optimizer", "course of the learning rate")
+    lr_step_rules: str | None = setting(
+        None,
+        "Optimizer",
+        "piecewise_constant: `1:100,0.1:200,0.01` is the learning rate up to step 100, a tenth up to step 200, then "
+        "a hundredth",
+        STEP_RULES,
+        fix="write `factor:step` with rising steps, commas between them, and the last factor alone",
+    )
     lr_warmup_steps: int = setting(500, "Optimizer", "optimizer steps of warm-up", NOT_NEGATIVE)
+    optimizer: str | None = setting(
+        None, "Optimizer", "import path of another optimizer, e.g. prodigyopt.Prodigy; AdamW if not given"
+    )
+    optimizer_args: tuple[str, ...] | None = setting(
+        None, "Optimizer", "its arguments besides the learning rate, e.g. decouple=True weight_decay=0.01"
+    )
     use_8bit_adam: bool = setting(False, "Optimizer", "use the 8-bit AdamW of bitsandbytes")
     adam_beta1: float = setting(0.9, "Optimizer", "decay of AdamW's first moment", BELOW_ONE)
     adam_beta2: float = setting(0.999, "Optimizer", "decay of AdamW's second moment", BELOW_ONE)
@@ -441,8 +462,43 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             f"`--timestep_bias_begin` must be below `--timestep_bias_end`, got {begin} and {end}; swap or omit them"
         )
+    if (config.lr_scheduler == "piecewise_constant") != (config.lr_step_rules is not None):
+        raise ConfigError(
+            "`--lr_scheduler piecewise_constant` and `--lr_step_rules` must be given together, got "
+            f"{config.lr_scheduler} and {config.lr_step_rules}; give both, e.g. "
+            "`--lr_step_rules 1:1000,0.1`, or neither"
+        )
+    _check_optimizer(config)
     if config.dream_training and config.prediction_type == "v_prediction":
         raise ConfigError(
             "`--dream_training` must not be given together with `--prediction_type v_prediction`, for which DREAM is "
             "not defined; leave one of them out"
         )
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    """Refuse settings of AdamW with another optimizer, whose own are ``--optimizer_args``."""
+    if config.optimizer is None:
+        if config.optimizer_args is not None:
+            raise ConfigError(
+                "`--optimizer_args` belong to `--optimizer`, which is not given; those of AdamW are `--adam_beta1` ..."
+            )
+        return
+    adam = ("use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
+    given = [name for name in adam if getattr(config, name) != TRAIN_SETTINGS[name].default]
+    if given:
+        raise ConfigError(
+            f"`--{given[0]}` belongs to AdamW, got `--optimizer {config.optimizer}`; omit it, and give that "
+            "optimizer's own settings as `--optimizer_args name=value ...`"
+        )
+
+
+def _are_step_rules(rules: str) -> bool:
+    *pairs, last = rules.split(",")
+    try:
+        factors = [float(pair.split(":")[0]) for pair in pairs] + [float(last)]
+        steps = [int(pair.split(":")[1]) for pair in pairs]
+    except (ValueError, IndexError):
+        return False
+    rises = steps == sorted({step for step in steps if step > 0})
+    return rises and all(0 <= factor < float("inf") for factor in factors)

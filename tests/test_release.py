@@ -73,3 +73,19 @@ def test_declared_pythons_are_those_that_the_workflow_tests():
     assert declared[0] == tested[0].removeprefix("3.")
     assert declared[-1] == tested[-1].removeprefix("3.")
     assert PYPROJECT["project"]["requires-python"] == f">={tested[0]}"
+
+
+def test_the_lowest_versions_are_those_that_are_declared():
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    declared = {}
+    for requirement in (*PYPROJECT["project"]["dependencies"], *extras["train"], *extras["audit"]):
+        name, floor, version = requirement.partition(">=")
+        if floor:
+            assert declared.setdefault(name, version) == version, f"{name} has two floors"
+    for file, names in (("lowest-versions.txt", set(declared)), ("lowest-versions-core.txt", {"torch"})):
+        lines = (ROOT / "tools" / file).read_text(encoding="utf-8").splitlines()
+        pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+        assert names <= set(pinned)
+        for name in names:
+            padded = (declared[name] + ".0.0").split(".")[:3]
+            assert pinned[name].split(".") == padded, f"{file}: {name}"

@@ -2,8 +2,8 @@
 
     python -m build && python tools/check_distribution.py dist
 
-The demo takes a few steps only: that its programs, models, images and templates are all in the wheel is what counts. The
-checkout is out of reach: the commands run in an empty folder with an isolated Python.
+The demo takes a few steps only: that its programs, models, images and templates are all in the wheel is what counts.
+The checkout is out of reach: the commands run in an empty folder with an isolated Python.
 """
 
 import argparse

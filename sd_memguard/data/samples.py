@@ -216,9 +216,7 @@ def _choose_rows(num_rows: int, max_train_samples: int | None, seed: int) -> npt
     if max_train_samples is None:
         return np.arange(num_rows)
     if max_train_samples < 1:
-        raise SampleError(
-            f"`--max_train_samples` must be at least 1, got {max_train_samples}; raise it or omit it"
-        )
+        raise SampleError(f"`--max_train_samples` must be at least 1, got {max_train_samples}; raise it or omit it")
     if max_train_samples > num_rows:
         logger.warning(
             "`--max_train_samples` is %d, but there are %d samples: all are used", max_train_samples, num_rows

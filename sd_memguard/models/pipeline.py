@@ -2,12 +2,14 @@
 
 import json
 import logging
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import snapshot_download
+from packaging.version import Version
 from transformers import CLIPTokenizer
 
 from sd_memguard import assets
@@ -313,4 +315,6 @@ def _load_part(model_class: Any, part: Path, stem: str, config: TrainConfig, **d
     weights = weights_file(part, stem, config.variant)
     is_variant = config.variant is not None and weights.stem.endswith(f".{config.variant}")
     variant = config.variant if is_variant else None
+    if "dtype" in dtype and Version(version("transformers")) < Version("4.56"):
+        dtype = {"torch_dtype": dtype["dtype"]}  # its name before
     return model_class.from_pretrained(part, variant=variant, use_safetensors=True, **dtype)

@@ -15,7 +15,14 @@ from torch.optim import Optimizer
 from sd_memguard.core.aggregation import distance, iterate_aggregate
 from sd_memguard.distributed import ProcessGroup
 from sd_memguard.proxies.store import LazyTensors, ProxyStore, apart
-from sd_memguard.proxies.swap import EmaState, copy_tensors, load_optimizer_tensors, optimizer_tensors
+from sd_memguard.proxies.swap import (
+    EmaState,
+    copy_tensors,
+    evaluated,
+    group_numbers,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 
 WEIGHTS, EMA, OPTIMIZER = "weights", "ema", "optimizer"
 
@@ -52,6 +59,7 @@ class FullProxies:
         self.exchange = ProcessGroup(alone=True) if exchange is None else exchange
         self.own = range(self.exchange.rank, num_shards, self.exchange.size)
         self._store = store
+        self._group_begin = group_numbers(optimizer)
         self._serial = 0
         self.active = self.own[0]
         self._ema_steps = [0] * num_shards
@@ -132,7 +140,8 @@ class FullProxies:
         With several processes only the main one holds it.
         """
         if self.num_shards == 1 and self.ema is None:
-            yield
+            with evaluated(self.parameters, self.optimizer):
+                yield
             return
         if not self.exchange.is_main:  # gives its share of the mean, and keeps its own weights
             for _ in self._means(self.averaged_parts[-1], weights):
@@ -208,14 +217,14 @@ class FullProxies:
 
     def _active_part(self, part: str) -> dict[str, Tensor]:
         if part == OPTIMIZER:
-            return optimizer_tensors(self.parameters, self.optimizer)
+            return optimizer_tensors(self.parameters, self.optimizer, self._group_begin)
         if part == EMA and self.ema is not None:
             return dict(zip(self.parameters, self.ema.shadow_params, strict=True))
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def _load(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         if part == OPTIMIZER:
-            load_optimizer_tensors(tensors, self.parameters, self.optimizer)
+            load_optimizer_tensors(tensors, self.parameters, self.optimizer, self._group_begin)
         else:
             copy_tensors(tensors, self._active_part(part))
 

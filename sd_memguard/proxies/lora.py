@@ -29,7 +29,7 @@ from sd_memguard.core.aggregation import aggregate
 from sd_memguard.distributed import ProcessGroup
 from sd_memguard.proxies.full import WEIGHTS, FullProxies
 from sd_memguard.proxies.store import ProxyStore
-from sd_memguard.proxies.swap import copy_tensors
+from sd_memguard.proxies.swap import copy_tensors, evaluated
 
 DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
 RESIDUAL_FILE = "residual.safetensors"
@@ -160,7 +160,8 @@ class LoraProxies(FullProxies):
     def averaged(self, weights: Sequence[float]) -> Iterator[None]:
         """Put the mean of the merged proxies in the active model for a while (of the main process)."""
         if self.num_shards == 1:
-            yield
+            with evaluated(self.parameters, self.optimizer):
+                yield
             return
         factors = self._all_factors()
         if not self.exchange.is_main:
@@ -196,16 +197,19 @@ class LoraProxies(FullProxies):
 
         With several processes the main one gets it, the others nothing.
         """
-        factors, shares = self._all_factors(), _shares(weights)
-        if not self.exchange.is_main:
-            return {}
-        found = {}
-        for layer in self.layers:
-            parts = [self.residuals[layer].change()] if self.residuals else []
-            for state, share in zip(factors, shares, strict=True):
-                parts.append(Change(share * self.scaling * _double(state[layer + UP]), _double(state[layer + DOWN])))
-            found[layer] = joined([part for part in parts if part is not None])
-        return found
+        with evaluated(self.parameters, self.optimizer):
+            factors, shares = self._all_factors(), _shares(weights)
+            if not self.exchange.is_main:
+                return {}
+            found = {}
+            for layer in self.layers:
+                parts = [self.residuals[layer].change()] if self.residuals else []
+                for state, share in zip(factors, shares, strict=True):
+                    parts.append(
+                        Change(share * self.scaling * _double(state[layer + UP]), _double(state[layer + DOWN]))
+                    )
+                found[layer] = joined([part for part in parts if part is not None])
+            return found
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write all proxies and the second adapters as the averagings have left them, see the full-weight proxies."""

@@ -20,6 +20,7 @@ from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.proxies.store import DiskStore, ProxyStore, RamStore, SharedDiskStore
 from sd_memguard.runs.folder import FOLDER, PROXIES_FOLDER
 from sd_memguard.training.memory_estimate import fits_in_ram
+from sd_memguard.training.optimizers import build_optimizer
 from sd_memguard.training.plan import Plan
 from sd_memguard.training.ranks import Ranks, check_joined, check_launch, process_handlers
 
@@ -68,7 +69,9 @@ def forward_dtype(accelerator: Accelerator) -> torch.dtype:
 def make_optimizer(
     parameters: Mapping[str, Parameter], config: TrainConfig, device: torch.device, batch_size: int
 ) -> Optimizer:
-    """Return AdamW (fused where torch has it: no weight-sized temporary), or the 8-bit one of bitsandbytes."""
+    """Return AdamW (fused where torch has it: no weight-sized temporary), its 8-bit form, or the one asked for."""
+    if config.optimizer is not None:
+        return build_optimizer(parameters.values(), config, base_learning_rate(config, batch_size))
     settings: dict[str, Any] = {
         "lr": base_learning_rate(config, batch_size),
         "betas": (config.adam_beta1, config.adam_beta2),

@@ -17,6 +17,7 @@ from sd_memguard.host_memory import available_memory
 from sd_memguard.models.lora import TARGETS
 from sd_memguard.models.pipeline import STEMS, replaced_parts, weights_file
 from sd_memguard.runs.checkpoint import list_checkpoints
+from sd_memguard.training.optimizers import moments_per_weight
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Footprint:
     Attributes:
         model: the UNet in float32.
         trained: what is trained of it, in float32: all, or the adapter.
-        proxy: one offloaded proxy: trained weights, AdamW's two moments, and the EMA.
+        proxy: one offloaded proxy: trained weights, the optimizer's state (AdamW's: two moments), and the EMA.
         offloaded: the proxies that rest, and while they are switched the optimizer state of one more; 0 with one shard.
         checkpoint: one that shares no file with another: every proxy, and the aggregate.
         num_checkpoints: how many are kept.
@@ -59,7 +60,7 @@ def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> F
     """Return the sizes of a run."""
     num_parameters, per_rank = count_parameters(pipeline, config)
     num_trained = num_parameters if config.rank is None else config.rank * per_rank
-    moments = 0.5 if config.use_8bit_adam else 2
+    moments = moments_per_weight(config)
     proxy, switched = (int(BYTES * num_trained * parts) for parts in (1 + moments + config.use_ema, moments))
     num_checkpoints = schedule.total_steps // config.checkpointing_steps
     if num_checkpoints and schedule.total_steps % config.checkpointing_steps:

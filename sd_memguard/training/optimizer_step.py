@@ -35,7 +35,9 @@ class ClippedStep:
         self.accelerator, self.optimizer, self.parameters = accelerator, optimizer, parameters
         self.max_grad_norm = max_grad_norm
         self.inner = getattr(optimizer, "optimizer", optimizer)
-        self.is_fused = bool(self.inner.param_groups[0].get("fused"))
+        # Other packages may have a `fused` of their own, which knows nothing of these attributes.
+        is_torch = type(self.inner).__module__.startswith("torch.optim.")
+        self.is_fused = is_torch and bool(self.inner.param_groups[0].get("fused"))
 
     def step(self, scale: float) -> AsyncCPUCopy:
         """Take a step with the gradients times ``scale``, clipped; they are gone afterwards.

@@ -31,6 +31,7 @@ from sd_memguard.runs.checkpoint import foreign_checkpoints, refuse_changes
 from sd_memguard.runs.folder import CONFIG, FOLDER, SUMMARY, RunFolderError
 from sd_memguard.runs.records import SampleTable
 from sd_memguard.training.memory_estimate import Footprint, check_space, footprint
+from sd_memguard.training.optimizers import check_optimizer, refuse_schedule_free_shards
 from sd_memguard.training.ranks import batch_slices, divides
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
         heldout = _load_images(config, heldout_folder, None, None, checked=None if known is None else known.heldout)
     pipeline = pipeline or find_pipeline(config)
     resolved, schedule = plan_rounds(config, samples, num_processes, recorded)
+    refuse_schedule_free_shards(config, schedule.num_shards)
     sizes = footprint(pipeline, config, schedule)
     if known is None:
         check_space(sizes, config)
@@ -354,6 +356,7 @@ def check_extras(config: TrainConfig) -> None:
         _require(config.report_to, f"report_to {config.report_to}")
     if config.use_8bit_adam:
         _require("bitsandbytes", "use_8bit_adam")
+    check_optimizer(config)
     if config.enable_xformers_memory_efficient_attention:
         _require("xformers", "enable_xformers_memory_efficient_attention")
         if not torch.cuda.is_available():

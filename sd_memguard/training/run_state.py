@@ -137,7 +137,7 @@ class RunState:
         self.run_id, self.last_saved_step = state["run_id"], self.ensemble.progress.global_step
         logger.info("going on from %s", folder)
         before, now = state["config"]["max_train_steps"], self.config.max_train_steps
-        if before != now and not self.config.lr_scheduler.startswith("constant"):
+        if before != now and "constant" not in self.config.lr_scheduler:
             logger.warning(
                 "--max_train_steps is %d instead of %d: from here on the learning rate follows the longer curve",
                 *(now, before),

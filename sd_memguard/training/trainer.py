@@ -189,6 +189,7 @@ class Trainer:
             config.lr_warmup_steps,
             self.schedule.total_steps,
             self.schedule.num_shards,
+            config.lr_step_rules,
         )
         encoders.release(
             vae=self.source.caches_latents and not plan.guard.augments, text_encoders=self.source.caches_embeddings

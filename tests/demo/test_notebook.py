@@ -17,11 +17,7 @@ def run(source: str, names: dict) -> object:
 
 
 def test_every_cell_runs(quick, tmp_path, capsys):
-    cells = [
-        cell
-        for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-        if cell["cell_type"] == "code"
-    ]
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     names, shown = {}, []
     for cell in cells:
         assert cell["outputs"] == [], "clear the outputs before a commit"

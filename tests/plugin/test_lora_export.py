@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders import lora_base
 from peft import LoraConfig
 
 from sd_memguard.plugin.lora_export import whole_adapter
@@ -15,6 +16,9 @@ def make_unet(pipeline):
     return UNet2DConditionModel.from_pretrained(pipeline / "unet").requires_grad_(False)
 
 
+@pytest.mark.skipif(
+    not hasattr(lora_base, "LORA_ADAPTER_METADATA_KEY"), reason="this version of diffusers does not save alpha"
+)
 @pytest.mark.parametrize("rank", [None, 3, 40])  # 40 is more than any layer has
 def test_a_saved_adapter_loads_as_the_mean_of_the_proxies(pipeline, tmp_path, rank):
     unet = make_unet(pipeline)
