@@ -62,6 +62,13 @@ def _check(argv: Sequence[str]) -> None:
         raise SystemExit(main(argv))
 
 
+def _migrate(argv: Sequence[str]) -> None:
+    from sd_memguard.migrate.command import main
+
+    with exit_on_user_error():
+        main(argv)
+
+
 COMMANDS = {
     "train": Command("fine-tune Stable Diffusion under the memorization guard", _train),
     "run": Command("run one of diffusers' own training scripts under the guard, unmodified", _run),
@@ -69,6 +76,7 @@ COMMANDS = {
     "check": Command("find unusable images, faulty captions and duplicates in a folder before training", _check),
     "audit": Command("measure how much models copy of their training images", _audit),
     "export": Command("write a run in another format: a diffusers folder, one file, or a LoRA file", _export),
+    "migrate": Command("turn the configuration of kohya, OneTrainer, SimpleTuner or ai-toolkit into ours", _migrate),
     "inspect": Command("summarize a run, and show its most memory-prone images and its curves", _inspect),
 }
 

@@ -287,8 +287,7 @@ class TrainConfig:
     lr_step_rules: str | None = setting(
         None,
         "Optimizer",
-        "piecewise_constant: `1:100,0.1:200,0.01` is the learning rate up to step 100, a tenth up to step 200, then "
-        "a hundredth",
+        "piecewise_constant: factors of the learning rate up to a step each, e.g. `1:1000,0.1:2000,0.01`",
         STEP_RULES,
         fix="write `factor:step` with rising steps, commas between them, and the last factor alone",
     )

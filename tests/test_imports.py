@@ -39,6 +39,7 @@ PARTS = {
     "export": {"core", "runs", "models", "console", "distributed", *BASE},
     "inspection": {"runs", "data", "assets", "core", "figures", *BASE},
     "check": {"core", "data", *BASE},
+    "migrate": BASE,
     "training": {*ENGINE, "assets", "console", "data", "export", "models", "runs"},
     "launcher": {*ENGINE, "flags", "runs"},
     "audit": {*BASE, "assets", "core", "figures", "flags"},

@@ -1,0 +1,313 @@
+"""Files of other trainers, as their documentation writes them, become settings that our own parser takes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sd_memguard.flags import parse_train_args
+from sd_memguard.migrate.command import main, translate
+from sd_memguard.migrate.translation import MigrationError
+
+KOHYA = """
+pretrained_model_name_or_path = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+dataset_config = "dataset.toml"
+output_dir = "out"
+output_name = "mine"
+
+[network]
+network_module = "networks.lora"
+network_dim = 16
+network_alpha = 8
+network_train_unet_only = true
+
+[optimizer]
+optimizer_type = "Prodigy"
+optimizer_args = ["decouple=True", "weight_decay=0.01"]
+unet_lr = 1.0
+lr_scheduler = "cosine"
+lr_warmup_steps = 100
+
+[training]
+max_train_steps = 3000
+mixed_precision = "bf16"
+min_snr_gamma = 5
+clip_skip = 2
+made_up_flag = 3
+"""
+KOHYA_DATASETS = """
+[general]
+caption_extension = ".txt"
+shuffle_caption = true
+enable_bucket = true
+
+[[datasets]]
+resolution = 512
+batch_size = 4
+
+  [[datasets.subsets]]
+  image_dir = "img/10_mine"
+  num_repeats = 10
+  flip_aug = true
+"""
+ONETRAINER = {
+    "training_method": "FINE_TUNE",
+    "model_type": "STABLE_DIFFUSION_15",
+    "base_model_name": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "concept_file_name": "concepts.json",
+    "output_model_destination": "models/mine.safetensors",
+    "learning_rate": 1e-5,
+    "learning_rate_scheduler": "COSINE",
+    "learning_rate_warmup_steps": 200.0,
+    "epochs": 20,
+    "batch_size": 4,
+    "ema": "CPU",
+    "train_dtype": "BFLOAT_16",
+    "resolution": "512",
+    "loss_weight_fn": "MIN_SNR_GAMMA",
+    "loss_weight_strength": 5.0,
+    "masked_training": True,
+    "optimizer": {"optimizer": "ADAMW_8BIT", "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01},
+}
+CONCEPTS = [
+    {"name": "mine", "path": "images/mine", "balancing": 4.0, "image": {"enable_random_flip": True}},
+    {"name": "off", "path": "images/off", "enabled": False},
+    {"name": "held out", "path": "images/heldout", "type": "VALIDATION"},
+]
+SIMPLETUNER = {
+    "--model_family": "sd1x",
+    "--model_type": "lora",
+    "--pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "--lora_rank": 16,
+    "--learning_rate": 1e-4,
+    "--lr_scheduler": "polynomial",
+    "--lr_warmup_steps": 100,
+    "--max_train_steps": 2000,
+    "--num_train_epochs": 0,
+    "--train_batch_size": 2,
+    "--mixed_precision": "bf16",
+    "--optimizer": "adamw_bf16",
+    "--caption_dropout_probability": 0.1,
+    "--checkpoint_step_interval": 250,
+    "--validation_prompt": "a photo of mine",
+    "--resolution": 512,
+    "--output_dir": "out",
+    "--data_backend_config": "multidatabackend.json",
+}
+BACKENDS = [
+    {"id": "mine", "type": "local", "instance_data_dir": "images", "caption_strategy": "filename", "crop": True},
+    {"id": "text", "dataset_type": "text_embeds", "type": "local", "cache_dir": "cache"},
+]
+AI_TOOLKIT = """
+job: extension
+config:
+  name: mine
+  process:
+    - type: sd_trainer
+      training_folder: output
+      network: { type: lora, linear: 16, linear_alpha: 16 }
+      save: { save_every: 250, max_step_saves_to_keep: 4 }
+      datasets:
+        - folder_path: images
+          caption_ext: txt
+          caption_dropout_rate: 0.05
+          shuffle_tokens: true
+          resolution: [512, 768]
+      train:
+        batch_size: 1
+        steps: 2000
+        lr: 1e-4
+        optimizer: adamw8bit
+        dtype: bf16
+        noise_scheduler: ddpm
+      model: { name_or_path: stable-diffusion-v1-5/stable-diffusion-v1-5 }
+      sample: { sample_every: 250, prompts: [a photo of mine, mine on a beach] }
+"""
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    (tmp_path / "kohya.toml").write_text(KOHYA)
+    (tmp_path / "dataset.toml").write_text(KOHYA_DATASETS)
+    (tmp_path / "onetrainer.json").write_text(json.dumps(ONETRAINER))
+    (tmp_path / "concepts.json").write_text(json.dumps(CONCEPTS))
+    (tmp_path / "simpletuner.json").write_text(json.dumps(SIMPLETUNER))
+    (tmp_path / "multidatabackend.json").write_text(json.dumps(BACKENDS))
+    (tmp_path / "ai-toolkit.yaml").write_text(AI_TOOLKIT)
+    return tmp_path
+
+
+def test_kohya(files):
+    told = translate(files / "kohya.toml")
+    assert told.settings == {
+        "pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "train_data_dir": "img/10_mine",
+        "train_batch_size": 4,
+        "resolution": 512,
+        "random_flip": True,
+        "center_crop": True,
+        "proxy": "lora",
+        "rank": 16,
+        "learning_rate": 1.0,
+        "optimizer": "prodigyopt.Prodigy",
+        "optimizer_args": ["decouple=True", "weight_decay=0.01"],
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 100,
+        "max_train_steps": 3000,
+        "mixed_precision": "bf16",
+        "output_dir": "out",
+        "snr_gamma": 5,
+        "max_grad_norm": 1.0,
+    }
+    noted = "\n".join(told.notes)
+    for what in (
+        "alpha 8 at rank 16: ",
+        "num_repeats = 10 of img/10_mine: ",
+        "shuffle_caption = True: ",
+        "clip_skip = 2: ",
+    ):
+        assert what in noted
+    assert told.leftovers() == ["made_up_flag"]
+
+
+def test_kohya_without_a_file_of_datasets(tmp_path):
+    """What is not set has kohya's default: 1,600 steps of one image at 2e-6."""
+    (tmp_path / "train.toml").write_text(
+        'pretrained_model_name_or_path = "sd.safetensors"\ntrain_data_dir = "img"\nresolution = "512,768"\n'
+        'optimizer_type = "AdamW8bit"\noptimizer_args = ["betas=0.9,0.99"]\nmax_grad_norm = 0\n'
+    )
+    told = translate(tmp_path / "train.toml")
+    expected = {"train_data_dir": "img", "train_batch_size": 1, "max_train_steps": 1600, "learning_rate": 2e-6}
+    expected |= {"resolution": 512, "use_8bit_adam": True, "adam_beta2": 0.99, "max_grad_norm": float("inf")}
+    assert expected.items() <= told.settings.items()
+    noted = "\n".join(told.notes)
+    for what in ("sd.safetensors: is one file", "captions in .caption files", "resolution 512,768", "10_name"):
+        assert what in noted
+
+
+def test_onetrainer(files):
+    told = translate(files / "onetrainer.json")
+    assert told.settings == {
+        "pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "learning_rate": 1e-5,
+        "use_8bit_adam": True,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.99,
+        "adam_weight_decay": 0.01,
+        "adam_epsilon": 1e-8,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 200,
+        "num_train_epochs": 20,
+        "train_batch_size": 4,
+        "mixed_precision": "bf16",
+        "gradient_checkpointing": True,
+        "resolution": 512,
+        "use_ema": True,
+        "offload_ema": True,
+        "snr_gamma": 5.0,
+        "output_dir": "models/mine",
+        "export_formats": ["single-file"],
+        "validation_data_dir": "images/heldout",
+        "random_flip": True,
+        "train_data_dir": "images/mine",
+    }
+    noted = "\n".join(told.notes)
+    assert "balancing 4.0 of images/mine: images are not repeated" in noted
+    assert "masked_training = True: losses are not masked" in noted
+    assert "images/off" not in noted
+
+
+def test_simpletuner(files):
+    told = translate(files / "simpletuner.json")
+    assert told.settings == {
+        "pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "proxy": "lora",
+        "rank": 16,
+        "output_dir": "out",
+        "max_train_steps": 2000,
+        "train_batch_size": 2,
+        "learning_rate": 1e-4,
+        "validation_prompt": "a photo of mine",
+        "checkpointing_steps": 250,
+        "caption_dropout": 0.1,
+        "mixed_precision": "bf16",
+        "lr_scheduler": "polynomial",
+        "lr_warmup_steps": 100,
+        "resolution": 512,
+        "train_data_dir": "images",
+    }
+    assert "captions of mine by filename: write a `.txt` beside each image" in "\n".join(told.notes)
+    assert told.leftovers() == []
+    alone = translate(files / "multidatabackend.json")
+    assert alone.settings == {"train_data_dir": "images"}
+
+
+def test_ai_toolkit(files):
+    told = translate(files / "ai-toolkit.yaml")
+    assert told.settings == {
+        "pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "proxy": "lora",
+        "rank": 16,
+        "max_train_steps": 2000,
+        "learning_rate": 1e-4,
+        "train_batch_size": 1,
+        "gradient_checkpointing": True,
+        "use_8bit_adam": True,
+        "lr_scheduler": "constant",
+        "mixed_precision": "bf16",
+        "output_dir": "output/mine",
+        "checkpointing_steps": 250,
+        "checkpoints_total_limit": 4,
+        "validation_prompts": ["a photo of mine", "mine on a beach"],
+        "center_crop": True,
+        "caption_dropout": 0.05,
+        "train_data_dir": "images",
+        "resolution": 512,
+    }
+    noted = "\n".join(told.notes)
+    assert "resolutions [512, 768]: all images have one: 512 is written" in noted
+    assert "shuffle_tokens of images: captions stay in their order" in noted
+
+
+@pytest.mark.parametrize("name", ["kohya.toml", "onetrainer.json", "simpletuner.json", "ai-toolkit.yaml"])
+def test_what_is_written_is_read_by_the_training_program(files, name, capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    main([str(files / name), "--output", str(files / "ours.yaml")])
+    config = parse_train_args(["--config", str(files / "ours.yaml")])
+    expected = translate(files / name).settings
+    found = config.to_dict()
+    assert {key: found[key] for key in expected} == expected
+    told = capsys.readouterr().err
+    assert "to be mended" not in told
+    assert told.splitlines()[-1] == f"next: sd-memguard train --config {files / 'ours.yaml'} --dry_run"
+    with pytest.raises(MigrationError, match="exists; name another file"):
+        main([str(files / name), "--output", str(files / "ours.yaml")])
+
+
+def test_what_is_missing_is_to_be_filled_in(tmp_path, capsys):
+    (tmp_path / "train.toml").write_text("max_train_steps = 10\n")
+    main([str(tmp_path / "train.toml")])
+    printed = capsys.readouterr()
+    assert "# pretrained_model_name_or_path: MODEL  # to be filled in" in printed.out
+    assert "# train_data_dir: FOLDER  # to be filled in" in printed.out
+    assert yaml.safe_load(printed.out)["max_train_steps"] == 10
+    assert "images: no folder is named" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '{"learning_rate": 1}', "is none of kohya's TOML"),
+        ("a.json", "{", "cannot be read"),
+        ("a.toml", "= 1", "cannot be read as TOML"),
+        ("a.json", '{"training_method": "LORA", "model_type": "FLUX_DEV_1"}', "model type FLUX_DEV_1 is not trained"),
+        ("a.json", '{"model_family": "flux"}', "model family flux is not trained"),
+        ("a.yaml", "config: {process: []}", "must hold one process that trains, got 0"),
+        ("a.yaml", "config: {process: [{train: {}, model: {is_flux: true}}]}", "model kind is_flux is not trained"),
+    ],
+)
+def test_what_cannot_be_translated_is_said(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(MigrationError, match=message):
+        translate(tmp_path / name)
