@@ -12,6 +12,7 @@ from sd_memguard.check.command import build_parser as check_parser
 from sd_memguard.config import ALIASES, REFUSED, SETTINGS
 from sd_memguard.demo.command import DemoSettings
 from sd_memguard.export.command import build_parser as export_parser
+from sd_memguard.migrate.command import build_parser as migrate_parser
 from sd_memguard.settings import settings_of
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,7 @@ PAGES += sorted((ROOT / "examples").rglob("*.md"))
 SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
 OTHERS = {
     option.removeprefix("--")
-    for parser in (check_parser(), export_parser())
+    for parser in (check_parser(), export_parser(), migrate_parser())
     for action in parser._actions
     for option in action.option_strings
 }
@@ -36,6 +37,7 @@ FOREIGN |= {"loss_type", "weighting_scheme", "cache_latents", "train_text_encode
 FOREIGN |= {"datasets", "variants", "duplicates", "points", "results"}  # of benchmarks.memorization
 FOREIGN |= {"base_channels", "profile", "size", "upstream_script", "turns", "device", "shards", "clock"}
 FOREIGN |= {"demo", "window", "check", "list", "diffusers_examples", "no-deps", "find-links", "no-index"}
+FOREIGN |= {"config_file"}  # of kohya's scripts
 # Flags of the programs that start several processes.
 FOREIGN |= {"nproc_per_node", "nnodes", "standalone", "multi_gpu", "rdzv_id"}
 FOREIGN |= {"signals_to_handle", "shutdown_timeout", "rdzv_backend", "rdzv_endpoint"}

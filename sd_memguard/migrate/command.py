@@ -90,7 +90,7 @@ def _read(file: Path) -> Any:
 
 def as_yaml(told: Translation, file: Path) -> str:
     """Return our file of settings, with a line for what has to be filled in."""
-    lines = [f"# From {told.trainer}'s {file.name}, by `sd-memguard migrate`. What is not set has the default."]
+    lines = [f"# From the {file.name} of {told.trainer}, by `sd-memguard migrate`. What is not set has the default."]
     settings = dict(told.settings)
     for name, word in NEEDED.items():
         if name not in settings and not (name == "train_data_dir" and "dataset_name" in settings):
@@ -101,7 +101,7 @@ def as_yaml(told: Translation, file: Path) -> str:
 
 def report(told: Translation, output: Path | None) -> str:
     """Return what has no counterpart, what was not looked at, and what to do next."""
-    lines = [f"read as {told.trainer}'s"]
+    lines = [f"read as a file of {told.trainer}"]
     lines += [f"- {note}" for note in told.notes]
     if left := told.leftovers():
         lines.append(f"- no counterpart, or not known here: {', '.join(left)}")
