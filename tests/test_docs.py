@@ -37,7 +37,7 @@ FOREIGN |= {"loss_type", "weighting_scheme", "cache_latents", "train_text_encode
 FOREIGN |= {"datasets", "variants", "duplicates", "points", "results"}  # of benchmarks.memorization
 FOREIGN |= {"base_channels", "profile", "size", "upstream_script", "turns", "device", "shards", "clock"}
 FOREIGN |= {"demo", "window", "check", "list", "diffusers_examples", "no-deps", "find-links", "no-index"}
-FOREIGN |= {"config_file"}  # of kohya's scripts
+FOREIGN |= {"config_file", "network_train_unet_only"}  # of kohya's scripts
 # Flags of the programs that start several processes.
 FOREIGN |= {"nproc_per_node", "nnodes", "standalone", "multi_gpu", "rdzv_id"}
 FOREIGN |= {"signals_to_handle", "shutdown_timeout", "rdzv_backend", "rdzv_endpoint"}
