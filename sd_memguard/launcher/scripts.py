@@ -47,6 +47,7 @@ REFUSED_FLAGS: Mapping[str, tuple[tuple[Any, ...], str]] = {
 """Flags of scripts, their values, and why a script cannot be guarded under them."""
 
 
+SKIPS_BATCHES = re.compile(r"\bstep < resume_step\b")
 WEIGHT_FILES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".safetensors"})
 
 
@@ -114,6 +115,20 @@ def check_flags(arguments: Any) -> None:
 def caches_by_step(source: str, arguments: Any) -> bool:
     """Return whether a script pairs what it has cached with its batches by their position, not by their samples."""
     return bool(re.search(r"\b\w+_cache\[step\]", source)) and bool(getattr(arguments, "cache_latents", False))
+
+
+def check_resume(source: str, arguments: Any, num_shards: int) -> None:
+    """Refuse to resume several shards in a script that goes through the batches it has trained before.
+
+    Raises:
+        ScriptError: says what to do.
+    """
+    if num_shards > 1 and getattr(arguments, "resume_from_checkpoint", None) and SKIPS_BATCHES.search(source):
+        raise ScriptError(
+            f"`--resume_from_checkpoint` cannot be had with {num_shards} shards here: the script takes the batches of "
+            "the epoch that it has trained before from its loader and drops them, which would be others of the shard "
+            "in turn; begin again elsewhere, with `--num_shards 1` if it has to be resumed"
+        )
 
 
 def output_folder(arguments: Any) -> Path | None:

@@ -41,6 +41,7 @@ from sd_memguard.launcher.scripts import (
     ScriptError,
     caches_by_step,
     check_flags,
+    check_resume,
     check_script,
     output_folder,
     total_steps,
@@ -203,6 +204,7 @@ class Session:
         known = dataloader if guard.has_ids else None
         loop = Loop(denoiser, optimizer, known, schedule, AccelerateBackend(accelerator), options)
         plan = plan_loop(guard, loop)
+        check_resume(self.source, self.arguments, guard.num_shards)
         if guard.num_shards == 1:  # nothing is exchanged, and an EMA averages what it always does
             loop.options = replace(options, ema=None, models=())
         elif self._stores_on_disk([*loop.models], guard.num_shards):

@@ -21,7 +21,14 @@ from sd_memguard.launcher.denoisers import (
     trained_parameters,
     watch_calls,
 )
-from sd_memguard.launcher.scripts import check_flags, check_source, output_folder, total_steps
+from sd_memguard.launcher.scripts import (
+    ScriptError,
+    check_flags,
+    check_resume,
+    check_source,
+    output_folder,
+    total_steps,
+)
 from tests.plugin.families import FAMILIES
 
 
@@ -183,6 +190,18 @@ def test_flags_that_are_refused():
 def test_a_file_of_weights_is_no_folder(output_dir, folder):
     assert output_folder(SimpleNamespace(output_dir=output_dir)) == Path(folder)
     assert output_folder(None) is None
+
+
+def test_a_script_that_drops_batches_cannot_resume_several_shards():
+    source, resumed = (
+        "if epoch == first_epoch and step < resume_step:",
+        SimpleNamespace(resume_from_checkpoint="latest"),
+    )
+    with pytest.raises(ScriptError, match="cannot be had with 2 shards"):
+        check_resume(source, resumed, 2)
+    check_resume(source, resumed, 1)
+    check_resume(source, SimpleNamespace(resume_from_checkpoint=None), 2)
+    check_resume("accelerator.skip_first_batches(loader, resume_step)", resumed, 2)
 
 
 @pytest.mark.parametrize("flag", ["num_train_epochs", "num_epochs"])
