@@ -203,7 +203,7 @@ def test_a_loop_that_cannot_have_several_shards_keeps_one_where_they_are_automat
     loader.batch_sampler.__class__ = Buckets
     guard = MemorizationGuard(GuardConfig(group_duplicates="off", seed=0), samples)
     loop = Loop()
-    guard.attach(loop.network, loop.optimizer, loader, total_steps=200 * samples // BATCH_SIZE)
+    guard.attach(loop.network, loop.optimizer, loader, total_steps=800 * samples // BATCH_SIZE)
 
     assert guard.num_shards == 1
     assert "one model is trained, and not 4 proxies: the dataloader forms its batches by Buckets" in caplog.text
