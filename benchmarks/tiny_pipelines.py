@@ -502,16 +502,24 @@ def _kandinsky(folder: Path) -> None:
     )
     prior = diffusers.PriorTransformer(num_attention_heads=2, attention_head_dim=12, embedding_dim=32, num_layers=1)
     torch.nn.init.ones_(prior.clip_std)
-    schedule = diffusers.DDPMScheduler(NUM_TIMESTEPS)
-    diffusers.KandinskyV22Pipeline(unet=unet, scheduler=schedule, movq=movq).save_pretrained(folder)
-    prior.save_pretrained(folder / "prior")
-    transformers.CLIPVisionModelWithProjection(vision).save_pretrained(folder / "image_encoder")
-    size = {"crop_size": 64, "size": 64}
-    transformers.CLIPImageProcessor(**size).save_pretrained(folder / "image_processor")
-    _clip_text(transformers.CLIPTextModelWithProjection).save_pretrained(folder / "text_encoder")
     tokenizer = _clip_tokenizer()
     tokenizer.model_max_length = 77
-    tokenizer.save_pretrained(folder / "tokenizer")
+    parts = {
+        "prior": prior,
+        "image_encoder": transformers.CLIPVisionModelWithProjection(vision),
+        "image_processor": transformers.CLIPImageProcessor(crop_size=64, size=64),
+        "text_encoder": _clip_text(transformers.CLIPTextModelWithProjection),
+        "tokenizer": tokenizer,
+    }
+    diffusers.KandinskyV22CombinedPipeline(
+        unet=unet,
+        scheduler=diffusers.DDPMScheduler(NUM_TIMESTEPS),
+        movq=movq,
+        prior_scheduler=diffusers.UnCLIPScheduler(prediction_type="sample"),
+        **{f"prior_{name}": part for name, part in parts.items()},
+    ).save_pretrained(folder)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
 
 
 def _controlnet(folder: Path) -> None:
