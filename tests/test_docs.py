@@ -36,8 +36,8 @@ FOREIGN |= {"denoiser", "train_text_encoder", "fused_backward_pass", "min_snr_ga
 FOREIGN |= {"loss_type", "weighting_scheme", "cache_latents", "train_text_encoder_ti", "use_lpl"}
 FOREIGN |= {"datasets", "variants", "duplicates", "points", "results"}  # of benchmarks.memorization
 FOREIGN |= {"base_channels", "profile", "size", "upstream_script", "turns", "device", "shards", "clock"}
-FOREIGN |= {"demo", "window", "check", "list", "diffusers_examples", "no-deps", "find-links", "no-index"}
-FOREIGN |= {"config_file", "network_train_unet_only"}  # of kohya's scripts
+FOREIGN |= {"demo", "most", "window", "check", "list", "diffusers_examples", "no-deps", "find-links", "no-index"}
+FOREIGN |= {"config_file", "network_train_unet_only", "config-path"}  # of kohya's scripts and OneTrainer
 # Flags of the programs that start several processes.
 FOREIGN |= {"nproc_per_node", "nnodes", "standalone", "multi_gpu", "rdzv_id"}
 FOREIGN |= {"signals_to_handle", "shutdown_timeout", "rdzv_backend", "rdzv_endpoint"}

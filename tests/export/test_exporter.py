@@ -85,7 +85,7 @@ def runs(tmp_path_factory):
     """Return a run of each pipeline, with an exporter that keeps what it has drawn."""
     folder = tmp_path_factory.mktemp("runs")
     pipelines = {"bundled": assets.tiny_sd_path()}
-    pipelines |= {version: narrow_pipeline(version, folder / f"base-{version}") for version in CONFIGS}
+    pipelines |= {version: narrow_pipeline(version, folder / f"base-{version}") for version in NARROW_UNET}
     made = {name: finish_run(pipeline, folder / name) for name, pipeline in pipelines.items()}
     return {
         name: SimpleNamespace(folder=run, base=pipelines[name], exporter=Exporter(read_trained_run(run)))

@@ -440,7 +440,7 @@ def test_near_duplicates_that_are_not_known_are_named_with_the_way_out(caplog):
 
 def test_the_length_of_the_run_decides_on_the_number_of_shards():
     samples = 256
-    for epochs, num_shards in ((20, 1), (40, 2), (200, 4)):
+    for epochs, num_shards in ((160, 1), (240, 2), (1000, 4)):
         guard = MemorizationGuard(GuardConfig(group_duplicates="off", seed=0), samples)
         loader = DataLoader(Vectors(samples), batch_size=BATCH_SIZE, shuffle=True)
         Loop().attach(guard, epochs * samples // (2 * BATCH_SIZE), loader, gradient_accumulation_steps=2)
