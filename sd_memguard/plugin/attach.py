@@ -31,6 +31,7 @@ from sd_memguard.plugin.lora_export import whole_adapter
 from sd_memguard.plugin.lr_table import LRTable, tabulate
 from sd_memguard.plugin.trainable import Adapter, find_adapter, make_proxies, trained_parameters
 from sd_memguard.proxies.lora import LoraProxies
+from sd_memguard.proxies.swap import is_schedule_free
 from sd_memguard.sample_guard import SampleGuard
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,13 @@ def _check_ensemble(guard: SampleGuard, loop: Loop) -> None:
         )
     check_steps(guard, loop.options.total_steps)
     check_order(loop.dataloader)
-    parameters = trained_parameters(plain_optimizer(loop.optimizer), loop.models)
+    optimizer = plain_optimizer(loop.optimizer)
+    if is_schedule_free(optimizer):
+        raise LoopError(
+            f"{type(optimizer).__name__} is schedule-free: the weights between its steps are no result that proxies "
+            "could be averaged from; set `num_shards=1`, or take another optimizer"
+        )
+    parameters = trained_parameters(optimizer, loop.models)
     check_ema(loop.options.ema, len(parameters), find_adapter(parameters, loop.models))
 
 

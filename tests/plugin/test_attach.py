@@ -397,6 +397,15 @@ def test_what_else_is_refused():
         Loop().attach(guard, TOTAL)
 
 
+def test_schedule_free_optimizers_are_refused_with_several_shards():
+    schedulefree = pytest.importorskip("schedulefree")
+    network = make_network()
+    optimizer = schedulefree.AdamWScheduleFree(network.parameters())
+    with pytest.raises(LoopError, match="AdamWScheduleFree is schedule-free"):
+        make_guard().attach(network, optimizer, make_loader(), total_steps=TOTAL)
+    make_guard(num_shards=1).attach(network, optimizer, make_loader(), total_steps=TOTAL)
+
+
 def test_several_models_of_one_optimizer_are_exchanged_together():
     guard, network, other = make_guard(**IET), make_network(), torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW([*network.parameters(), *other.parameters()])
