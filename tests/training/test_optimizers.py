@@ -92,9 +92,14 @@ def importable(settings) -> None:
         ({"optimizer": "my_optimizers.Listed"}, "cannot be saved: `history` of the optimizer's state is a list"),
     ],
 )
-def test_what_cannot_be_used_is_refused_before_models_and_images(configure, own, settings, message):
+def test_what_cannot_be_used_is_refused_before_models_and_images(configure, own, monkeypatch, settings, message):
+    def refuse(*args, **options):
+        raise AssertionError("the model or the images were looked at first")
+
+    monkeypatch.setattr("sd_memguard.training.plan.find_pipeline", refuse)
+    monkeypatch.setattr("sd_memguard.training.plan.load_samples", refuse)
     with pytest.raises(ConfigError, match=message):
-        make_plan(configure(pretrained_model_name_or_path="nowhere", **settings))
+        make_plan(configure(**settings))
 
 
 @pytest.mark.parametrize(
