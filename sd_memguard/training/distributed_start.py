@@ -38,6 +38,14 @@ def silence_non_main(exchange: ProcessGroup, level: int = logging.ERROR) -> None
         logging.getLogger("sd_memguard").setLevel(level)
 
 
+def raise_together(error: UserError | None, exchange: ProcessGroup) -> None:
+    """Raise what all processes may have met: the main process says it, another one only where the main one has not."""
+    for speaks in (exchange.is_main, True):
+        with exchange.raise_on_any_rank():
+            if error is not None and speaks:
+                raise error
+
+
 def plan_together(config: TrainConfig, exchange: ProcessGroup) -> Plan:
     """Return the plan of a run, with the images checked and models downloaded by the main process first.
 

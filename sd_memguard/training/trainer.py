@@ -24,6 +24,7 @@ from sd_memguard.data.batches import Batch, BatchSource, Encoders, sample_addres
 from sd_memguard.distributed import ProcessGroup
 from sd_memguard.ensemble import Ensemble
 from sd_memguard.environment import launched_processes
+from sd_memguard.errors import UserError
 from sd_memguard.export.exporter import export_at_end
 from sd_memguard.export.hub import push_to_hub
 from sd_memguard.export.pipeline_folder import write_pipeline
@@ -49,6 +50,7 @@ from sd_memguard.training.distributed_start import (
     leaving_together,
     main_alone,
     plan_together,
+    raise_together,
     silence_non_main,
     told_when_lost,
 )
@@ -81,6 +83,16 @@ class TrainResult(NamedTuple):
     summary: dict[str, Any]
 
 
+def _recognized(config: TrainConfig) -> tuple[TrainConfig, UserError | None]:
+    """Return the settings for the kind of the model, and why it is not known: then they serve to join the others."""
+    try:
+        return recognize(config), None
+    except UserError as error:
+        if launched_processes() == 1:
+            raise
+        return config.of_kind("sd"), error
+
+
 def train(config: TrainConfig) -> TrainResult:
     """Fine-tune as configured and write the run folder.
 
@@ -89,10 +101,11 @@ def train(config: TrainConfig) -> TrainResult:
         NonFiniteError: the losses or gradients of several steps in a row are not finite.
         Interrupted: a signal asked the run to stop; it has saved a checkpoint.
     """
-    config = recognize(config)
+    config, unknown = _recognized(config)
     accelerator = make_accelerator(config) if launched_processes() > 1 else None
     exchange = ProcessGroup(accelerator.device if accelerator else "cpu")
     silence_non_main(exchange)
+    raise_together(unknown, exchange)
     plan = plan_together(config, exchange)
     accelerator = accelerator or make_accelerator(plan.config)
     if plan.config.dry_run:
