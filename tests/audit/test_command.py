@@ -213,7 +213,7 @@ def copying(monkeypatch):
     train = read_folder(demo_data_path(), "--train_data_dir")
     noise = torch.Generator().manual_seed(0)
 
-    def generate_batch(pipeline, captions, seeds, settings):
+    def generate_batch(pipeline, captions, seeds, *settings):
         generated = []
         for caption in captions:
             rows = [row for row, known in enumerate(train.captions) if known == caption]
