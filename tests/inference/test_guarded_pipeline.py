@@ -3,9 +3,8 @@
 import diffusers
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sd_memguard import assets, guarded_pipeline
+from sd_memguard import guarded_pipeline
 from sd_memguard.audit.generate import generate_images
 from sd_memguard.errors import UserError
 from sd_memguard.inference import AttentionRescaling, OppositeGuidance, PromptAdjustment, StaticTransition
@@ -23,35 +22,9 @@ def sd(pipeline):
 
 
 @pytest.fixture(scope="module")
-def sdxl(sd):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPTextConfig(**sizes, projection_dim=32, max_position_embeddings=16, eos_token_id=49407)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        cross_attention_dim=64,
-        attention_head_dim=4,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 32,
-        use_linear_projection=True,
-    )
-    tokenizer = CLIPTokenizer.from_pretrained(assets.tiny_sd_path() / "tokenizer")
-    loaded = diffusers.StableDiffusionXLPipeline(
-        vae=sd.vae,
-        text_encoder=CLIPTextModel(config),
-        text_encoder_2=CLIPTextModelWithProjection(config),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=sd.scheduler,
-        add_watermarker=False,
-    )
+def sdxl(sd, sdxl_pipeline):
+    loaded = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl_pipeline, add_watermarker=False)
+    loaded.scheduler = sd.scheduler
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
