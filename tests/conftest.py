@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from sd_memguard import assets
 from sd_memguard.config import TrainConfig, make_train_config
 
 if TYPE_CHECKING:
@@ -46,34 +45,20 @@ def one_thread():
 def pipeline(tmp_path_factory) -> Path:
     """Return a Stable Diffusion of 32 px and some ten thousand weights."""
     import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from tests.tiny_models import tiny_unet, tiny_vae, tokenizer
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        cross_attention_dim=32,
-        attention_head_dim=4,
-    )
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        norm_num_groups=4,
-        sample_size=RESOLUTION,
-        mid_block_add_attention=False,
-    )
+    unet = tiny_unet(cross_attention_dim=32, attention_head_dim=4)
+    vae = tiny_vae()
     sizes = {"hidden_size": 32, "intermediate_size": 32, "projection_dim": 32, "num_hidden_layers": 1}
     text = CLIPTextConfig(**sizes, num_attention_heads=2, max_position_embeddings=16, eos_token_id=49407)
     diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text),
-        tokenizer=CLIPTokenizer.from_pretrained(assets.tiny_sd_path() / "tokenizer"),
+        tokenizer=tokenizer(),
         unet=unet,
         scheduler=diffusers.DDPMScheduler(**SCHEDULE, clip_sample=False),
         safety_checker=None,
@@ -87,17 +72,13 @@ def pipeline(tmp_path_factory) -> Path:
 def sdxl_pipeline(tmp_path_factory) -> Path:
     """Return an SDXL of 32 px and some ten thousand weights, with two text encoders of different widths."""
     import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from tests.tiny_models import tiny_unet, tiny_vae, tokenizer
 
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("tiny-sdxl") / "pipeline"
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
+    unet = tiny_unet(
         cross_attention_dim=16 + 24,
         attention_head_dim=(2, 4),
         use_linear_projection=True,
@@ -106,27 +87,19 @@ def sdxl_pipeline(tmp_path_factory) -> Path:
         transformer_layers_per_block=(1, 2),
         projection_class_embeddings_input_dim=6 * 8 + 20,
     )
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        norm_num_groups=4,
-        sample_size=RESOLUTION,
-        mid_block_add_attention=False,
-    )
+    vae = tiny_vae()
     shared = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": 49407}
     shared["max_position_embeddings"] = 16
     first = CLIPTextConfig(**shared, hidden_size=16, projection_dim=16)
     second = CLIPTextConfig(**shared, hidden_size=24, projection_dim=20, hidden_act="gelu")
-    tokenizer = CLIPTokenizer.from_pretrained(assets.tiny_sd_path() / "tokenizer")
-    tokenizer_2 = CLIPTokenizer.from_pretrained(assets.tiny_sd_path() / "tokenizer", pad_token="!")
-    tokenizer.model_max_length = tokenizer_2.model_max_length = 16
+    first_tokenizer, second_tokenizer = tokenizer(), tokenizer(pad_token="!")
+    first_tokenizer.model_max_length = second_tokenizer.model_max_length = 16
     diffusers.StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(first),
         text_encoder_2=CLIPTextModelWithProjection(second),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer_2,
+        tokenizer=first_tokenizer,
+        tokenizer_2=second_tokenizer,
         unet=unet,
         scheduler=diffusers.DDPMScheduler(**SCHEDULE, clip_sample=False),
     ).save_pretrained(folder)

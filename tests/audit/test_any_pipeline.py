@@ -1,9 +1,7 @@
 """The audit with whatever diffusers loads: what it generates, with LoRAs, within memory, and what it measures."""
 
-import importlib.util
 import json
 import logging
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -27,10 +25,7 @@ from sd_memguard.audit.metrics.signals import (
 )
 from sd_memguard.audit.models import LORA_FILE, ModelFiles, load_pipeline, model_sha256
 from sd_memguard.core.seeding import derive_seed, generator_for
-
-spec = importlib.util.spec_from_file_location("tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py"))
-tiny_pipelines = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_pipelines)
+from tests.audit import tiny_pipelines
 
 CPU = torch.device("cpu")
 CAPTIONS = ["red apple", "crescent moon", "a red tree"]

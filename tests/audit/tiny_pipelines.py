@@ -7,43 +7,19 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
 )
 
-from sd_memguard.assets import tiny_sd_path
+from tests.tiny_models import tiny_unet, tiny_vae, tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP = CLIPTextConfig(**SIZES, projection_dim=32, max_position_embeddings=16, eos_token_id=49407)
 
 
-def tokenizer():
-    return CLIPTokenizer.from_pretrained(tiny_sd_path() / "tokenizer")
-
-
-def vae(channels=4, **settings):
-    return diffusers.AutoencoderKL(
-        latent_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        norm_num_groups=4,
-        sample_size=32,
-        mid_block_add_attention=False,
-        **settings,
-    )
-
-
 def make_sdxl():
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
+    unet = tiny_unet(
         cross_attention_dim=64,
         attention_head_dim=4,
         addition_embed_type="text_time",
@@ -52,7 +28,7 @@ def make_sdxl():
         use_linear_projection=True,
     )
     return diffusers.StableDiffusionXLPipeline(
-        vae=vae(scaling_factor=0.13),
+        vae=tiny_vae(scaling_factor=0.13),
         text_encoder=CLIPTextModel(CLIP),
         text_encoder_2=CLIPTextModelWithProjection(CLIP),
         tokenizer=tokenizer(),
@@ -79,7 +55,7 @@ def make_sd3():
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(shift_factor=0.06, scaling_factor=1.5),
+        vae=tiny_vae(shift_factor=0.06, scaling_factor=1.5),
         text_encoder=CLIPTextModelWithProjection(CLIP),
         text_encoder_2=CLIPTextModelWithProjection(CLIP),
         text_encoder_3=None,
@@ -108,7 +84,7 @@ def make_flux():
     return diffusers.FluxPipeline(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae(shift_factor=0.06, scaling_factor=1.5),
+        vae=tiny_vae(shift_factor=0.06, scaling_factor=1.5),
         text_encoder=CLIPTextModel(CLIP),
         tokenizer=tokenizer(),
         text_encoder_2=T5EncoderModel(t5),
@@ -135,7 +111,7 @@ def make_pixart():
     flux = make_flux()
     return diffusers.PixArtSigmaPipeline(
         transformer=transformer,
-        vae=vae(),
+        vae=tiny_vae(),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
         text_encoder=flux.text_encoder_2,
         tokenizer=flux.tokenizer_2,
