@@ -29,12 +29,11 @@ OTHERS |= {one.name for owner in (AuditSettings, OneImageSettings, DemoSettings)
 KNOWN = {*SETTINGS, *ALIASES, *REFUSED, *OTHERS, "config", "help"}
 # Flags of other programs, and those that the text says are refused or do not exist yet.
 FOREIGN = {"plot", "work_dir", "num_processes", "images_per_caption", "steps", "num_images"}
-FOREIGN |= {"quick", "arms", "seeds", "cells", "points", "all_points"}  # of benchmarks/memorization
 # Flags of diffusers' scripts that the launcher runs.
 FOREIGN |= {"do_edm_style_training", "use_dora", "output_kohya_format"}
 FOREIGN |= {"denoiser", "train_text_encoder", "fused_backward_pass", "min_snr_gamma", "debiased_estimation_loss"}
 FOREIGN |= {"loss_type", "weighting_scheme", "cache_latents", "train_text_encoder_ti", "use_lpl"}
-FOREIGN |= {"datasets", "variants", "duplicates", "points", "results"}  # of benchmarks.memorization
+FOREIGN |= {"datasets", "variants", "duplicates", "seeds", "points", "results"}  # of benchmarks.memorization
 FOREIGN |= {"base_channels", "profile", "size", "upstream_script", "turns", "device", "shards", "clock"}
 FOREIGN |= {"demo", "most", "window", "check", "list", "diffusers_examples", "no-deps", "find-links", "no-index"}
 FOREIGN |= {"config_file", "network_train_unet_only", "config-path"}  # of kohya's scripts and OneTrainer
