@@ -323,6 +323,13 @@ class TrainConfig:
         None, "Validation", "folder of captioned images not trained on, to measure the loss on; `bundled`: the demo's"
     )
 
+    load_best_model_at_end: bool = setting(
+        False, "Validation", "keep the model of the round with the lowest held-out loss rather than the last"
+    )
+    early_stopping_patience: int = setting(
+        0, "Validation", "stop after this many rounds without a lower held-out loss; 0: train to the end", NOT_NEGATIVE
+    )
+
     output_dir: str = setting(
         None,
         "Output",
@@ -466,6 +473,11 @@ def _check_together(config: TrainConfig) -> None:
             "`--lr_scheduler piecewise_constant` and `--lr_step_rules` must be given together, got "
             f"{config.lr_scheduler} and {config.lr_step_rules}; give both, e.g. "
             "`--lr_step_rules 1:1000,0.1`, or neither"
+        )
+    if config.early_stopping_patience and not config.load_best_model_at_end:
+        raise ConfigError(
+            f"`--early_stopping_patience` {config.early_stopping_patience} must be given together with "
+            "`--load_best_model_at_end`, since the rounds after the best one are not worth keeping; add it"
         )
     _check_optimizer(config)
     if config.dream_training and config.prediction_type == "v_prediction":

@@ -1,6 +1,7 @@
 """Writing files whole or not at all, and words for sizes."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def flush(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replace a text file as ``replace_file`` does."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that is never written to again a second name, or copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
 
 
 def nearest_folder(folder: Path) -> Path:

@@ -93,6 +93,8 @@ def model_card(repository: str, config: TrainConfig, guard: GuardConfig, summary
         "learning rate": config.learning_rate,
         "resolution": config.resolution,
     }
+    if summary["kept_step"] != summary["global_step"]:
+        rows["kept model"] = f"that of step {summary['kept_step']}, by the lowest held-out loss of all rounds"
     if summary["heldout_loss"] is not None:
         rows["denoising loss, trained on / held out"] = f"{summary['train_loss']:.4f} / {summary['heldout_loss']:.4f}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

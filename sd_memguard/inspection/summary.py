@@ -192,7 +192,8 @@ def _gap_lines(run: RunFolder) -> list[str]:
     text = f"  gap      {gap:+.4f}: loss {last['train_loss']:.4f} on images trained on, "
     text += f"{last['heldout_loss']:.4f} on held-out ones"
     if lowest is not last:
-        text += f" (lowest after round {lowest['round']}: {lowest['heldout_loss']:.4f})"
+        kept = ", the model that is kept" if run.summary.get("kept_step") == lowest["global_step"] else ""
+        text += f" (lowest after round {lowest['round']}: {lowest['heldout_loss']:.4f}{kept})"
     return [text]
 
 

@@ -1,8 +1,6 @@
 """Where offloaded proxies wait: in RAM, or on disk as immutable safetensors files that checkpoints hard-link."""
 
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from sd_memguard.distributed import ProcessGroup
 from sd_memguard.errors import UserError
+from sd_memguard.files import link_or_copy
 
 logger = logging.getLogger(__name__)
 
@@ -130,12 +129,12 @@ class DiskStore:
 
     def write(self, key: str, path: Path) -> None:
         """Hard-link the entry, or copy it where the file system has no links."""
-        _link_or_copy(self._path(key), path)
+        link_or_copy(self._path(key), path)
 
     def adopt(self, key: str, path: Path) -> None:
         """Hard-link the file, or copy it where the file system has no links."""
         self._make_ready()
-        _link_or_copy(path, self._path(key))
+        link_or_copy(path, self._path(key))
 
 
 class SharedDiskStore(DiskStore):
@@ -209,10 +208,3 @@ class LazyTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Return the number of tensors."""
         return len(self._names)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)

@@ -15,7 +15,7 @@ from typing import Any
 
 from sd_memguard.errors import UserError
 from sd_memguard.files import TEMPORARY_PREFIX, flush
-from sd_memguard.runs.folder import FOLDER, PROXIES_FOLDER
+from sd_memguard.runs.folder import BEST, FOLDER, PROXIES_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ FREE_TO_CHANGE = {
         "validation_prompt",
         "num_validation_images",
         "validation_epochs",
+        "early_stopping_patience",
         "proxy_store",
         "local_rank",
         "export_formats",
@@ -104,8 +105,9 @@ def temporary_folder(output_dir: Path, global_step: int) -> Path:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a run that was killed has left: a checkpoint half written, and offloaded proxies on disk."""
-    shutil.rmtree(output_dir / FOLDER / PROXIES_FOLDER, ignore_errors=True)
+    """Remove what a run that was killed has left: a checkpoint half written, offloaded proxies, the best model."""
+    for name in (PROXIES_FOLDER, BEST):
+        shutil.rmtree(output_dir / FOLDER / name, ignore_errors=True)
     for folder in output_dir.glob(f"{TEMPORARY_PREFIX}{PREFIX}*"):
         shutil.rmtree(folder)
 

@@ -25,6 +25,8 @@ CONFIG, ROUNDS, SAMPLES, BANKS, SUMMARY = (
     "summary.json",
 )
 PROXIES_FOLDER = "proxies"
+BEST = "best"
+"""Folder of the best model so far, in a run and in its checkpoints."""
 ACTIONS = "actions"
 """What ``config.json`` calls the fields of each ``Action`` of the sample rule."""
 
@@ -99,7 +101,7 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Whether the pipeline was written, or the script that the launcher has run was at its end."""
         ended = bool(self.summary) if "script" in self.config else (self.path / "model_index.json").exists()
-        return len(self.rounds) >= self.num_rounds and ended
+        return ended and (len(self.rounds) >= self.num_rounds or bool(self.summary.get("stopped_early")))
 
 
 def read_run(path: Path) -> RunFolder:

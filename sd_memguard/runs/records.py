@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,16 +104,19 @@ class RunRecords:
         replace_text(self.folder / SUMMARY, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
-def run_summary(ensemble: Ensemble, table: SampleTable, images_per_second: float) -> dict[str, Any]:
+def run_summary(
+    ensemble: Ensemble, table: SampleTable, images_per_second: float, kept: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """Return what the closing lines, the model card and callers report.
 
     Args:
         ensemble: of the run.
         table: its samples.
         images_per_second: trained by all processes.
+        kept: the row of the round whose model is the result, None before the first has ended.
     """
-    progress, guard = ensemble.progress, ensemble.guard
-    ledger, last = guard.ledger, ensemble.rounds[-1] if ensemble.rounds else {}
+    progress, guard, kept = ensemble.progress, ensemble.guard, kept or {}
+    ledger = guard.ledger
     seen = max(int(ledger.seen.sum()), 1)
     return {
         "global_step": progress.global_step,
@@ -128,8 +131,9 @@ def run_summary(ensemble: Ensemble, table: SampleTable, images_per_second: float
         **{f"{column}_fraction": int(counts.sum()) / seen for column, counts in ledger.actions.items()},
         "moved_samples": int(ledger.moves.sum()),
         "augment_queue_left": sum(len(queue) for queue in guard.queues),
-        "train_loss": last.get("train_loss"),
-        "heldout_loss": last.get("heldout_loss"),
+        "kept_step": kept.get("global_step"),
+        "train_loss": kept.get("train_loss"),
+        "heldout_loss": kept.get("heldout_loss"),
         "memory_prone": memory_prone_samples(table, guard),
     }
 

@@ -27,6 +27,7 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
     seconds = time_step(plan, accelerator)
     at_once = plan.num_processes // batch_slices(plan.num_processes, schedule.num_shards)
     kinds = [schedule.kind(index) for index in range(schedule.num_rounds)]
+    disk = sizes.result + sizes.best + sizes.num_checkpoints * sizes.checkpoint
     rows = {
         "samples": f"{len(plan.samples.sample_ids):,} usable of {plan.samples.num_rows:,}",
         "duplicates": duplicates(plan),
@@ -42,8 +43,8 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
         "frozen networks": f"{gigabytes(sizes.others)} for VAE and text encoders (as they lie on the disk), on the "
         "device until their caches are filled",
         "offloaded proxies": f"{gigabytes(sizes.offloaded)} in the proxy store",
-        "disk": f"{gigabytes(sizes.result + sizes.num_checkpoints * sizes.checkpoint)} at most: the model and "
-        f"{sizes.num_checkpoints} checkpoint(s)",
+        "disk": f"{gigabytes(disk)} at most: the model and {sizes.num_checkpoints} checkpoint(s)"
+        + (", and the best model so far" if sizes.best else ""),
         "time": f"about {seconds * schedule.total_steps / at_once / 3600:.2f} h at {seconds:.2f} s per step "
         "(forward, backward and update; without VAE, text encoder and extra steps)",
     }

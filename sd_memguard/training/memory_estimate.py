@@ -43,6 +43,7 @@ class Footprint:
         checkpoint: one that shares no file with another: every proxy, and the aggregate.
         num_checkpoints: how many are kept.
         result: the finished pipeline, with the files of ``--export_formats``.
+        best: the best model so far and the next one, while it is written; 0 where none is kept.
         others: the parts of the pipeline besides the UNet, as they lie on the disk.
     """
 
@@ -53,6 +54,7 @@ class Footprint:
     checkpoint: int
     num_checkpoints: int
     result: int
+    best: int
     others: int
 
 
@@ -77,6 +79,7 @@ def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> F
         checkpoint=schedule.num_shards * proxy + BYTES * num_parameters,
         num_checkpoints=min(num_checkpoints, config.checkpoints_total_limit or num_checkpoints),
         result=copies * (model + others) + lora * BYTES * rank * per_rank,
+        best=2 * model if config.load_best_model_at_end else 0,
         others=others,
     )
 
@@ -133,16 +136,17 @@ def check_space(sizes: Footprint, config: TrainConfig) -> None:
     store = 0 if fits_in_ram(sizes.offloaded, config) else sizes.offloaded
     present = len(list_checkpoints(Path(config.output_dir))) if config.resume_from_checkpoint else 0
     num_new = max(min(sizes.num_checkpoints, 2) - min(present, 1), 0)
-    needed = sizes.result + store + num_new * sizes.checkpoint
+    lasting = sizes.result + store + sizes.best
+    needed = lasting + num_new * sizes.checkpoint
     if needed > free:
         raise SpaceError(
             f"the disk of `--output_dir` {config.output_dir} has {gigabytes(free)} free and {gigabytes(needed)} are "
-            f"needed: model {gigabytes(sizes.result)}, proxy store {gigabytes(store)}, checkpoints of "
+            f"needed: model {gigabytes(sizes.result + sizes.best)}, proxy store {gigabytes(store)}, checkpoints of "
             f"{gigabytes(sizes.checkpoint)}; free some, name a folder on another disk, use fewer `--num_shards`, or a "
             "larger `--checkpointing_steps`"
         )
     num_kept = max(sizes.num_checkpoints - present, 0)
-    if sizes.result + store + num_kept * sizes.checkpoint > free:
+    if lasting + num_kept * sizes.checkpoint > free:
         logger.warning(
             "%d checkpoints of up to %s will not fit in the %s that are free: set --checkpoints_total_limit",
             *(num_kept, gigabytes(sizes.checkpoint), gigabytes(free)),

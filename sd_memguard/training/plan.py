@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 
@@ -24,7 +25,7 @@ from sd_memguard.data.encoding_cache import refuse_inexact_cache
 from sd_memguard.data.image_check_cache import CheckCache
 from sd_memguard.data.samples import BadSample, Checked, SampleError, Samples, load_samples
 from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS
-from sd_memguard.defaults import resolve_settings
+from sd_memguard.defaults import MIN_ANCHORS, resolve_settings
 from sd_memguard.files import replace_text
 from sd_memguard.models.pipeline import find_pipeline, local_pipeline, recognize
 from sd_memguard.runs.checkpoint import foreign_checkpoints, refuse_changes
@@ -68,6 +69,11 @@ class Plan:
         """Samples in an epoch over all shards: samples, or groups of duplicates where each counts as one image."""
         balanced = self.config.guard.group_duplicates == "balance"
         return num_different(self.samples) if balanced else len(self.samples.sample_ids)
+
+    @property
+    def measures_heldout_loss(self) -> bool:
+        """Whether rounds end with the loss on images not trained on: those of a folder, else those held back."""
+        return self.heldout is not None or self.config.load_best_model_at_end
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -174,6 +180,8 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     pipeline = pipeline or find_pipeline(config)
     resolved, schedule = plan_rounds(config, samples, num_processes, recorded)
     refuse_schedule_free_shards(config, schedule.num_shards)
+    if config.load_best_model_at_end and heldout is None:
+        _check_held_back(resolved, samples)
     sizes = footprint(pipeline, config, schedule)
     if known is None:
         check_space(sizes, config)
@@ -190,11 +198,37 @@ def _recorded(config: TrainConfig) -> dict[str, Any]:
     return settings
 
 
+def held_back_ids(guard: GuardConfig, samples: Samples) -> torch.Tensor:
+    """Return the images that the sample rule holds back, one of each group of near-duplicates, (n,) int64."""
+    images = torch.from_numpy(np.unique(image_ids(samples)))
+    rule = rule_class(guard.sample_rule).from_config(guard, num_timesteps=1, device="cpu")
+    return images[rule.is_held_back(images)]
+
+
+def _check_held_back(guard: GuardConfig, samples: Samples) -> None:
+    """Refuse to look for the best model where no image is held out.
+
+    Raises:
+        ConfigError: fewer images are held back than tell one model from another.
+    """
+    number = len(held_back_ids(guard, samples))
+    if number < MIN_ANCHORS:
+        raise ConfigError(
+            "`--load_best_model_at_end` needs images that are not trained on: a folder of them as "
+            f"`--validation_data_dir`, or at least {MIN_ANCHORS} that the sample rule holds back, got {number} "
+            f"(rule `{guard.sample_rule}`); give the folder, or `--sample_rule anchored` with a larger "
+            "`--anchor_fraction`"
+        )
+
+
 def num_different(samples: Samples) -> int:
     """Return the number of different images: of groups of duplicates where these were looked for, else of samples."""
-    if samples.groups is None:
-        return len(samples.sample_ids)
-    return len(np.unique(samples.groups[samples.sample_ids]))
+    return len(np.unique(image_ids(samples)))
+
+
+def image_ids(samples: Samples) -> npt.NDArray[np.int64]:
+    """Return the image that each usable sample shows: the first of its near-duplicates, where these were looked for."""
+    return samples.sample_ids if samples.groups is None else samples.groups[samples.sample_ids]
 
 
 def plan_rounds(
@@ -379,8 +413,10 @@ def finished_summary(plan: Plan) -> dict[str, Any] | None:
     if plan.config.resume_from_checkpoint != "latest" or not written:
         return None
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    if summary["global_step"] < plan.schedule.total_steps:
-        return None
     record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    patience = plan.config.early_stopping_patience
+    is_over = summary["stopped_early"] and patience == record["early_stopping_patience"]
+    if summary["global_step"] < plan.schedule.total_steps and not is_over:
+        return None
     refuse_changes(record, {**plan.config.to_dict(), **plan.resolved}, plan.output_dir)
     return summary

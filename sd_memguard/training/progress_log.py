@@ -204,7 +204,8 @@ def summary_text(summary: dict[str, Any], actions: Sequence[Action], output_dir:
         actions: of the sample rule.
         output_dir: the run folder.
     """
-    steps = [f"done: {summary['global_step']} steps", f"{summary['images_per_second']:.1f} images per second"]
+    ended = "stopped early" if summary["stopped_early"] else "done"
+    steps = [f"{ended}: {summary['global_step']} steps", f"{summary['images_per_second']:.1f} images per second"]
     counts = [f"samples: {shares_text(actions, summary)}"] if actions else []
     counts += [f"steps without a clean sample {summary['empty_steps']}", f"samples moved {summary['moved_samples']}"]
     if AUGMENT in actions:
@@ -217,6 +218,8 @@ def summary_text(summary: dict[str, Any], actions: Sequence[Action], output_dir:
         lines.append(
             f"denoising loss: images trained on {summary['train_loss']:.4f}, held out {summary['heldout_loss']:.4f}"
         )
+    if summary["kept_step"] not in (None, summary["global_step"]):
+        lines.append(f"kept: the model of step {summary['kept_step']}, whose held-out loss is the lowest of all rounds")
     if summary["memory_prone"]:
         columns = " or ".join(action.column for action in actions if action.memory_prone)
         lines.append(f"most memory-prone samples (share {columns} of the times seen):")

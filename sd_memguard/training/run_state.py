@@ -24,6 +24,7 @@ from sd_memguard.runs.checkpoint import (
 )
 from sd_memguard.runs.folder import FOLDER, PROXIES_FOLDER
 from sd_memguard.runs.trained_run import UNET
+from sd_memguard.training.best import BestModel
 from sd_memguard.training.failures import check_finite
 from sd_memguard.training.plan import Plan
 from sd_memguard.training.ranks import Ranks
@@ -40,6 +41,7 @@ class RunState:
         unet: the active UNet.
         ensemble: of the run.
         ranks: who trains what. All processes call each method that writes or averages.
+        best: where the best model so far is kept, which checkpoints take with them.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class RunState:
         unet: UNet2DConditionModel,
         ensemble: Ensemble,
         ranks: Ranks,
+        best: BestModel,
     ) -> None:
         self.plan, self.config, self.scalers, self.unet = plan, plan.config, scalers, unet
         self.ensemble, self.proxies, self.guard, self.ranks = ensemble, ensemble.proxies, ensemble.guard, ranks
+        self.best = best
         self.run_id = uuid.uuid4().hex  # under which trackers know the run
         self.last_saved_step = 0  # of the checkpoint written or gone on from last
 
@@ -100,6 +104,7 @@ class RunState:
                 "scalers": scalers,
             }
             save_state(state, private, "state")
+            self.best.save_to(folder)
         self._wait_for_parts()
 
     def _gathered_scalers(self) -> list[dict[str, Any]]:
@@ -134,6 +139,8 @@ class RunState:
         self.ensemble.load_state_dict(state["ensemble"])
         self.ensemble.load_proxies(folder / FOLDER / PROXIES_FOLDER, state["proxies"])
         self.scalers.load(state["scalers"], self.proxies.active)
+        if self.ranks.is_main:
+            self.best.restore_from(folder)
         self.run_id, self.last_saved_step = state["run_id"], self.ensemble.progress.global_step
         logger.info("going on from %s", folder)
         before, now = state["config"]["max_train_steps"], self.config.max_train_steps

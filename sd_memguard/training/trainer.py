@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from signal import Signals
@@ -36,6 +37,7 @@ from sd_memguard.runs.lock import run_lock
 from sd_memguard.runs.records import RunRecords, run_summary
 from sd_memguard.runs.trained_run import TrainedRun
 from sd_memguard.sample_guard import AugmentBatch, SampleGuard
+from sd_memguard.training.best import BestModel, best_round, is_patience_over
 from sd_memguard.training.build import (
     base_learning_rate,
     forward_dtype,
@@ -214,7 +216,8 @@ class Trainer:
         self.ensemble = Ensemble(self.guard, self.proxies, self.schedule)
         self.records = RunRecords(plan.output_dir, writes=self.ranks.is_main)
         self.scalers = ProxyScalers(accelerator.scaler, self.schedule.num_shards, self.proxies.active)
-        self.state = RunState(plan, self.scalers, self.unet, self.ensemble, self.ranks)
+        self.best = BestModel(plan.output_dir)
+        self.state = RunState(plan, self.scalers, self.unet, self.ensemble, self.ranks, self.best)
         self.log = RunLog(accelerator, plan, self.state)
 
     @property
@@ -232,12 +235,17 @@ class Trainer:
         silence_non_main(self.ranks.exchange, logging.WARNING)
         self.ranks.stop = stop
         self.rank_sync = RankSync(self.ranks, self.guard, progress, self.config.checkpointing_steps)
-        while progress.round_index < self.schedule.num_rounds:
+        while not (self.ensemble.is_finished or self.stops_early):
             for shard_index in self.ranks.shards:
                 self.train_shard(shard_index, stop)
             while self.ranks.by_shard and self._synchronize(Reason.ROUND_END, stop) is not Reason.ROUND_END:
                 pass  # a checkpoint for one that is not there yet
             self.end_round()
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether more rounds than ``--early_stopping_patience`` allows have not lowered the held-out loss."""
+        return is_patience_over(self.ensemble.rounds, self.config.early_stopping_patience)
 
     def train_shard(self, shard_index: int, stop: StopRequest) -> None:
         """Train one proxy on its shard for what is left of its steps in this round."""
@@ -389,6 +397,10 @@ class Trainer:
         self.records.write_rounds(self.ensemble.rounds)
         self.records.write_samples(self.plan.sample_table, self.guard)
         self.records.write_curves(self.guard.rules)
+        if self.config.load_best_model_at_end and row is best_round(self.ensemble.rounds):
+            with self.state.aggregate() as unet:
+                if unet is not None:
+                    self.best.save(unet)
         if self.ranks.is_main:
             self.log.round(row)
         self.rank_sync.begin_round()
@@ -440,7 +452,7 @@ class Trainer:
         """Write the pipeline, generate, upload, and say how it went."""
         config, output_dir, progress = self.config, self.plan.output_dir, self.progress
         self._checkpoint_before_export()
-        with self.state.aggregate() as unet:
+        with self._result() as unet:
             if unet is not None:
                 check_finite(unet)
                 write_pipeline(
@@ -458,11 +470,28 @@ class Trainer:
         summary = {**self._summary(), **exports.summary()}
         self.records.write_summary(summary)
         shutil.rmtree(self.records.folder / PROXIES_FOLDER, ignore_errors=True)  # the offloaded ones, if on disk
+        self.best.remove()
         self.log.end(summary_text(summary, self.guard.actions, output_dir))
         if config.push_to_hub:
             push_to_hub(output_dir, config, self.plan.guard, summary)
         exports.raise_failures()
         return TrainResult(output_dir, progress.global_step, summary)
+
+    @property
+    def _kept(self) -> dict[str, Any] | None:
+        """The round whose model is the result: the best one if asked for, else the last."""
+        rounds = self.ensemble.rounds
+        best = best_round(rounds) if self.config.load_best_model_at_end else None
+        return best or (rounds[-1] if rounds else None)
+
+    @contextmanager
+    def _result(self) -> Iterator[UNet2DConditionModel | None]:
+        """Give the UNet to export, to the main process alone."""
+        if self._kept is self.ensemble.rounds[-1]:
+            with self.state.aggregate() as unet:
+                yield unet
+        else:
+            yield self.best.load() if self.ranks.is_main else None
 
     def _checkpoint_before_export(self) -> None:
         """Save the last steps, which a full disk would cost now; a run too short for any checkpoint does without."""
@@ -472,4 +501,5 @@ class Trainer:
 
     def _summary(self) -> dict[str, Any]:
         speed = self.log.images_per_second(self.progress)
-        return run_summary(self.ensemble, self.plan.sample_table, speed)
+        summary = run_summary(self.ensemble, self.plan.sample_table, speed, self._kept)
+        return {**summary, "stopped_early": not self.ensemble.is_finished}

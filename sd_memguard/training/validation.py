@@ -15,7 +15,7 @@ from sd_memguard.data.batches import BatchSource, Encoders
 from sd_memguard.models.kinds import Condition
 from sd_memguard.models.pipeline import kind_of, load_vae
 from sd_memguard.training.loss import DenoisingLoss
-from sd_memguard.training.plan import Plan
+from sd_memguard.training.plan import Plan, held_back_ids, image_ids
 from sd_memguard.training.progress_log import RunLog
 from sd_memguard.training.ranks import Ranks
 from sd_memguard.training.run_state import RunState
@@ -42,10 +42,13 @@ class LossProbe:
         seed: seed of the run.
         num_timesteps: number of timesteps of the schedule.
         batch_size: images per forward.
+        sample_ids: (n,) int64, the images to choose from; by default all that the source has.
     """
 
-    def __init__(self, source: BatchSource, seed: int, num_timesteps: int, batch_size: int) -> None:
-        ids = torch.from_numpy(source.samples.sample_ids)
+    def __init__(
+        self, source: BatchSource, seed: int, num_timesteps: int, batch_size: int, sample_ids: Tensor | None = None
+    ) -> None:
+        ids = torch.from_numpy(source.samples.sample_ids) if sample_ids is None else sample_ids
         chosen = ids[permutation(seed, "probe", length=len(ids))[:MAX_IMAGES]].sort().values
         self.batches = [(chunk.tolist(), source.fixed(chunk.tolist())) for chunk in chosen.split(batch_size)]
         self.seed, self.num_timesteps = seed, num_timesteps
@@ -126,12 +129,19 @@ class RoundValidator:
     ) -> None:
         self.plan, self.config = plan, plan.config
         self.probes: dict[str, LossProbe] = {}
-        if plan.heldout is not None and is_main:
-            heldout = BatchSource(plan.heldout, encoders, self.config, plan.seed, cache=False)
-            self.probes = {
-                name: LossProbe(source, plan.seed, num_timesteps, self.config.train_batch_size)
-                for name, source in (("train_loss", source), ("heldout_loss", heldout))
-            }
+        if not (is_main and plan.measures_heldout_loss):
+            return
+        held_back = held_back_ids(plan.guard, plan.samples)
+        is_trained = ~torch.isin(torch.from_numpy(image_ids(plan.samples)), held_back)
+        trained = torch.from_numpy(plan.samples.sample_ids)[is_trained]
+        heldout = (source, held_back)
+        if plan.heldout is not None:
+            folder = BatchSource(plan.heldout, encoders, self.config, plan.seed, cache=False)
+            heldout = (folder, torch.from_numpy(plan.heldout.sample_ids))
+        self.probes = {
+            name: LossProbe(images, plan.seed, num_timesteps, self.config.train_batch_size, chosen)
+            for name, (images, chosen) in {"train_loss": (source, trained), "heldout_loss": heldout}.items()
+        }
 
     @property
     def prompts(self) -> list[str]:
@@ -146,15 +156,16 @@ class RoundValidator:
         All processes call it: they share the proxies, or the store where these rest.
         """
         generates = self._generation_is_due(state)
-        if self.plan.heldout is None and not generates:
+        if not (generates or self.plan.measures_heldout_loss):
             return {}
         # Not compiled: these few forwards are not worth another compilation.
         with state.ensemble.averaged(), torch.compiler.set_stance("force_eager"):
-            if not ranks.is_main:
-                return {}
-            if generates:
+            if generates and ranks.is_main:
                 self._generate(state, log)
-            return {name: probe.measure(state.unet, loss) for name, probe in self.probes.items()}
+            measured = {name: probe.measure(state.unet, loss) for name, probe in self.probes.items()}
+        # All of them know whether this is the best round, and when to stop.
+        losses: dict[str, MeanLoss] = ranks.exchange.broadcast_object(measured, "held-out loss")
+        return losses
 
     def _generation_is_due(self, state: RunState) -> bool:
         """Say whether a multiple of ``--validation_epochs`` epochs was completed, or the first or last round ends."""

@@ -35,17 +35,17 @@ def rule():
 
 def test_the_share_of_anchors_is_as_set_and_theirs_is_no_gradient(rule):
     ids = torch.arange(NUM_SAMPLES)
-    assert rule.is_anchor(ids).float().mean() == pytest.approx(0.05, abs=0.002)
+    assert rule.is_held_back(ids).float().mean() == pytest.approx(0.05, abs=0.002)
     losses, timesteps, _ = batch(NUM_SAMPLES)
     decision = rule.decide(losses * 0.01, timesteps, ids)
     held_back = decision.actions == rule.actions.index(HOLD_BACK) + 1
-    assert torch.equal(held_back, rule.is_anchor(ids))
+    assert torch.equal(held_back, rule.is_held_back(ids))
     assert (decision.weights[held_back] == 0).all()
 
 
 def test_about_the_quantile_is_skipped_where_nothing_is_memorized(rule):
     losses, timesteps, ids = batch(20_000)
-    trained = ~rule.is_anchor(ids)
+    trained = ~rule.is_held_back(ids)
     skipped = rule.decide(losses, timesteps, ids).actions == rule.actions.index(SKIP) + 1
     assert skipped[trained].float().mean() == pytest.approx(0.05, abs=0.02)
 
@@ -54,20 +54,20 @@ def test_memorized_samples_are_skipped_even_if_all_are_equally_memorized(rule):
     """The ratio to the mean of the training losses would be 1 for all of them."""
     losses, timesteps, ids = batch(5000)
     skipped = rule.decide(losses * 0.6, timesteps, ids).actions == rule.actions.index(SKIP) + 1
-    assert skipped[~rule.is_anchor(ids)].float().mean() > 0.95
+    assert skipped[~rule.is_held_back(ids)].float().mean() > 0.95
 
 
 def test_other_samples_leave_no_trace(rule):
     before = {name: tensor.clone() for name, tensor in rule.tensors().items()}
     losses, timesteps, ids = batch()
-    others = ~rule.is_anchor(ids)
+    others = ~rule.is_held_back(ids)
     rule.update(losses[others] * 0.1, timesteps[others], ids[others])
     assert all(torch.equal(tensor, before[name]) for name, tensor in rule.tensors().items())
 
 
 def test_nothing_is_skipped_before_enough_anchors_were_seen():
     rule = AnchoredControl(1000)
-    anchors = torch.arange(NUM_SAMPLES)[rule.is_anchor(torch.arange(NUM_SAMPLES))]
+    anchors = torch.arange(NUM_SAMPLES)[rule.is_held_back(torch.arange(NUM_SAMPLES))]
     for _ in range(MIN_RATIOS - 1):  # one of each band
         rule.update(torch.ones(5), torch.tensor([100, 300, 500, 700, 900]), anchors[:5])
     losses, timesteps, ids = batch()
@@ -77,13 +77,13 @@ def test_nothing_is_skipped_before_enough_anchors_were_seen():
 def test_old_ratios_are_forgotten(rule):
     """The quantile is that of the last ratios: a mean that trails a falling loss is trailed by the anchors, too."""
     ids = torch.arange(NUM_SAMPLES)
-    anchors = ids[rule.is_anchor(ids)]
+    anchors = ids[rule.is_held_back(ids)]
     for _ in range(2 * NUM_RATIOS // len(anchors) + 1):
         losses, timesteps, _ = batch(len(anchors))
         rule.update(losses * 0.5, timesteps, anchors)
     losses, timesteps, ids = batch(5000)
     skipped = rule.decide(losses * 0.5, timesteps, ids).actions == rule.actions.index(SKIP) + 1
-    assert skipped[~rule.is_anchor(ids)].float().mean() < 0.25
+    assert skipped[~rule.is_held_back(ids)].float().mean() < 0.25
 
 
 def test_saved_state_gives_the_same_decisions_and_other_settings_are_refused(rule):

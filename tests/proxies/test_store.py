@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sd_memguard.proxies import store as store_module
 from sd_memguard.proxies.store import DiskStore, LazyTensors, RamStore, StoreError
 
 TENSORS = {
@@ -81,7 +80,7 @@ def test_disk_entries_are_copied_where_there_are_no_links(tmp_path, monkeypatch)
     def refuse(source, target):
         raise OSError("no links here")
 
-    monkeypatch.setattr(store_module.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     store = DiskStore(tmp_path / "store")
     store.put("a", TENSORS)
     store.write("a", tmp_path / "out.safetensors")

@@ -65,10 +65,10 @@ class AnchoredControl(SampleRule):
         """Return the rule of a ``GuardConfig``."""
         return cls(num_timesteps, config.anchor_fraction, config.skip_quantile, config.bank_decay, device)
 
-    def is_anchor(self, sample_ids: Tensor) -> Tensor:
+    def is_held_back(self, sample_ids: Tensor) -> Tensor:
         """Return which samples are held back, (B,) bool on the CPU; the same ones in every run and every shard.
 
-        >>> int(AnchoredControl(1000).is_anchor(torch.arange(1000)).sum())
+        >>> int(AnchoredControl(1000).is_held_back(torch.arange(1000)).sum())
         50
         """
         return sample_ids * HASH % HASH_RANGE < self.fraction * HASH_RANGE
@@ -112,7 +112,7 @@ class AnchoredControl(SampleRule):
             raise ValueError(
                 "the sample rule `anchored` needs sample ids; give `num_samples`, or set `sample_rule='agc'`"
             )
-        return self.is_anchor(sample_ids)
+        return self.is_held_back(sample_ids)
 
     def _band(self, timesteps: Tensor) -> Tensor:
         return timesteps * NUM_BANDS // self.bank.num_timesteps

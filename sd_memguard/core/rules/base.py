@@ -80,6 +80,16 @@ class SampleRule(ABC):
     def from_config(cls, config: Any, *, num_timesteps: int, device: torch.device | str) -> "SampleRule":
         """Return a new rule with the settings of a ``GuardConfig``."""
 
+    def is_held_back(self, sample_ids: Tensor) -> Tensor:
+        """Return which samples never contribute a gradient, (B,) bool on the CPU: by default none.
+
+        They show what the loss is on images that are not trained on.
+
+        Args:
+            sample_ids: (B,) int64, as those of ``decide``.
+        """
+        return torch.zeros_like(sample_ids, dtype=torch.bool)
+
     @abstractmethod
     def decide(self, losses: Tensor, timesteps: Tensor, sample_ids: Tensor | None) -> Decision:
         """Return the decision on a batch, changing nothing.
