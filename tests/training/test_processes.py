@@ -100,7 +100,7 @@ def stopped_run(config: TrainConfig, step: int) -> None:
 @pytest.fixture(scope="module")
 def one(configure, wide_images):
     """Return the folders of the runs in one process, by name."""
-    heldout = {"validation_data_dir": str(wide_images), "center_crop": True}
+    heldout = {"validation_data_dir": str(wide_images), "center_crop": True, "load_best_model_at_end": True}
     arms = {"shards": {**SHARDS, **heldout}, "ema": EMA, "lora": LORA, "batch": {**BATCH, **heldout}}
     return {name: train(configure(f"one-{name}", **settings)).output_dir for name, settings in arms.items()}
 
@@ -108,7 +108,7 @@ def one(configure, wide_images):
 @pytest.fixture(scope="module")
 def two(configure, home, wide_images, one):
     """Return the folders of the runs in two processes, by name."""
-    heldout = {"validation_data_dir": str(wide_images), "center_crop": True}
+    heldout = {"validation_data_dir": str(wide_images), "center_crop": True, "load_best_model_at_end": True}
     shards = {**SHARDS, **heldout}
     stopped_run(configure("one-then-two", **shards), 17)
     half = {"train_batch_size": 2}  # in each of two processes
@@ -202,8 +202,8 @@ def test_nothing_is_sent_within_a_round(two):
     assert (first["steps"], second["steps"]) == (11, 11)
     assert "batch" not in first["sent"]
     num_weights = sum(tensor.numel() for tensor in load_file(two["shards"] / UNET).values())
-    round_ends, looks, checkpoints, last = 2, 2, 3, 1
-    expected = 8 * num_weights * (round_ends + looks + checkpoints + last)
+    round_ends, looks, best_models, checkpoints, last = 2, 2, 2, 3, 1
+    expected = 8 * num_weights * (round_ends + looks + best_models + checkpoints + last)
     assert first["sent"]["mean of weights"] == second["sent"]["mean of weights"] == expected
     others = sum(first["sent"].values()) - expected
     assert others < 100_000
@@ -236,7 +236,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_to_the_same_byte
 
 def test_another_number_of_processes_goes_on(one, two, configure, wide_images):
     assert_same_run(one["shards"], two["one-then-two"])
-    heldout = {"validation_data_dir": str(wide_images), "center_crop": True}
+    heldout = {"validation_data_dir": str(wide_images), "center_crop": True, "load_best_model_at_end": True}
     resumed = train(configure("two-then-one", **SHARDS, **heldout, resume_from_checkpoint="latest"))
     assert_same_run(one["shards"], resumed.output_dir)
 
