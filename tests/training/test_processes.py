@@ -56,6 +56,11 @@ def configure(pipeline, images, home):
     return lambda name, **settings: short_run(pipeline, images, home / name, **settings)
 
 
+def heldout_settings(folder: Path) -> dict:
+    """Return the settings of a run that measures held-out images and keeps the best model."""
+    return {"validation_data_dir": str(folder), "center_crop": True, "load_best_model_at_end": True}
+
+
 def job(config: TrainConfig, **happens) -> dict:
     """Return a job for the worker."""
     happens = {"name": Path(config.output_dir).name, **happens}
@@ -100,7 +105,7 @@ def stopped_run(config: TrainConfig, step: int) -> None:
 @pytest.fixture(scope="module")
 def one(configure, wide_images):
     """Return the folders of the runs in one process, by name."""
-    heldout = {"validation_data_dir": str(wide_images), "center_crop": True, "load_best_model_at_end": True}
+    heldout = heldout_settings(wide_images)
     arms = {"shards": {**SHARDS, **heldout}, "ema": EMA, "lora": LORA, "batch": {**BATCH, **heldout}}
     return {name: train(configure(f"one-{name}", **settings)).output_dir for name, settings in arms.items()}
 
@@ -108,7 +113,7 @@ def one(configure, wide_images):
 @pytest.fixture(scope="module")
 def two(configure, home, wide_images, one):
     """Return the folders of the runs in two processes, by name."""
-    heldout = {"validation_data_dir": str(wide_images), "center_crop": True, "load_best_model_at_end": True}
+    heldout = heldout_settings(wide_images)
     shards = {**SHARDS, **heldout}
     stopped_run(configure("one-then-two", **shards), 17)
     half = {"train_batch_size": 2}  # in each of two processes
@@ -236,7 +241,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_to_the_same_byte
 
 def test_another_number_of_processes_goes_on(one, two, configure, wide_images):
     assert_same_run(one["shards"], two["one-then-two"])
-    heldout = {"validation_data_dir": str(wide_images), "center_crop": True, "load_best_model_at_end": True}
+    heldout = heldout_settings(wide_images)
     resumed = train(configure("two-then-one", **SHARDS, **heldout, resume_from_checkpoint="latest"))
     assert_same_run(one["shards"], resumed.output_dir)
 
@@ -260,8 +265,7 @@ def test_a_batch_in_slices_stops_together_and_goes_on_to_the_same_bytes(two):
 
 
 def test_a_batch_in_slices_goes_on_in_one_process_of_as_many_samples(one, two, configure, wide_images):
-    settings = {**BATCH, "validation_data_dir": str(wide_images), "center_crop": True}
-    settings["resume_from_checkpoint"] = "latest"
+    settings = {**BATCH, **heldout_settings(wide_images), "resume_from_checkpoint": "latest"}
     with pytest.raises(CheckpointError, match="train_batch_size"):
         train(configure("batch-then-one", **settings, train_batch_size=2))
     resumed = train(configure("batch-then-one", **settings))
