@@ -323,6 +323,20 @@ class TrainConfig:
         None, "Validation", "folder of captioned images not trained on, to measure the loss on; `bundled`: the demo's"
     )
 
+    with_prior_preservation: bool = setting(
+        False, "Prior preservation", "train as many images of the class in general beside every batch (DreamBooth)"
+    )
+    class_data_dir: str | None = setting(
+        None, "Prior preservation", "folder of these images; those that are missing are generated into it"
+    )
+    class_prompt: str | None = setting(
+        None, "Prior preservation", "caption of all of them; without it each has its own, as in train_data_dir"
+    )
+    num_class_images: int = setting(100, "Prior preservation", "how many there must be at least", POSITIVE_COUNT)
+    prior_loss_weight: float = setting(
+        1.0, "Prior preservation", "weight of their loss beside that of the batch", GREATER_THAN_ZERO
+    )
+
     load_best_model_at_end: bool = setting(
         False, "Validation", "keep the model of the round with the lowest held-out loss rather than the last"
     )
@@ -478,6 +492,11 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             f"`--early_stopping_patience` {config.early_stopping_patience} must be given together with "
             "`--load_best_model_at_end`, since the rounds after the best one are not worth keeping; add it"
+        )
+    if config.with_prior_preservation != (config.class_data_dir is not None):
+        raise ConfigError(
+            "`--with_prior_preservation` and `--class_data_dir` must be given together, got "
+            f"{config.with_prior_preservation} and {config.class_data_dir}; give both or neither"
         )
     _check_optimizer(config)
     if config.dream_training and config.prediction_type == "v_prediction":

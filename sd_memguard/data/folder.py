@@ -87,13 +87,20 @@ class FolderImages:
             raise ImageError(f"cannot be read: {error.strerror}") from error
 
 
-def read_folder(folder: str, *, image_column: str, caption_column: str, needs_captions: bool = True) -> Source:
+def read_folder(
+    folder: str,
+    *,
+    image_column: str,
+    caption_column: str,
+    needs_captions: bool = True,
+    setting: str = "--train_data_dir",
+) -> Source:
     """Return the rows of a folder: those of its metadata files, else its images with their `.txt` captions.
 
     Metadata files may lie in sub-folders; image files are relative to them. Several are read in the order of their
     paths. Without metadata the rows are the images in the order of their paths; each line of a `.txt` file that is
     not blank is one caption of the image with the same name. Without ``needs_captions`` a folder of bare images is read
-    as well, and each lacks its caption.
+    as well, and each lacks its caption. Errors name the ``setting`` that gave the folder.
 
     Raises:
         SampleError: no such folder, no images, no captions at all, an unknown column or an unreadable metadata file.
@@ -101,25 +108,28 @@ def read_folder(folder: str, *, image_column: str, caption_column: str, needs_ca
     root = Path(folder)
     if not root.is_dir():
         fault = "is a file, not a folder" if root.exists() else "does not exist"
-        raise SampleError(f"`--train_data_dir` {folder} {fault}; give the folder that holds the images")
-    listing, inside = _list_files(root), DataFolder(root)
+        raise SampleError(f"`{setting}` {folder} {fault}; give the folder that holds the images")
+    try:
+        listing, inside = _list_files(root), DataFolder(root)
+    except OSError as error:
+        raise SampleError(f"`{setting}`: {error.filename} cannot be read: {error.strerror}") from error
     if listing.metadata:
         for file in listing.metadata:
             if fault := inside.fault(file):
-                raise SampleError(f"`--train_data_dir` {folder}: {file} {fault}")
+                raise SampleError(f"`{setting}` {folder}: {file} {fault}")
         rows = _metadata_rows(root, listing, image_column, caption_column)
     elif not listing.images:
-        raise SampleError(f"`--train_data_dir` {folder} holds no images (.png, .jpg, ...){_hint(listing, root)}")
+        raise SampleError(f"`{setting}` {folder} holds no images (.png, .jpg, ...){_hint(listing, root)}")
     elif needs_captions and listing.texts.keys().isdisjoint(_stem(file) for file in listing.images):
         raise SampleError(
-            f"`--train_data_dir` {folder} holds {len(listing.images)} images, but no captions: add {_METADATA_RULE}"
+            f"`{setting}` {folder} holds {len(listing.images)} images, but no captions: add {_METADATA_RULE}"
             f" or a `.txt` file of the same name beside each image{_hint(listing, root)}"
         )
     else:
         rows = _text_rows(inside, listing)
     collected = collect_rows(rows)
     if len(collected.files) == 0:
-        raise SampleError(f"`--train_data_dir` {folder}: {', '.join(listing.metadata)} holds no rows")
+        raise SampleError(f"`{setting}` {folder}: {', '.join(listing.metadata)} holds no rows")
     if listing.metadata:
         _warn_of_unlisted(listing, set(collected.files.to_pylist()))
     return Source(folder, collected, FolderImages(root, collected.files))
@@ -128,7 +138,7 @@ def read_folder(folder: str, *, image_column: str, caption_column: str, needs_ca
 def _list_files(root: Path) -> _Listing:
     listing = _Listing([], {}, [], [])
     linked = []
-    for parent, folders, names in os.walk(root, onerror=_refuse_unreadable):
+    for parent, folders, names in os.walk(root, onerror=_raise):
         prefix = PurePath(os.path.relpath(parent, root)).as_posix().removeprefix(".")
         folders[:] = [name for name in folders if not name.startswith(".")]
         linked += [posixpath.join(prefix, name) for name in folders if os.path.islink(os.path.join(parent, name))]
@@ -151,8 +161,13 @@ def _list_files(root: Path) -> _Listing:
     return listing
 
 
-def _refuse_unreadable(error: OSError) -> None:
-    raise SampleError(f"`--train_data_dir`: {error.filename} cannot be read: {error.strerror}") from error
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def count_images(folder: Path) -> int:
+    """Return the number of image files below a folder."""
+    return len(_list_files(folder).images)
 
 
 def _stem(file: str) -> str:

@@ -29,6 +29,11 @@ class Rows(NamedTuple):
     row_faults: dict[int, str]  # rows that name no file
     caption_faults: dict[int, str]
 
+    def under(self, caption: str) -> "Rows":
+        """Return the same images, all under one caption."""
+        captions = pa.array([[caption]] * len(self.files), self.captions.type)
+        return self._replace(captions=captions, caption_faults={})
+
 
 class Source(NamedTuple):
     """A dataset before any image is opened."""

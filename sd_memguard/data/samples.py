@@ -148,6 +148,8 @@ def load_samples(
     progress: bool = True,
     checked: Checked | None = None,
     cache: CheckCache | None = None,
+    setting: str = "--train_data_dir",
+    caption: str | None = None,
 ) -> Samples:
     """Return the captioned images of a folder or dataset, with every row in use read and every image decoded.
 
@@ -170,6 +172,8 @@ def load_samples(
         progress: show a progress bar.
         checked: what a check of the same rows has found; no image is opened then.
         cache: what earlier checks have found about the same files, which are not decoded again.
+        setting: the one that gave the folder, for errors.
+        caption: of every image of the folder, whatever else is there; by default each has its own.
 
     Raises:
         SampleError: the data cannot be found or understood, or samples are bad; names all that is wrong with them.
@@ -186,7 +190,15 @@ def load_samples(
             caption_column=caption_column,
         )
     elif train_data_dir:
-        source = read_folder(train_data_dir, image_column=image_column, caption_column=caption_column)
+        source = read_folder(
+            train_data_dir,
+            image_column=image_column,
+            caption_column=caption_column,
+            needs_captions=caption is None,
+            setting=setting,
+        )
+        if caption is not None:
+            source = source._replace(rows=source.rows.under(caption))
     else:
         raise SampleError("there are no data to train on: give `--train_data_dir FOLDER` or `--dataset_name NAME`")
     num_rows = len(source.rows.files)

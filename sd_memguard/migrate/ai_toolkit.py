@@ -20,7 +20,6 @@ OF_DATASETS = {
     "trigger_word": "write it into the captions",
     "mask_path": "losses are not masked",
     "flip_y": "images are flipped left to right alone",
-    "is_reg": "there are no class images: DreamBooth scripts run under the launcher",
     "default_caption": "give each image a caption",
     "controls": "losses and conditions are the plain ones",
 }
@@ -117,6 +116,9 @@ def _datasets(told: Translation, datasets: list[dict[str, Any]]) -> None:
     folders, sides = [], set()
     for dataset in datasets:
         place = str(dataset.pop("folder_path", None) or dataset.pop("dataset_path", ""))
+        if dataset.get("is_reg"):
+            told.class_images(place)
+            continue
         folders.append(place)
         told.caption_extension(dataset.get("caption_ext", "txt"))
         resolution = dataset.get("resolution", 512)

@@ -38,8 +38,6 @@ OF_TRAINING = {
     "debiased_estimation_loss": "use `--snr_gamma`",
     "loss_type": "the loss is the squared error",
     "zero_terminal_snr": "the scheduler is the base model's",
-    "prior_loss_weight": "there are no class images",
-    "reg_data_dir": "there are no class images: DreamBooth scripts run under the launcher",
     "weighted_captions": "captions have no weights",
     "lr_scheduler_num_cycles": "one cycle",
     "lr_scheduler_power": "power 1",
@@ -137,6 +135,11 @@ def _training(told: Translation) -> None:
     told.settings["max_grad_norm"] = float(clip) or float("inf")
     if told.pop("v_parameterization"):
         told.settings["prediction_type"] = "v_prediction"
+    if reg := told.pop("reg_data_dir"):
+        told.class_images(reg)
+    weight = told.pop("prior_loss_weight")
+    if weight is not None and "class_data_dir" in told.settings:
+        told.settings["prior_loss_weight"] = float(weight)
     told.refuse(OF_TRAINING)
     told.drop(OF_RUNS)
 
@@ -177,7 +180,7 @@ def _datasets(told: Translation, content: Mapping[str, Any]) -> None:
             own = common | subset
             place = own.pop("image_dir", None)
             if own.pop("is_reg", False):
-                told.note(f"class images in {place}", "there are none here: DreamBooth scripts run under the launcher")
+                told.class_images(str(place))
                 continue
             if (metadata := own.pop("metadata_file", None)) is not None:
                 told.note(f"captions in {metadata}", "write `metadata.jsonl` beside the images (`file_name`, `text`)")

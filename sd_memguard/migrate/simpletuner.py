@@ -101,6 +101,9 @@ def _backends(told: Translation, backends: Sequence[Any]) -> None:
         if kind != "image" or backend.get("disabled"):
             continue
         name = backend.get("id", "?")
+        if backend.get("is_regularisation_data"):
+            told.class_images(str(backend.get("instance_data_dir", "")))
+            continue
         if backend.get("type", "local") == "huggingface":
             told.settings["dataset_name"] = str(backend.get("dataset_name"))
         elif backend.get("type", "local") == "local":
@@ -114,8 +117,6 @@ def _backends(told: Translation, backends: Sequence[Any]) -> None:
             told.note(f"captions of {name} by {strategy}", "`metadata.parquet` with columns `file_name` and `text`")
         if backend.get("repeats"):
             told.repeats(f"repeats = {backend['repeats']} of {name}")
-        if backend.get("is_regularisation_data"):
-            told.note(f"class images in {name}", "they would be trained like all others: take them out")
         if backend.get("crop") and backend.get("crop_style", "random") == "center":
             told.settings["center_crop"] = True
         if not backend.get("crop") or backend.get("crop_aspect", "square") != "square":

@@ -111,6 +111,13 @@ class Translation:
                 "`--train_data_dir`",
             )
 
+    def class_images(self, folder: str) -> None:
+        """Take a folder of class images: there is one."""
+        known = self.settings.setdefault("class_data_dir", folder)
+        self.settings |= {"with_prior_preservation": True, "num_class_images": 1}  # none is to be generated
+        if known != folder:
+            self.note(f"class images in {folder}", f"one folder is read: move them into {known}")
+
     def repeats(self, what: str) -> None:
         """Say why repeats stay behind."""
         self.note(

@@ -36,6 +36,7 @@ FREE_TO_CHANGE = {
         "validation_prompt",
         "num_validation_images",
         "validation_epochs",
+        "num_class_images",
         "early_stopping_patience",
         "proxy_store",
         "local_rank",

@@ -32,6 +32,7 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
         "samples": f"{len(plan.samples.sample_ids):,} usable of {plan.samples.num_rows:,}",
         "duplicates": duplicates(plan),
         "images": plan.affine_maps,
+        **({"class images": class_images(plan)} if plan.config.with_prior_preservation else {}),
         "processes": plan.division,
         "shards": f"{schedule.num_shards} (one proxy each)",
         "optimizer steps": f"{schedule.total_steps:,} over all proxies, {plan.effective_batch_size} images each",
@@ -49,6 +50,13 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
         "(forward, backward and update; without VAE, text encoder and extra steps)",
     }
     return "\n".join(f"{name + ':':18}{text}" for name, text in rows.items())
+
+
+def class_images(plan: Plan) -> str:
+    """Return where the class images come from, and what they cost."""
+    missing = plan.missing_class_images
+    generated = f", {missing} of them to be generated first" if missing else ""
+    return f"as many as training images in every step, from {plan.config.class_data_dir}{generated}"
 
 
 def duplicates(plan: Plan) -> str:

@@ -22,6 +22,7 @@ from sd_memguard.core.rules import rule_class
 from sd_memguard.core.schedule import RoundSchedule
 from sd_memguard.data.duplicate_report import describe_duplicates
 from sd_memguard.data.encoding_cache import refuse_inexact_cache
+from sd_memguard.data.folder import count_images
 from sd_memguard.data.image_check_cache import CheckCache
 from sd_memguard.data.samples import BadSample, Checked, SampleError, Samples, load_samples
 from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS
@@ -58,6 +59,7 @@ class Plan:
     schedule: RoundSchedule
     sizes: Footprint
     num_processes: int = 1
+    missing_class_images: int = 0
 
     @property
     def output_dir(self) -> Path:
@@ -177,6 +179,9 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     heldout = None
     if heldout_folder:
         heldout = _load_images(config, heldout_folder, None, None, checked=None if known is None else known.heldout)
+    missing_class_images = _missing_class_images(config)
+    if config.with_prior_preservation and not missing_class_images and known is None:
+        load_class_images(config, seed)  # refuses bad ones
     pipeline = pipeline or find_pipeline(config)
     resolved, schedule = plan_rounds(config, samples, num_processes, recorded)
     refuse_schedule_free_shards(config, schedule.num_shards)
@@ -185,7 +190,9 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     sizes = footprint(pipeline, config, schedule)
     if known is None:
         check_space(sizes, config)
-    return Plan(config, resolved, seed, pipeline, samples, heldout, schedule, sizes, num_processes)
+    return Plan(
+        config, resolved, seed, pipeline, samples, heldout, schedule, sizes, num_processes, missing_class_images
+    )
 
 
 def _recorded(config: TrainConfig) -> dict[str, Any]:
@@ -286,6 +293,47 @@ def _num_epochs(config: TrainConfig, num_images: int, num_processes: int) -> flo
         return config.num_train_epochs
     batch = config.train_batch_size * batch_slices(num_processes, 1) * config.gradient_accumulation_steps
     return config.max_train_steps * batch / num_images
+
+
+def _missing_class_images(config: TrainConfig) -> int:
+    """Return how many class images are still to be generated.
+
+    Raises:
+        ConfigError: some are, and there is no prompt to generate them from.
+    """
+    if not config.with_prior_preservation:
+        return 0
+    assert config.class_data_dir is not None
+    folder = Path(config.class_data_dir)
+    present = count_images(folder) if folder.is_dir() else 0
+    missing = max(config.num_class_images - present, 0)
+    if missing and config.class_prompt is None:
+        raise ConfigError(
+            f"`--class_data_dir` {folder} holds {present} images and `--num_class_images` asks for "
+            f"{config.num_class_images}; give `--class_prompt` to have the others generated, or a lower number"
+        )
+    return missing
+
+
+def load_class_images(config: TrainConfig, seed: int) -> Samples:
+    """Return the class images: all under ``--class_prompt`` where one is given, else under captions of their own.
+
+    Raises:
+        SampleError: they cannot be used.
+    """
+    return load_samples(
+        train_data_dir=config.class_data_dir,
+        dataset_name=None,
+        dataset_config_name=None,
+        cache_dir=config.cache_dir,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        max_train_samples=None,
+        seed=seed,
+        on_bad_sample=config.on_bad_sample,
+        setting="--class_data_dir",
+        caption=config.class_prompt,
+    )
 
 
 def _unbundle(folder: str | None, bundled: Path) -> str | None:

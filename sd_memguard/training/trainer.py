@@ -61,7 +61,8 @@ from sd_memguard.training.failures import NonFiniteError, Seen, check_finite, de
 from sd_memguard.training.learning_rate import learning_rate_schedule
 from sd_memguard.training.loss import DenoisingLoss, NoiseSampler, dream_exponent, timestep_weights
 from sd_memguard.training.optimizer_step import ClippedStep
-from sd_memguard.training.plan import Plan, finished_summary
+from sd_memguard.training.plan import Plan, finished_summary, load_class_images
+from sd_memguard.training.prior import ClassBatches, ClassImages, generate_class_images
 from sd_memguard.training.progress_log import RunLog, summary_text
 from sd_memguard.training.ranks import Ranks
 from sd_memguard.training.run_state import RunState
@@ -128,6 +129,11 @@ def train(config: TrainConfig) -> TrainResult:
         if exchange.is_main:
             remove_leftovers(plan.output_dir)
         exchange.barrier("plan")
+        if plan.missing_class_images:
+            with exchange.raise_on_any_rank():
+                if exchange.is_main:
+                    generate_class_images(plan, accelerator)
+            exchange.barrier("class images")
         trainer = Trainer(plan, accelerator, exchange)
         trainer.resume()
         with (
@@ -174,6 +180,10 @@ class Trainer:
             exchange=processes,
         )
         num_timesteps = models.noise_scheduler.config.num_train_timesteps
+        self.class_images = None
+        if plan.config.with_prior_preservation:
+            samples = load_class_images(config, plan.seed)
+            self.class_images = ClassImages(samples, encoders, config, plan.seed, num_timesteps, self.ranks)
         self.noise_sampler = NoiseSampler(
             plan.seed,
             num_timesteps,
@@ -206,8 +216,10 @@ class Trainer:
             self.schedule.num_shards,
             config.lr_step_rules,
         )
+        sources = [self.source, *([] if self.class_images is None else [self.class_images.source])]
         encoders.release(
-            vae=self.source.caches_latents and not plan.guard.augments, text_encoders=self.source.caches_embeddings
+            vae=all(source.caches_latents for source in sources) and not plan.guard.augments,
+            text_encoders=all(source.caches_embeddings for source in sources),
         )
 
         self.optimizer_step = ClippedStep(accelerator, self.optimizer, self.parameters, config.max_grad_norm)
@@ -256,8 +268,12 @@ class Trainer:
         size, accumulation = self.plan.batch_size, self.config.gradient_accumulation_steps
         chunks = islice(self.ensemble.upcoming(size), num_steps * accumulation)
         batches = self.source.batches([self.ranks.slice_of(chunk) for chunk in chunks])
+        class_batches: ClassBatches = iter(())
+        if self.class_images is not None:
+            taken = self.progress.shard_steps[shard_index] * accumulation
+            class_batches = self.class_images.batches(shard_index, taken, num_steps * accumulation, size)
         for _ in range(num_steps):
-            verdicts = self.step(batches, accumulation)
+            verdicts = self.step(batches, accumulation, list(islice(class_batches, accumulation)))
             while (waiting := self.guard.take_augment_batch(size)) is not None:
                 self.augmented_step(waiting)
             self.ensemble.advance(self.plan.effective_batch_size)
@@ -266,8 +282,10 @@ class Trainer:
             self._checkpoint_if_due(stop)
         self.check_pending_norms()
 
-    def step(self, batches: Iterator[tuple[list[SampleRef], Batch]], accumulation: int) -> list[Verdict]:
-        """Take one optimizer step over as many batches, and return the guard's verdicts.
+    def step(
+        self, batches: Iterator[tuple[list[SampleRef], Batch]], accumulation: int, class_batches: ClassBatches = ()
+    ) -> list[Verdict]:
+        """Take one optimizer step over as many batches, and over class images beside them; return the guard's verdicts.
 
         The gradient is the mean over the clean samples of all the batches: each batch is divided by its size, and the
         sum scaled at the end, when the number of clean samples is known.
@@ -306,8 +324,21 @@ class Trainer:
             self.optimizer.zero_grad()
             self.progress.empty_steps += 1
             return verdicts
-        self._update(scale=self.plan.effective_batch_size / num_clean, seen=seen)
+        scale = self.plan.effective_batch_size / num_clean
+        self._add_class_gradient(class_batches, 1 / scale)
+        self._update(scale, seen=seen)
         return verdicts
+
+    def _add_class_gradient(self, batches: ClassBatches, factor: float) -> None:
+        """Add the gradient of the class images' mean loss, times a factor that undoes what the update multiplies by."""
+        batches = [one for one in batches if self.ranks.count(len(one[0]))]
+        for refs, batch in batches:
+            assert self.class_images is not None
+            losses = self.class_images.losses(self.model, self.loss, refs, batch) if refs else self._no_losses()[0]
+            number = self.ranks.count(len(refs))
+            self._count_forwards(number, dream=False)
+            mean = self.ranks.mean(losses, number) / len(batches)
+            self.accelerator.backward(self.class_images.weight * factor * mean)
 
     def augmented_step(self, waiting: AugmentBatch) -> None:
         """Take an extra optimizer step on augmented copies: no AGC, no DREAM, bank and schedule untouched."""

@@ -1,6 +1,7 @@
 """The model while it trains: its loss on training and on held-out images, and images that it generates."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,10 +86,26 @@ def generate_prompts(
     accelerator: Accelerator,
     seed: int,
     variant: str | None,
-) -> list[Image]:
-    """Return one generated image for each prompt with the present UNet, 20 steps at the pipeline's own guidance.
+    *,
+    purpose: str = "validation_generated_image",
+    first: int = 0,
+    side: int | None = None,
+) -> Iterator[Image]:
+    """Yield one generated image for each prompt with the present UNet, 20 steps at the pipeline's own guidance.
 
     The seed of a generated image is its own, so that one prompt more or less changes no other generated image.
+
+    Args:
+        folder: of the pipeline.
+        unet: generates.
+        vae: decodes.
+        prompts: one for each image.
+        accelerator: device and precision.
+        seed: of the run.
+        variant: of the files of the pipeline.
+        purpose: with the number of an image this gives its seed.
+        first: number of the first image.
+        side: of the square images in pixels; the model's own by default.
     """
     was_training = unet.training
     unet.eval()
@@ -97,20 +114,20 @@ def generate_prompts(
         folder, unet=unet, vae=vae, use_safetensors=True, variant=variant, **kind.loading
     ).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
-    latents = []
-    with accelerator.autocast():
-        for position, prompt in enumerate(prompts):
-            generator = torch.Generator().manual_seed(derive_seed(seed, "validation_generated_image", position))
-            latents.append(
-                pipeline(
-                    prompt, num_inference_steps=NUM_INFERENCE_STEPS, generator=generator, output_type="latent"
-                ).images
-            )
-    # Not under autocast: the activations of SDXL's VAE overflow in fp16.
-    decoded = [vae.decode(one.float() / vae.config.scaling_factor).sample for one in latents]
-    images = [pipeline.image_processor.postprocess(one)[0] for one in decoded]
+    for number, prompt in enumerate(prompts, start=first):
+        generator = torch.Generator().manual_seed(derive_seed(seed, purpose, number))
+        with accelerator.autocast():
+            latents = pipeline(
+                prompt,
+                height=side,
+                width=side,
+                num_inference_steps=NUM_INFERENCE_STEPS,
+                generator=generator,
+                output_type="latent",
+            ).images
+        # Not under autocast: the activations of SDXL's VAE overflow in fp16.
+        yield pipeline.image_processor.postprocess(vae.decode(latents.float() / vae.config.scaling_factor).sample)[0]
     unet.train(was_training)
-    return images
 
 
 class RoundValidator:
@@ -181,5 +198,5 @@ class RoundValidator:
     def _generate(self, state: RunState, log: RunLog) -> None:
         folder, variant, seed = self.plan.pipeline, self.config.variant, self.plan.seed
         vae = load_vae(folder, self.config)
-        images = generate_prompts(folder, state.unet, vae, self.prompts, log.accelerator, seed, variant)
+        images = list(generate_prompts(folder, state.unet, vae, self.prompts, log.accelerator, seed, variant))
         log.generated(images, state.ensemble.progress.global_step)

@@ -311,3 +311,35 @@ def test_what_cannot_be_translated_is_said(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(MigrationError, match=message):
         translate(tmp_path / name)
+
+
+CLASS = {"with_prior_preservation": True, "class_data_dir": "reg", "num_class_images": 1}
+
+
+def test_class_images_of_all_that_have_them(tmp_path):
+    kohya = {"train_data_dir": "img", "pretrained_model_name_or_path": "model", "reg_data_dir": "reg"}
+    kohya["prior_loss_weight"] = 0.5
+    text = "".join(f"{name} = {value!r}\n" for name, value in kohya.items())
+    (tmp_path / "kohya.toml").write_text(text)
+    found = translate(tmp_path / "kohya.toml").settings
+    assert {name: found[name] for name in CLASS} == CLASS
+    assert found["prior_loss_weight"] == 0.5
+
+    subset = '  [[datasets.subsets]]\n  image_dir = "reg"\n  is_reg = true\n'
+    (tmp_path / "dataset.toml").write_text(KOHYA_DATASETS + subset)
+    (tmp_path / "datasets.toml").write_text(KOHYA)
+    told = translate(tmp_path / "datasets.toml")
+    assert {name: told.settings[name] for name in CLASS} == CLASS
+    assert told.settings["train_data_dir"] == "img/10_mine"
+
+    job = yaml.safe_load(AI_TOOLKIT)
+    job["config"]["process"][0]["datasets"] += [{"folder_path": "reg", "is_reg": True}]
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    told = translate(tmp_path / "job.yaml")
+    assert {name: told.settings[name] for name in CLASS} == CLASS
+    assert told.settings["train_data_dir"] == translate_text(tmp_path, AI_TOOLKIT)["train_data_dir"]
+
+
+def translate_text(folder: Path, text: str) -> dict:
+    (folder / "plain.yaml").write_text(text)
+    return translate(folder / "plain.yaml").settings

@@ -10,32 +10,41 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sd_memguard.core.seeding import generator_for, permutation
 
+Captioned = Sequence[tuple[Path, str]]
+
 
 def bare_loop(
     pipeline: Path,
-    images: Sequence[tuple[Path, str]],
+    images: Captioned,
     steps: int,
     batch_size: int,
     learning_rate: float,
     epsilon: float,
     seed: int,
+    class_images: Captioned = (),
+    class_seed: int = 0,
+    prior_loss_weight: float = 0.0,
 ) -> dict[str, torch.Tensor]:
-    """Return the weights after some steps on images that need neither resizing nor cropping."""
+    """Return the weights after some steps on images that need neither resizing nor cropping.
+
+    With class images the loss is DreamBooth's: the mean over the batch, plus the weighted mean over as many of those.
+    """
     unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet").train()
     vae = AutoencoderKL.from_pretrained(pipeline, subfolder="vae").eval()
     text_encoder = CLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder").eval()
     tokenizer = CLIPTokenizer.from_pretrained(pipeline, subfolder="tokenizer")
     scheduler = DDPMScheduler.from_pretrained(pipeline, subfolder="scheduler")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, eps=epsilon, weight_decay=1e-2)
-    visits = [
-        (passed, sample)
-        for passed in range(-(-steps * batch_size // len(images)))
-        for sample in permutation(seed, "order", 0, passed, length=len(images)).tolist()
-    ]
-    for step in range(steps):
+
+    def mean_loss(captioned: Captioned, seed: int, step: int) -> torch.Tensor:
+        visits = [
+            (passed, sample)
+            for passed in range(-(-steps * batch_size // len(captioned)))
+            for sample in permutation(seed, "order", 0, passed, length=len(captioned)).tolist()
+        ]
         loss = torch.zeros(())
         for passed, sample in visits[step * batch_size : (step + 1) * batch_size]:
-            file, caption = images[sample]
+            file, caption = captioned[sample]
 
             def draw(purpose: str, passed: int = passed, sample: int = sample) -> torch.Generator:
                 return generator_for(seed, purpose, 0, passed, sample)
@@ -51,6 +60,12 @@ def bare_loop(
             timestep = torch.randint(scheduler.config.num_train_timesteps, (), generator=draw("timestep"))[None]
             prediction = unet(scheduler.add_noise(latent, noise, timestep), timestep, embedding).sample
             loss = loss + (prediction - noise).square().mean() / batch_size
+        return loss
+
+    for step in range(steps):
+        loss = mean_loss(images, seed, step)
+        if class_images:
+            loss = loss + prior_loss_weight * mean_loss(class_images, class_seed, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()

@@ -57,8 +57,9 @@ def configure(pipeline, images, home):
 
 
 def heldout_settings(folder: Path) -> dict:
-    """Return the settings of a run that measures held-out images and keeps the best model."""
-    return {"validation_data_dir": str(folder), "center_crop": True, "load_best_model_at_end": True}
+    """Return the settings of a run that measures held-out images, keeps the best model, and trains class images."""
+    settings = {"validation_data_dir": str(folder), "center_crop": True, "load_best_model_at_end": True}
+    return {**settings, "with_prior_preservation": True, "class_data_dir": str(folder), "num_class_images": 1}
 
 
 def job(config: TrainConfig, **happens) -> dict:
