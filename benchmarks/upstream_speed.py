@@ -119,7 +119,10 @@ def compare(settings: argparse.Namespace, pipeline: Path) -> None:
             (settings.output_dir / "upstream_speed.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"Seconds by the {settings.clock}\n")
     wholes = {
-        variant: [start + more * settings.train_batch_size / rate for start, rate in zip(starts[variant], rates[variant])]
+        variant: [
+            start + more * settings.train_batch_size / rate
+            for start, rate in zip(starts[variant], rates[variant], strict=True)
+        ]
         for variant in VARIANTS
     }
     print(f"| variant | images per second, loop | against upstream | seconds around the loop | all of {more} steps |")
