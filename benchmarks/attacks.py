@@ -48,7 +48,7 @@ def main() -> None:
         for name in arguments.attacks:
             attack = ATTACKS[name]
             # What is generated is compared with all probes, however few are attacked.
-            attack.num_attacked = NUM_PROBES if attack.num_answers is None else arguments.most
+            attack.num_attacked = NUM_PROBES if attack.num_answers is None else arguments.most  # type: ignore[misc]
             found = attack_figures(attack, probes, probing)
             shares = (
                 told(found.train, found.train_before, found.is_share),

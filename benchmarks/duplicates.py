@@ -11,6 +11,7 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -103,7 +104,7 @@ def main() -> None:
     args = parse_args()
     random = np.random.default_rng(args.seed)
     images = read_distinct(args.train_data_dir)
-    results = {"mixed_up": count_mixed_up(images), "recall": measure_recall(images, random)}
+    results: dict[str, Any] = {"mixed_up": count_mixed_up(images), "recall": measure_recall(images, random)}
     print("{images} distinct files: {groups} groups hold {grouped} of them\n".format(**results["mixed_up"]))
     print("| change | found |\n|---|---|")
     for name, share in results["recall"].items():

@@ -16,6 +16,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def start(config: TrainConfig, size: int) -> list[int]:
     with socket.socket() as finder:
         finder.bind(("127.0.0.1", 0))
         port = finder.getsockname()[1]
-    return [forked(lambda rank=rank: train_as(rank, size, port, config)) for rank in range(size)]
+    return [forked(partial(train_as, rank, size, port, config)) for rank in range(size)]
 
 
 def train_as(rank: int, size: int, port: int, config: TrainConfig) -> None:

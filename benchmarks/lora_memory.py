@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -83,10 +84,11 @@ def main() -> None:
     }
     config = GuardConfig(num_shards=arguments.num_shards, steps_per_round=50, group_duplicates="off", seed=0)
     guard = MemorizationGuard(config, NUM_SAMPLES)
-    dataset = [{"value": torch.zeros(1)} for _ in range(NUM_SAMPLES)]
+    dataset: Any = [{"value": torch.zeros(1)} for _ in range(NUM_SAMPLES)]
     guard.attach(model, optimizer, DataLoader(dataset, batch_size=1, shuffle=True), total_steps=900)
     figures["mib_with_proxies"], figures["mib_after_averaging"] = memory("VmRSS"), []
-    proxies = guard.attachment.ensemble.proxies
+    attached: Any = guard.attachment
+    proxies = attached.ensemble.proxies
     for _ in range(arguments.averagings):
         for shard_index in range(arguments.num_shards):
             proxies.activate(shard_index)
@@ -96,7 +98,7 @@ def main() -> None:
         proxies.average([1.0] * arguments.num_shards)
         figures["seconds_of_averaging"] = time.process_time() - start
         figures["mib_after_averaging"].append(memory("VmRSS"))
-    guard.attachment.driver.gate.remove()  # it would ask for the samples of these batches
+    attached.driver.gate.remove()  # it would ask for the samples of these batches
     figures["seconds_with"] = seconds_of_step(model)
     figures["mib_peak"] = memory("VmHWM")
     print(json.dumps(figures, indent=1))

@@ -234,7 +234,8 @@ def main() -> None:
             )
             shutil.rmtree(work / "run")
         if settings.upstream_script is not None:
-            runs["upstream"] = train_upstream(settings.upstream_script, *run, settings.resolution, steps)
+            script, (pipeline, folder) = settings.upstream_script, run
+            runs["upstream"] = train_upstream(script, pipeline, folder, settings.resolution, steps)
     finally:
         shutil.rmtree(work)
     first, *others = (f"{num_shards} shard(s)" for num_shards in settings.shards)

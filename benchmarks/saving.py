@@ -45,7 +45,7 @@ def save_often(pipeline: Path, folder: Path, proxy_store: str) -> dict[str, Any]
         seconds.append(time.perf_counter() - start)
         return result
 
-    RunState.save_checkpoint = timed  # type: ignore[method-assign]
+    RunState.save_checkpoint = timed  # type: ignore[method-assign,assignment]
     try:
         train(
             make_train_config(

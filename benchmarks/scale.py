@@ -23,7 +23,6 @@ import torch
 
 from benchmarks.memory_sd15 import PeakMemory
 from sd_memguard.config import GuardConfig
-from sd_memguard.core.bands import Bands
 from sd_memguard.core.sampler import ShardSampler
 from sd_memguard.data.captions import Captions
 from sd_memguard.data.samples import Samples
@@ -79,7 +78,7 @@ def record_samples(guard: MemorizationGuard, num_batches: int) -> None:
     for _ in range(num_batches):
         ids = torch.randint(guard.plan.assignment.numel(), (BATCH,), generator=generator)
         skip = torch.rand(BATCH, generator=generator) < 0.1
-        guard.ledger.record(ids, Bands(skip, torch.zeros_like(skip), ~skip))
+        guard.ledger.record(ids, skip.long())
 
 
 def main() -> None:

@@ -37,7 +37,6 @@ from benchmarks.memory_sd15 import make_pipeline
 from sd_memguard.assets import demo_data_path, tiny_sd_path
 from sd_memguard.config import make_train_config
 from sd_memguard.data.batches import Batch
-from sd_memguard.guard import MemorizationGuard
 from sd_memguard.training.build import make_accelerator
 from sd_memguard.training.plan import make_plan
 from sd_memguard.training.trainer import Trainer
@@ -138,7 +137,7 @@ def _synchronize(device: torch.device) -> None:
 def guard_seconds(trainer: Trainer, repeats: int = 100) -> float:
     """Return the seconds that the guard takes for one batch: bank, bands, the copy to the host, ledger and queue."""
     device, size = trainer.accelerator.device, trainer.config.train_batch_size
-    guard: MemorizationGuard = trainer.guard
+    guard = trainer.guard
     losses = torch.rand(size, device=device, requires_grad=True)
     timesteps = torch.randint(1000, (size,), device=device)
     sample_ids = guard.plan.members(0)[:size]

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ def measure(unet: UNet2DConditionModel, store: RamStore | DiskStore, turns: int)
 
     steps, switches = [], []
     for turn in range(turns * NUM_PROXIES):
-        switch = timed(lambda shard=turn % NUM_PROXIES: proxies.activate(shard))
+        switch = timed(partial(proxies.activate, turn % NUM_PROXIES))
         taken = timed(step)
         if turn >= NUM_PROXIES + 1:  # all have moments, and nothing is shared any more
             switches.append(switch)

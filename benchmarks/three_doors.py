@@ -108,6 +108,7 @@ def train_in_a_loop(output: Path, steps: int) -> None:
         unet.save_pretrained(output / UNET)
     resolved = {name: getattr(guard.config, name) for name in GUARD_SETTINGS}
     resolved |= {"num_shards": guard.num_shards, "sample_rule": guard.sample_rule, "seed": guard.seed}
+    assert guard.attachment is not None
     resolved["steps_per_round"] = guard.attachment.ensemble.schedule.steps_per_round
     (output / "memguard").mkdir(exist_ok=True)
     (output / "memguard" / "config.json").write_text(json.dumps(resolved), encoding="utf-8")

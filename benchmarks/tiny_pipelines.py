@@ -54,7 +54,7 @@ def _t5_tokenizer(folder: Path, kind: str = "T5TokenizerFast") -> Any:
     tokenizer.pre_tokenizer = Metaspace()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": kind, "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config: dict[str, Any] = {"tokenizer_class": kind, "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     config |= {"extra_ids": 0, "model_max_length": 512, "bos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return transformers.AutoTokenizer.from_pretrained(folder)
@@ -62,8 +62,8 @@ def _t5_tokenizer(folder: Path, kind: str = "T5TokenizerFast") -> Any:
 
 def _qwen_tokenizer(folder: Path) -> Any:
     vocabulary = {piece: i for i, piece in enumerate((*sorted(ByteLevel.alphabet()), *QWEN_TOKENS))}
-    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    config |= {"unk_token": "<|endoftext|>", "model_max_length": 1024, "chat_template": CHAT}
+    config: dict[str, Any] = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 1024, "chat_template": CHAT}
+    config |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
@@ -303,8 +303,8 @@ def _qwen_image(folder: Path) -> None:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text |= {"num_key_value_heads": 2, "vocab_size": 300, "rope_theta": 1e6}
+    text: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 300, "rope_theta": 1e6}
     text |= {"rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}}
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     config = transformers.Qwen2_5_VLConfig(

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -120,7 +120,7 @@ def command_of(case: Case, work: Path, output: Path) -> list[str]:
         parts = {"pretrained_decoder_model_name_or_path": pipeline, "pretrained_prior_model_name_or_path": pipeline}
         return _words(parts | common | captions | {"train_data_dir": images, "cache_dir": work / "cache"})
     instance = {"instance_data_dir": work / "instance", "instance_prompt": "an image of sks emoji"}
-    data = {
+    sources: dict[str, dict[str, Any]] = {
         "images": {
             "train_data_dir": images,
             "caption_column": "text",
@@ -135,7 +135,8 @@ def command_of(case: Case, work: Path, output: Path) -> list[str]:
             "class_prompt": "an image of an emoji",
             "num_class_images": NUM_IMAGES // 2,
         },
-    }[case.data]
+    }
+    data = sources[case.data]
     if case.pipeline == "hidream":
         llama = work / "hidream" / "llama"
         data |= {"pretrained_tokenizer_4_name_or_path": llama, "pretrained_text_encoder_4_name_or_path": llama}

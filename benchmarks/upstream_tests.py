@@ -151,7 +151,7 @@ def table(outcomes: dict[str, dict[str, str | None]]) -> str:
     rows = ["| tests | number | upstream passes | under the launcher | why not |", "|---|---|---|---|---|"]
     for file, tests in sorted(files.items()):
         passes = [sum(ways.get(way, "not run") is None for ways in tests) for way in WAYS]
-        reasons = {f"{way}: {ways[way][:300]}" for ways in tests for way in WAYS if ways.get(way)}
+        reasons = {f"{way}: {why[:300]}" for ways in tests for way in WAYS if (why := ways.get(way))}
         rows.append(f"| `{file}` | {len(tests)} | {passes[0]} | {passes[1]} | {'; '.join(sorted(reasons))} |")
     return "\n".join(rows)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sd_memguard.audit.report import read_audit
+from sd_memguard.audit.report import Kind, read_audit
 from sd_memguard.audit.verdict import HELDOUT_IMAGES, CopyBackground, Measured, judge
 
 NUM_SPLITS = 200
@@ -35,8 +35,9 @@ def alarms(shares: Tensor, planted: float, num_splits: int) -> float:
     for number in range(num_splits):
         first, second = shares[torch.randperm(len(shares), generator=generator)].chunk(2)
         first = torch.where(torch.rand(len(first), generator=generator) < planted, 1.0, first)
-        copied = {"duplicated": torch.zeros(len(first), dtype=torch.bool)}
-        measured = Measured("model", 2, copied, {"duplicated": first, "heldout": second}, {}, {}, None)
+        copied: dict[Kind, Tensor] = {"duplicated": torch.zeros(len(first), dtype=torch.bool)}
+        own: dict[Kind, Tensor] = {"duplicated": first, "heldout": second}
+        measured = Measured("model", 2, copied, own, {}, {}, None)
         raised += judge(measured, BACKGROUND, number).level == "replicates"
     return raised / num_splits
 

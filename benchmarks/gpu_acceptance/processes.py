@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,9 @@ def nccl(place: Place) -> dict[str, Any]:
                 tensor = torch.arange(5, device=place.device).to(dtype)
                 other = torch.zeros_like(tensor)
                 calls: dict[str, Callable[[], Any]] = {
-                    "all_reduce": lambda tensor=tensor: dist.all_reduce(tensor),
-                    "all_gather": lambda tensor=tensor, other=other: dist.all_gather([other], tensor),
-                    "broadcast": lambda tensor=tensor: dist.broadcast(tensor, 0),
+                    "all_reduce": partial(dist.all_reduce, tensor),
+                    "all_gather": partial(dist.all_gather, [other], tensor),
+                    "broadcast": partial(dist.broadcast, tensor, 0),
                 }
                 calls[name]()
                 found = other if name == "all_gather" else tensor

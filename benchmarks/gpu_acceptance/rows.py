@@ -81,7 +81,8 @@ def run_checks(checks: Sequence[Check], place: Place, report: Path, seconds: flo
     begun = time.monotonic()
     for check in checks:
         missing = check.missing(place) or ("the window is over" if time.monotonic() - begun > seconds else "")
-        row = {"check": check.name, "status": "SKIP", "note": missing} if missing else _run(check, place)
+        row: dict[str, Any] = {"check": check.name, "status": "SKIP", "note": missing}
+        row = row if missing else _run(check, place)
         rows.append(row)
         figures = ", ".join(f"{name} {_short(value)}" for name, value in row.get("figures", {}).items())
         print(f"{row['status']}  {check.name}  {figures or row['note']}", flush=True)

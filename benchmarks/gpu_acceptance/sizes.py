@@ -65,7 +65,7 @@ def row_gate(place: Place) -> dict[str, Any]:
     for name in ("bare", "guarded"):
         torch.manual_seed(0)
         with torch.device(place.device):
-            sizes = {**(SDXL if on_gpu else SMALL)}
+            sizes: dict[str, Any] = {**(SDXL if on_gpu else SMALL)}
             unet = UNet2DConditionModel(**sizes).to(dtype)
         unet.train().enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(unet.parameters(), 1e-6, fused=True)

@@ -134,7 +134,7 @@ def pinned_reuse(place: Place) -> dict[str, Any]:
 def fused_step(place: Place) -> dict[str, Any]:
     """The fused AdamW leaves weights and moments alone at a NaN, and clips as torch does."""
     begin_anew()
-    accelerator = make_accelerator(make_train_config(pretrained="bundled", train_data_dir="bundled"))
+    accelerator = make_accelerator(make_train_config(pretrained="bundled", train_data_dir="bundled").of_kind("sd"))
     parameters = [torch.nn.Parameter(torch.randn(64, 64, device=place.device)) for _ in range(4)]
     plain = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     optimizer, reference = torch.optim.AdamW(parameters, 1e-2, fused=True), torch.optim.AdamW(plain, 1e-2)
@@ -180,7 +180,9 @@ def bank_updates(place: Place) -> dict[str, Any]:
 
 def host_waits(place: Place) -> dict[str, Any]:
     """A step makes the host wait once: for its losses, behind the forward."""
-    steps, waits, found = [], [], []
+    steps: list[int] = []
+    waits: list[int] = []
+    found: list[str] = []
     take, wait = Trainer.step, AsyncCPUCopy.wait
 
     def step(trainer: Trainer, *args: Any) -> Any:
@@ -254,7 +256,7 @@ def switch(place: Place) -> dict[str, Any]:
 
 
 def _part(trainer: Trainer, part: str) -> list[tuple[str, Tensor]]:
-    return list(trainer.proxies._resident_part(part).items())
+    return list(trainer.proxies._active_part(part).items())
 
 
 def resume(place: Place) -> dict[str, Any]:

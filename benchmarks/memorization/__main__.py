@@ -38,7 +38,7 @@ class Case(NamedTuple):
     """One fine-tune: on which data, with which duplicates, how, and from which seed."""
 
     dataset: str
-    duplicates: str
+    duplicates: Duplicates
     variant: str
     seed: int
 
@@ -76,7 +76,7 @@ def run_case(case: Case, dataset: Dataset, exam: Exam, options: argparse.Namespa
     """Train one variant and judge its checkpoints, as far as that has not been done."""
     folder = options.work_dir / "-".join(map(str, (*case, options.max_train_steps)))
     if case.variant == "base":
-        file = Case(case.dataset, "any", "base", 0).file(options.results, 0)
+        file = options.results / f"{case.dataset}-any-base-0-0.json"
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
             generated = folder / "generated.safetensors"

@@ -78,7 +78,8 @@ def _altered(image: CaptionedImage, draw: random.Random) -> CaptionedImage:
     pixels = as_pixels(image)
     side = round(SIZE * (1 - draw.uniform(0.02, 0.10)))
     left, top = (draw.randint(0, SIZE - side) for _ in range(2))
-    changed = Image.fromarray(pixels).crop((left, top, left + side, top + side)).resize((SIZE, SIZE), Image.BICUBIC)
+    cropped = Image.fromarray(pixels).crop((left, top, left + side, top + side))
+    changed = cropped.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     if draw.random() < 0.3:
         changed = changed.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     changed = _turn_hue(changed, draw.uniform(-0.03, 0.03))
@@ -160,7 +161,7 @@ def _clothing() -> Dataset:
 def _clothing_item(pixels: Any, label: int) -> CaptionedImage:
     shade = float(pixels[pixels < 250].mean()) if (pixels < 250).any() else 255.0
     tone = "black" if shade < 90 else "dark gray" if shade < 130 else "gray" if shade < 170 else "light gray"
-    image = Image.fromarray(pixels).resize((SIZE, SIZE), Image.BICUBIC).convert("RGB")
+    image = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB")
     return CaptionedImage(_png(np.asarray(image)), f"{tone} {CLOTHES[label]}", {}, {})
 
 
