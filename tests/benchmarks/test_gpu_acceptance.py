@@ -58,7 +58,8 @@ def test_every_check_can_be_named(monkeypatch, capsys, tmp_path):
 
 def test_checks_run_alone_and_their_status_is_that_of_the_program(monkeypatch, tmp_path, capsys):
     names = ["fused_step", "bank_updates", "switch"]
-    arguments = ["--window", "1", *(text for name in names for text in ("--check", name)), "--output_dir", str(tmp_path)]
+    chosen = [text for name in names for text in ("--check", name)]
+    arguments = ["--window", "1", *chosen, "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["x", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
