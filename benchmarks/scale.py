@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.memory_sd15 import PeakMemory
-from sd_memguard.config import GuardConfig
+from sd_memguard.config import GuardConfig, make_train_config
 from sd_memguard.core.sampler import ShardSampler
 from sd_memguard.data.captions import Captions
 from sd_memguard.data.samples import Samples
@@ -92,7 +92,8 @@ def main() -> None:
     stages, count = Stages(), settings.num_samples
     print(f"{count:,} samples\n\n| stage | seconds | memory kept, MB | peak, MB |\n|---|---|---|---|")
     samples = stages.run("rows: names and captions", lambda: make_samples(count))
-    captions = stages.run("captions as numbers", lambda: Captions(samples, 0.1, SEED))
+    dropout = make_train_config(pretrained="bundled", train_data_dir="bundled", caption_dropout=0.1)
+    captions = stages.run("captions as numbers", lambda: Captions(samples, dropout, SEED))
     stages.run("content hashes of the captions", captions.keys)
     del captions
     config = GuardConfig(num_shards=NUM_SHARDS, seed=SEED)

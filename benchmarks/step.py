@@ -102,7 +102,7 @@ def bare_stepper(trainer: Trainer) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=1e-2, fused=True)
 
     def step() -> None:
-        (latents, condition), noise, timesteps = next(cycle)
+        (latents, condition, _), noise, timesteps = next(cycle)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         prediction = trainer.model(noisy, timesteps, condition.embeddings, return_dict=False)[0]
         torch.nn.functional.mse_loss(prediction.float(), noise).backward()

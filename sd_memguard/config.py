@@ -38,6 +38,11 @@ SEED = (
 )
 
 ExportFormat = Literal["merged", "single-file", "lora-diffusers", "lora-kohya"]
+Adapter = Literal["lora", "dora", "loha", "lokr"]
+LORA_FORMATS: Mapping[Adapter, tuple[ExportFormat, ...]] = MappingProxyType(
+    {"lora": ("lora-diffusers", "lora-kohya"), "dora": ("lora-diffusers",), "loha": (), "lokr": ()}
+)
+"""The LoRA formats that have a place for an adapter: kohya's ``networks.lora`` knows plain LoRA, diffusers DoRA too."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -176,7 +181,13 @@ class TrainConfig:
     prediction_type: Literal["epsilon", "v_prediction"] | None = setting(
         None, "Model", "what the UNet predicts; as the model's scheduler says if not given"
     )
-    rank: int | None = setting(None, "Model", "rank of the LoRA adapters", POSITIVE_COUNT, default_for={"lora": 4})
+    rank: int | None = setting(None, "Model", "rank of the adapters", POSITIVE_COUNT, default_for={"lora": 4})
+    adapter: Adapter | None = setting(
+        None,
+        "Model",
+        "kind of the adapters; several shards need lora, whose averages are exact",
+        default_for={"lora": "lora"},
+    )
     cache_dir: str | None = setting(None, "Model", "folder for models and datasets that come from the hub")
 
     dataset_name: str | None = setting(None, "Data", "dataset on the hub, or a local folder that `datasets` can read")
@@ -205,6 +216,19 @@ class TrainConfig:
     center_crop: bool = setting(False, "Data", "crop the middle of each image rather than a random part")
     random_flip: bool = setting(False, "Data", "flip half of the images at random")
     caption_dropout: float = setting(0.0, "Data", "share of captions replaced by an empty one", PROBABILITY)
+    shuffle_caption: bool = setting(
+        False, "Data", "captions are tags between separators: put them in another order each time"
+    )
+    keep_tokens: int = setting(
+        0, "Data", "the first so many tags of a caption stay in place and are never dropped", NOT_NEGATIVE
+    )
+    caption_separator: str = setting(",", "Data", "what stands between the tags of a caption")
+    caption_tag_dropout_rate: float = setting(
+        0.0, "Data", "share of the tags of a caption that are left out, chosen each time", PROBABILITY
+    )
+    masked_loss: bool = setting(
+        False, "Data", "train what is white in a mask: `name-masklabel.png` beside an image, else its alpha channel"
+    )
     cache_latents: Literal["auto", "memory", "disk", "off"] = setting(
         "auto", "Data", "compute the latents of the images once; auto: where that is exact, in memory, else on disk"
     )
@@ -308,6 +332,9 @@ class TrainConfig:
     )
 
     validation_prompts: tuple[str, ...] | None = setting(None, "Validation", "prompts to generate from while training")
+    validation_prompts_file: str | None = setting(
+        None, "Validation", "text file of more such prompts, one a line; empty lines and those after # are passed over"
+    )
     validation_prompt: str | None = setting(None, "Validation", "a prompt to generate from while training")
     num_validation_images: int = setting(
         4, "Validation", "generated images of validation_prompt; 0: none", NOT_NEGATIVE
@@ -373,6 +400,10 @@ class TrainConfig:
     hub_token: str | None = setting(None, "Hub", "token to upload with; better: `hf auth login`", secret=True)
     hub_model_id: str | None = setting(None, "Hub", "repository to upload to; the name of output_dir if not given")
 
+    publish_validation_prompts: bool = setting(
+        False, "Hub", "name the validation prompts as examples in the card, but for those that are training captions"
+    )
+
     guard: GuardConfig = field(default_factory=GuardConfig)
     model_kind: str | None = None
     """Kind of the model, one of `MODEL_KINDS`; no flag: the model's folder says it."""
@@ -384,6 +415,11 @@ class TrainConfig:
         _check_together(self)
         self._set("non_ema_revision", self.non_ema_revision or self.revision)
         self._set("guard", replace(self.guard, seed=self.seed))
+
+    @property
+    def varies_tags(self) -> bool:
+        """Whether a caption has its tags in another order, or without some, each time it is seen."""
+        return self.shuffle_caption or self.caption_tag_dropout_rate > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Every resolved setting by its flag name, ready for JSON and for `--config`; the hub token stays out."""
@@ -425,6 +461,8 @@ REFUSED = {
     "enable_npu_flash_attention": "it needs an NPU, for which this program is neither made nor tested; omit it",
 }
 """Flags of diffusers' scripts that cannot be had: why, and the way out."""
+RENAMED = {"use_dora": "adapter dora"}
+"""Flags of diffusers' DreamBooth scripts, and what says the same here."""
 
 
 POLYNOMIAL_END = 1e-7
@@ -451,8 +489,13 @@ def refuse_unknown(name: str) -> None:
     if name in REFUSED:
         raise ConfigError(f"`--{name}` is not supported: {REFUSED[name]}")
     if name not in SETTINGS and name not in ALIASES:
-        guess = nearest(name, [*SETTINGS, *ALIASES])
+        guess = guess_setting(name)
         raise ConfigError(f"unknown setting `{name}`{guess}; `sd-memguard train --help` lists them all")
+
+
+def guess_setting(name: str) -> str:
+    """A clause that names the setting that was probably meant; empty where none comes near."""
+    return f" (here: `--{RENAMED[name]}`)" if name in RENAMED else nearest(name, [*SETTINGS, *ALIASES])
 
 
 def _check_together(config: TrainConfig) -> None:
@@ -499,6 +542,10 @@ def _check_together(config: TrainConfig) -> None:
             f"{config.with_prior_preservation} and {config.class_data_dir}; give both or neither"
         )
     _check_optimizer(config)
+    _check_tags(config)
+    _check_adapter(config)
+    _check_publishing(config)
+    _check_masks(config)
     if config.dream_training and config.prediction_type == "v_prediction":
         raise ConfigError(
             "`--dream_training` must not be given together with `--prediction_type v_prediction`, for which DREAM is "
@@ -521,6 +568,72 @@ def _check_optimizer(config: TrainConfig) -> None:
             f"`--{given[0]}` belongs to AdamW, got `--optimizer {config.optimizer}`; omit it, and give that "
             "optimizer's own settings as `--optimizer_args name=value ...`"
         )
+
+
+def _check_masks(config: TrainConfig) -> None:
+    """Refuse augmented copies of masked images, whose masks would have to go the same random ways."""
+    if config.masked_loss and config.memguard == "on" and config.guard.augments:
+        raise ConfigError(
+            "`--masked_loss` must not be given together with `--augment_threshold` above `--skip_threshold`, got "
+            f"{config.guard.augment_threshold:g} and {config.guard.skip_threshold:g}: augmented copies are distorted "
+            "at random, and masks are not; use `--augment_threshold 0`"
+        )
+
+
+def _check_publishing(config: TrainConfig) -> None:
+    """Refuse to publish prompts that nobody has named, or where there is no card."""
+    if not config.publish_validation_prompts:
+        return
+    if not config.push_to_hub:
+        raise ConfigError(
+            "`--publish_validation_prompts` belongs to `--push_to_hub`, which writes the card; add that, or omit this"
+        )
+    if not (config.validation_prompts or config.validation_prompts_file or config.validation_prompt):
+        raise ConfigError(
+            "`--publish_validation_prompts` needs prompts, got none; give `--validation_prompts`, "
+            "`--validation_prompts_file` or `--validation_prompt`, or omit it"
+        )
+
+
+def _check_adapter(config: TrainConfig) -> None:
+    """Refuse what only plain LoRA has: an exact average over shards, and a place in every LoRA format."""
+    if config.adapter in (None, "lora"):
+        return
+    if config.memguard == "on" and config.guard.num_shards not in ("auto", 1):
+        raise ConfigError(
+            f"`--adapter {config.adapter}` needs `--num_shards 1`, got {config.guard.num_shards}: proxies are "
+            "averaged, and only for plain LoRA adapters this gives the mean of their models; add `--num_shards 1`, or "
+            "use `--adapter lora`"
+        )
+    for name in config.export_formats or ():
+        refuse_adapter_format(config.adapter, name)
+
+
+def refuse_adapter_format(adapter: Adapter | None, name: ExportFormat) -> None:
+    """Raise a `ConfigError` where a LoRA format has no place for the kind of adapter that a run trains."""
+    if adapter is not None and name.startswith("lora") and name not in LORA_FORMATS[adapter]:
+        raise ConfigError(
+            f"`{name}` has no place for the adapters of `--adapter {adapter}`; export "
+            f"{', '.join(f'`{kind}`' for kind in ('merged', 'single-file', *LORA_FORMATS[adapter]))} instead"
+        )
+
+
+def _check_tags(config: TrainConfig) -> None:
+    """Refuse settings of tags where captions are taken as they are, and caches of captions that change."""
+    if config.varies_tags:
+        if config.cache_text_embeddings in {"memory", "disk"}:
+            raise ConfigError(
+                f"`--cache_text_embeddings {config.cache_text_embeddings}` must not be given together with "
+                "`--shuffle_caption` or `--caption_tag_dropout_rate`: a caption is another text each time; use `auto` "
+                "or `off`"
+            )
+        return
+    for name in ("keep_tokens", "caption_separator"):
+        if getattr(config, name) != TRAIN_SETTINGS[name].default:
+            raise ConfigError(
+                f"`--{name}` belongs to `--shuffle_caption` and `--caption_tag_dropout_rate`, and neither is given; "
+                "add one of them, or omit it"
+            )
 
 
 def _are_step_rules(rules: str) -> bool:

@@ -10,7 +10,16 @@ from typing import Any, TypeVar
 
 import yaml
 
-from sd_memguard.config import ALIASES, REFUSED, SETTINGS, TrainConfig, make_train_config, refuse_unknown
+from sd_memguard.config import (
+    ALIASES,
+    REFUSED,
+    RENAMED,
+    SETTINGS,
+    TrainConfig,
+    guess_setting,
+    make_train_config,
+    refuse_unknown,
+)
 from sd_memguard.errors import ConfigError, exit_on_user_error
 from sd_memguard.settings import Setting, nearest, settings_of
 
@@ -33,6 +42,8 @@ def parse_train_args(argv: Sequence[str], *, prog: str | None = None) -> TrainCo
         flag = unknown[0].partition("=")[0]
         if flag.removeprefix("--") in REFUSED:
             parser.error(f"`{flag}` is not supported: {REFUSED[flag.removeprefix('--')]}")
+        if flag.removeprefix("--") in RENAMED:
+            parser.error(f"unknown argument `{flag}`{guess_setting(flag.removeprefix('--'))}")
         known = [f"--{name}" for name in (*SETTINGS, *ALIASES, "config")]
         parser.error(f"unknown argument `{flag}`{nearest(flag, known)}; see --help for all of them")
     given = vars(namespace)

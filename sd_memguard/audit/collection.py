@@ -22,6 +22,8 @@ from sd_memguard.audit import AuditError
 logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+MASK = "-masklabel.png"
+"""End of the name of a mask for ``--masked_loss``."""
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
@@ -178,7 +180,7 @@ def read_folder(
 
 def _text_rows(folder: Path, needs_captions: bool) -> Iterator[_Row]:
     for file in sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
-        if any(part.startswith(".") for part in file.parts):
+        if any(part.startswith(".") for part in file.parts) or _is_mask(folder / file):
             continue
         text = (folder / file).with_suffix(".txt")
         lines = text.read_text(encoding="utf-8-sig", errors="replace").splitlines() if text.is_file() else []
@@ -188,6 +190,12 @@ def _text_rows(folder: Path, needs_captions: bool) -> Iterator[_Row]:
             "the caption, or a .txt file beside each image"
         )
         yield _Row(file.as_posix(), captions[0] if captions else "", fault if needs_captions and not captions else "")
+
+
+def _is_mask(file: Path) -> bool:
+    """Whether a file is the mask of an image beside it, which training does not take for an image either."""
+    stem = file.name.removesuffix(MASK)
+    return stem != file.name and any(file.with_name(f"{stem}{suffix}").is_file() for suffix in SUFFIXES)
 
 
 def _metadata_rows(file: Path, flag: str, caption_column: str, needs_captions: bool) -> Iterator[_Row]:

@@ -40,7 +40,8 @@ class Progress:
 
     ``global_step`` counts optimizer steps of the schedule over all proxies, also those not taken because no sample was
     clean (``empty_steps``) or a number was not finite (``nonfinite_steps``); ``extra_steps`` are those of augmented
-    batches, per shard. ``unreadable_samples`` are those whose image could not be read any more.
+    batches, per shard. ``unreadable_samples`` are those whose image could not be read any more, or whose
+    crop missed their mask.
     """
 
     num_shards: int

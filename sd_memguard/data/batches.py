@@ -17,6 +17,7 @@ from sd_memguard.core.sampler import SampleRef
 from sd_memguard.core.seeding import Address, draw_normal
 from sd_memguard.data.captions import Captions
 from sd_memguard.data.encoding_cache import Cache, embedding_cache, latent_caches
+from sd_memguard.data.loss_masks import LossMasks, stacked
 from sd_memguard.data.samples import Samples
 from sd_memguard.data.transforms import PixelDataset, Preprocess, sample_address
 from sd_memguard.distributed import ProcessGroup
@@ -29,10 +30,14 @@ logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """What one forward takes, float32 on the device: scaled latents (B, C, h, w), and the condition of the UNet."""
+    """What one forward takes, float32 on the device: scaled latents (B, C, h, w), and the condition of the UNet.
+
+    The mask (B, 1, h, w) says from 0 to 1 how much of each element counts in the loss; None: all of all images.
+    """
 
     latents: Tensor
     condition: Condition
+    mask: Tensor | None = None
 
 
 NOTHING = Batch(torch.empty(0), Condition(torch.empty(0)))
@@ -69,25 +74,29 @@ class BatchSource:
         self.preprocess = Preprocess(config, seed)
         self.pixels = PixelDataset(samples, self.preprocess)
         self.lost: set[int] = set()
-        self.captions = Captions(samples, config.caption_dropout, seed)
+        self.captions = Captions(samples, config, seed)
         self._latents: list[Cache] = []
         self._embeddings: Cache | None = None
+        self.masks = LossMasks(samples, self.preprocess, encoders.moments_shape[1])
         if cache:
             crew = ProcessGroup(alone=True) if exchange is None else exchange
             self._latents = latent_caches(
                 samples, encoders, self.preprocess, config, crew, num_samples_seen=num_samples_seen, progress=progress
             )
+            self.masks.keeps = self.caches_latents
             self._embeddings = embedding_cache(self.captions, encoders, config, crew, progress=progress)
 
     def batches(self, refs: Iterable[list[SampleRef]]) -> Iterator[tuple[list[SampleRef], Batch]]:
         """Yield the batch of each list of samples, and the samples in it.
 
         An image that was good when it was checked and cannot be read now is named once and dropped from its batches;
-        a batch may even be empty then.
+        a batch may even be empty then. So may one in which no crop shows anything of its image's mask.
         """
         if self.caches_latents:
             for chunk in refs:
-                yield chunk, self._batch(chunk, self._cached_moments(chunk))
+                positions, masks = self._shown(chunk)
+                present = [chunk[position] for position in positions]
+                yield present, self._batch(present, self._cached_moments(present), masks) if present else NOTHING
             return
         chunks = list(refs)
         loader = DataLoader(
@@ -99,9 +108,11 @@ class BatchSource:
             generator=torch.Generator(),  # else the loader takes its workers' seed from the global generator
         )
         for chunk, pixels in zip(chunks, loader, strict=True):
-            kept = self._readable([ref.sample_id for ref in chunk], pixels)
+            readable = self._readable([ref.sample_id for ref in chunk], pixels)
+            positions, masks = self._shown([chunk[position] for position in readable])
+            kept = [readable[position] for position in positions]
             present = [chunk[position] for position in kept]
-            yield present, self._batch(present, self._moments_at(kept, pixels)) if kept else NOTHING
+            yield present, self._batch(present, self._moments_at(kept, pixels), masks) if kept else NOTHING
 
     def augmented(self, sample_ids: list[int], addresses: list[Address], magnitude: int) -> tuple[list[Address], Batch]:
         """Return a batch of augmented copies and their addresses, without images that cannot be read any more.
@@ -123,6 +134,15 @@ class BatchSource:
                 logger.warning("%s; the run goes on without it", image)
         return [position for position, image in enumerate(pixels) if isinstance(image, Tensor)]
 
+    def _shown(self, refs: list[SampleRef]) -> tuple[list[int], list[Tensor | None]]:
+        """Return the positions of the samples of which something counts, and the masks of these."""
+        if self.samples.masked is None:
+            return list(range(len(refs))), [None] * len(refs)
+        ids = [ref.sample_id for ref in refs]
+        masks = self.masks.at(ids, [sample_address(ref) for ref in refs], self._keys(ids))
+        positions = self.masks.shown(ids, masks)
+        return positions, [masks[position] for position in positions]
+
     def _moments_at(self, positions: list[int], pixels: list[Any]) -> Tensor:
         return self.encoders.moments(torch.stack([pixels[position] for position in positions]))
 
@@ -131,7 +151,8 @@ class BatchSource:
         pixels = torch.stack([self.preprocess.fixed(self.samples.image(sample_id)) for sample_id in sample_ids])
         captions = [self.captions.first(sample_id) for sample_id in sample_ids]
         condition = self._condition(sample_ids, [None] * len(sample_ids), captions)
-        return Batch(self.encoders.latents(self.encoders.moments(pixels).float()), condition)
+        latents = self.encoders.latents(self.encoders.moments(pixels).float())
+        return Batch(latents, condition, stacked(self.masks.fixed(sample_ids), latents))
 
     @property
     def caches_latents(self) -> bool:
@@ -143,8 +164,9 @@ class BatchSource:
         """Whether text embeddings come from a cache, so that the text encoder has nothing left to do."""
         return self._embeddings is not None
 
-    def _batch(self, refs: list[SampleRef], moments: Tensor) -> Batch:
-        return self._sampled([v.sample_id for v in refs], [sample_address(v) for v in refs], moments)
+    def _batch(self, refs: list[SampleRef], moments: Tensor, masks: list[Tensor | None]) -> Batch:
+        batch = self._sampled([v.sample_id for v in refs], [sample_address(v) for v in refs], moments)
+        return batch._replace(mask=stacked(masks, batch.latents))
 
     def _sampled(self, sample_ids: list[int], addresses: list[Address], moments: Tensor, purpose: str = "") -> Batch:
         shape = (moments.shape[1] // 2, *moments.shape[2:])
@@ -162,7 +184,7 @@ class BatchSource:
                 for (width, height), key, address in zip(extents, keys, addresses, strict=True)
             ]
             sizes = torch.tensor(rows)
-        return self.encoders.condition(self._embed(captions), sizes)
+        return self.encoders.condition(self._embed(captions, addresses), sizes)
 
     def _keys(self, sample_ids: list[int]) -> list[bytes]:
         """Return the hashes of files, by which affine maps are chosen; empty ones where there are none."""
@@ -176,9 +198,10 @@ class BatchSource:
     def _content_keys(self) -> npt.NDArray[np.bytes_]:
         return self.samples.content_keys()
 
-    def _embed(self, captions: list[int]) -> Tensor:
+    def _embed(self, captions: list[int], addresses: Sequence[Address | None]) -> Tensor:
         if self._embeddings is None:
-            return self.encoders.embeddings([self.captions.text(number) for number in captions]).float()
+            seen = zip(captions, addresses, strict=True)
+            return self.encoders.embeddings([self.captions.text(*caption) for caption in seen]).float()
         return to_device(self._embeddings.read(np.array(captions)), self.encoders.device).float()
 
     def _cached_moments(self, refs: list[SampleRef]) -> Tensor:

@@ -263,7 +263,12 @@ def latent_caches(
 def embedding_cache(
     captions: Captions, encoders: Encoders, config: TrainConfig, exchange: ProcessGroup, *, progress: bool
 ) -> Cache | None:
-    """Return the embeddings of all captions by their numbers, None without cache. All processes call it together."""
+    """Return the embeddings of all captions by their numbers, None without cache. All processes call it together.
+
+    There is none where captions are other texts each time they are seen.
+    """
+    if config.varies_tags:
+        return None
     need = CacheSpec("cache_text_embeddings", len(captions.texts), encoders.embedding_shape, encoders.dtype)
     place = choose_place_together(need, config, exchange)
     if place == "off":

@@ -24,6 +24,7 @@ from sd_memguard.data.image_check import (
     printable,
     shortened,
 )
+from sd_memguard.data.masks import mask_name, without_masks
 from sd_memguard.data.metadata import READERS, Record
 from sd_memguard.data.rows import Row, Source, collect_rows, unknown_column
 
@@ -81,6 +82,18 @@ class FolderImages:
         fault = self._folder.fault(file)
         if fault:
             raise ImageError(fault)
+        return self._bytes_of(file)
+
+    def read_mask(self, row: int) -> Mapping[str, object] | None:
+        """Return the bytes of the mask beside an image, None where there is none."""
+        file = mask_name(self._files[row].as_py())
+        if not (self._folder.root / file).exists():
+            return None
+        if fault := self._folder.fault(file):
+            raise ImageError(f"its mask {file} {fault}")
+        return self._bytes_of(file)
+
+    def _bytes_of(self, file: str) -> Mapping[str, object]:
         try:
             return {"path": file, "bytes": (self._folder.root / file).read_bytes()}
         except OSError as error:
@@ -156,7 +169,10 @@ def _list_files(root: Path) -> _Listing:
                 listing.others.append(file)
     if linked:
         logger.warning("Linked folders are not searched for images: %s", first_names(linked))
-    listing.images.sort()
+    images, masks = without_masks(sorted(listing.images))
+    listing.images[:] = images
+    if masks:
+        logger.info("%d masks are beside the images in %s: %s", len(masks), root, first_names(masks))
     listing.metadata.sort()
     return listing
 

@@ -30,6 +30,9 @@ class DatasetImages:
             raise ImageError(f"has no image in `{self._column}`")
         return stored
 
+    def read_mask(self, row: int) -> None:
+        """Return nothing: masks of a dataset are the alpha channels of its images."""
+
     def paths(self) -> Iterator[object]:
         """Yield the stored path of each image, or None."""
         for batch in self._rows.with_format("arrow").iter(ROWS_PER_BATCH):

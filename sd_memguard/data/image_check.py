@@ -54,6 +54,9 @@ class Images(Protocol):
     def read(self, row: int) -> Mapping[str, object]:
         """Return the image's `bytes` and `path`, or raise ImageError."""
 
+    def read_mask(self, row: int) -> Mapping[str, object] | None:
+        """Return the same of the file of its mask, None where there is none."""
+
 
 def bad_samples_message(name: str, bad: Sequence[BadSample], num_samples: int, advice: str) -> str:
     """Return a text that names the first 20 bad samples, counts the rest and ends with the advice."""
@@ -129,7 +132,7 @@ def decode_image(stored: Mapping[str, object]) -> PIL.Image.Image:
     if stored["bytes"] == b"":
         raise ImageError("image is empty (0 bytes)")
     try:
-        return _to_rgb(_opened(stored))
+        return _to_rgb(open_image(stored))
     except ImageError:
         raise
     except PIL.UnidentifiedImageError as error:
@@ -140,8 +143,8 @@ def decode_image(stored: Mapping[str, object]) -> PIL.Image.Image:
         raise ImageError(f"image cannot be decoded ({type(error).__name__}: {error})") from error
 
 
-def _opened(stored: Mapping[str, object]) -> PIL.Image.Image:
-    """Return a stored image as `datasets` decodes it."""
+def open_image(stored: Mapping[str, object]) -> PIL.Image.Image:
+    """Return a stored image as `datasets` decodes it: upright, in the mode of its file."""
     content = stored["bytes"]
     if not isinstance(content, bytes):
         import datasets  # takes a second to import, and only a dataset stores paths, which may be of the hub

@@ -23,6 +23,7 @@ from sd_memguard.data.image_check import (
     decode_image,
 )
 from sd_memguard.data.image_check_cache import CheckCache
+from sd_memguard.data.masks import check_masks, read_mask
 from sd_memguard.data.rows import Source
 
 __all__ = ["BadSample", "Checked", "SampleError", "Samples", "load_samples"]
@@ -39,6 +40,7 @@ class Checked(NamedTuple):
     bad: list[BadSample]
     groups: npt.NDArray[np.int64] | None
     keys: npt.NDArray[np.bytes_] | None = None
+    masked: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,7 @@ class Samples:
         groups: (num_rows,) int64, for each row the first sample of its group of duplicates, itself where it is single
             or not used; None where duplicates were not looked for.
         keys: (num_rows,) of 16 bytes, the hash of each file as it was checked, empty where it is not known; or None.
+        masked: (num_rows,) whether only a part of each image counts; None where masks were not looked for.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Samples:
     _images: Images = field(repr=False)
     groups: npt.NDArray[np.int64] | None = field(default=None, repr=False)
     keys: npt.NDArray[np.bytes_] | None = field(default=None, repr=False)
+    masked: npt.NDArray[np.bool_] | None = field(default=None, repr=False)
 
     def image(self, sample_id: int) -> PIL.Image.Image:
         """Return the image in RGB, turned upright by its EXIF tag.
@@ -84,6 +88,19 @@ class Samples:
         try:
             stored = self._images.read(sample_id)
             return content_key(stored), decode_image(stored)
+        except (ImageError, OSError) as error:
+            raise self._changed(sample_id, error) from error
+
+    def mask(self, sample_id: int) -> PIL.Image.Image | None:
+        """Return the mask of an image in 8 bits of grey, None where all of it counts.
+
+        Raises:
+            SampleError: it has been changed or removed since it was checked.
+        """
+        if self.masked is None or not self.masked[sample_id]:
+            return None
+        try:
+            return read_mask(self._images, sample_id)
         except (ImageError, OSError) as error:
             raise self._changed(sample_id, error) from error
 
@@ -150,6 +167,7 @@ def load_samples(
     cache: CheckCache | None = None,
     setting: str = "--train_data_dir",
     caption: str | None = None,
+    masked: bool = False,
 ) -> Samples:
     """Return the captioned images of a folder or dataset, with every row in use read and every image decoded.
 
@@ -174,6 +192,7 @@ def load_samples(
         cache: what earlier checks have found about the same files, which are not decoded again.
         setting: the one that gave the folder, for errors.
         caption: of every image of the folder, whatever else is there; by default each has its own.
+        masked: look for the masks of images, see ``masks``.
 
     Raises:
         SampleError: the data cannot be found or understood, or samples are bad; names all that is wrong with them.
@@ -203,14 +222,15 @@ def load_samples(
         raise SampleError("there are no data to train on: give `--train_data_dir FOLDER` or `--dataset_name NAME`")
     num_rows = len(source.rows.files)
     chosen = _choose_rows(num_rows, max_train_samples, seed)
-    sizes, bad, groups, keys = checked or _check(
-        source, chosen, num_workers, progress, find_duplicates, duplicates_flip, cache
+    sizes, bad, groups, keys, masks = checked or _check(
+        source, chosen, num_workers, progress, find_duplicates, duplicates_flip, cache, masked=masked
     )
     if bad:
         _report_bad(source.name, bad, len(chosen), on_bad_sample)
     sample_ids = np.setdiff1d(chosen, [one.sample_id for one in bad], assume_unique=True).astype(np.int64)
     files, captions = source.rows.files, source.rows.captions
-    return Samples(source.name, num_rows, sample_ids, sizes, bad, files, captions, source.images, groups, keys)
+    images = source.images
+    return Samples(source.name, num_rows, sample_ids, sizes, bad, files, captions, images, groups, keys, masks)
 
 
 def _report_bad(name: str, bad: list[BadSample], num_samples: int, on_bad_sample: Literal["error", "skip"]) -> None:
@@ -244,8 +264,10 @@ def _check(
     find_duplicates: bool,
     duplicates_flip: bool,
     cache: CheckCache | None,
+    *,
+    masked: bool,
 ) -> Checked:
-    """Return the sizes of all images, the bad samples among the rows with all that is wrong, and the groups."""
+    """Return the sizes of all images, the bad samples among the rows with all that is wrong, groups and masks."""
     files, _, row_faults, caption_faults = source.rows
     readable = rows[~np.isin(rows, list(row_faults))]
     shape = (len(readable), THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)
@@ -264,14 +286,20 @@ def _check(
     keys[readable] = read_keys
     sizes = np.zeros((len(files), 2), dtype=np.int32)
     sizes[readable] = checked
+    has_mask: npt.NDArray[np.bool_] | None = None
+    mask_faults: dict[int, str] = {}
+    if masked:
+        decoded = readable[checked.all(axis=1)]
+        has_mask = np.zeros(len(files), bool)
+        has_mask[decoded], mask_faults = check_masks(source.images, decoded, sizes[decoded])
     bad = []
-    kinds = (row_faults, caption_faults, image_faults)
-    for row in np.intersect1d(rows, [*row_faults, *caption_faults, *image_faults]).astype(int).tolist():
+    kinds = (row_faults, caption_faults, image_faults, mask_faults)
+    for row in np.intersect1d(rows, [row for faults in kinds for row in faults]).astype(int).tolist():
         bad.append(BadSample(row, files[row].as_py(), "; ".join(faults[row] for faults in kinds if row in faults)))
         sizes[row] = 0
     if thumbnails is None:
-        return Checked(sizes, bad, None, keys)
+        return Checked(sizes, bad, None, keys, has_mask)
     groups = np.arange(len(files))
     good = np.flatnonzero(sizes[readable].all(axis=1))
     groups[readable[good]] = readable[good[find_groups(thumbnails[good], flip=duplicates_flip)]]
-    return Checked(sizes, bad, groups, keys)
+    return Checked(sizes, bad, groups, keys, has_mask)

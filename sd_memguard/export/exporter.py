@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd_memguard.config import ExportFormat
+from sd_memguard.config import LORA_FORMATS, ExportFormat, TrainConfig, refuse_adapter_format
 from sd_memguard.errors import UserError
 from sd_memguard.export import verify as check
 from sd_memguard.export.pipeline_folder import cast, write_pipeline
 from sd_memguard.export.single_file import ldm_unet_names, single_file_weights
 from sd_memguard.export.target import ExportError, check_target, remove, target_path, usage
-from sd_memguard.models.lora import LowRank, diffusers_names, kohya_names, low_rank
+from sd_memguard.models.lora import LowRank, diffusers_names, dora_adapter, kohya_names, low_rank
 from sd_memguard.models.pipeline import load_unet, load_vae
 from sd_memguard.runs.trained_run import UNET, TrainedRun
 
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 )
-LORA_FORMATS = ("lora-diffusers", "lora-kohya")
 FULL_RANK = 64
 """Rank of the LoRA file of a run that trained all weights, where none is given."""
 TOLERANCES = {None: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
@@ -108,15 +107,17 @@ class Exporter:
 
         Raises:
             ExportError: `output` cannot be used, or what was written is not what was meant; nothing is left of it.
+            ConfigError: the format has no place for the kind of adapter that was trained.
             LoraError: no LoRA file can be made, see ``lora.low_rank``.
             SingleFileError: the pipeline does not fit into one file.
             ModelError: the pipeline that was fine-tuned is not to be had any more.
         """
+        refuse_adapter_format(self.run.config.adapter, format)
         target = target_path(self.run, format, output)
         check_target(format, target, overwrite)
         temporary = target.with_name(f"writing-{target.name}")
         precision = None if dtype is None else DTYPES[dtype]
-        adapter = self._adapter(lora_rank, lora_error, precision) if format in LORA_FORMATS else None
+        adapter = self._adapter(lora_rank, lora_error, precision) if format.startswith("lora") else None
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             remove(temporary)
@@ -136,6 +137,15 @@ class Exporter:
     # Writing.
 
     def _adapter(self, rank: int | None, error: float | None, dtype: torch.dtype | None) -> LowRank:
+        config = self.run.config
+        if config.adapter == "dora":
+            if rank is not None or error is not None:
+                raise ExportError(
+                    f"a DoRA adapter is written as it was trained, at rank {config.rank}; omit `--lora_rank` and "
+                    "`--lora_error`"
+                )
+            assert config.rank is not None
+            return dora_adapter(self.run.adapter_weights(), config.rank, dtype or torch.float32)
         if rank is None and error is None:
             own = self.run.config.rank
             rank = FULL_RANK if own is None else own * self.run.num_shards
@@ -210,7 +220,7 @@ class Exporter:
 
     def _load(self, format: ExportFormat, path: Path) -> Any:
         """Load what was written as its users will."""
-        pipeline = self._load_base() if format in LORA_FORMATS else None
+        pipeline = self._load_base() if format.startswith("lora") else None
         try:
             if pipeline is not None:
                 check.load_lora(pipeline, path)
@@ -280,16 +290,20 @@ class Exports(NamedTuple):
             raise ExportError("; ".join(map(str, self.failed)))
 
 
+def end_formats(config: TrainConfig) -> list[ExportFormat]:
+    """Return the formats that a run writes at its end: those asked for, and the LoRA file of a LoRA or DoRA run."""
+    formats = list(dict.fromkeys(config.export_formats or ()))
+    own = () if config.adapter is None else LORA_FORMATS[config.adapter][:1]
+    return [*formats, *(name for name in own if name not in formats)]
+
+
 def export_at_end(run: TrainedRun) -> Exports:
     """Write the files of ``--export_formats``, and a LoRA run's LoRA file in any case, into the run folder.
 
     What goes wrong is collected, so that a run of many hours ends in order all the same.
     """
-    formats = list(dict.fromkeys(run.config.export_formats or ()))
-    if run.config.rank is not None and "lora-diffusers" not in formats:
-        formats.append("lora-diffusers")
     exports, exporter = Exports([], []), Exporter(run)
-    for format in formats:
+    for format in end_formats(run.config):
         if format == "merged":
             continue  # the run folder itself
         try:

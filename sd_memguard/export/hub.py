@@ -1,6 +1,7 @@
 """Uploading the result: the pipeline's files and a card, and nothing else from the run folder."""
 
 import logging
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,20 @@ ALLOWED = [
 """What may leave the machine; no image, caption or file name of the training data is among it."""
 
 
-def push_to_hub(output_dir: Path, config: TrainConfig, guard: GuardConfig, summary: dict[str, Any]) -> None:
-    """Write the model card and upload the pipeline to ``--hub_model_id`` (by default the run folder's name)."""
+def push_to_hub(
+    output_dir: Path, config: TrainConfig, guard: GuardConfig, summary: dict[str, Any], prompts: Sequence[str] = ()
+) -> None:
+    """Write the model card and upload the pipeline to ``--hub_model_id`` (by default the run folder's name).
+
+    Args:
+        output_dir: the run folder.
+        config: of the run.
+        guard: see ``model_card``.
+        summary: see ``run_summary``.
+        prompts: see ``model_card``.
+    """
     repository = create_repo(config.hub_model_id or output_dir.name, exist_ok=True, token=config.hub_token).repo_id
-    model_card(repository, config, guard, summary).save(output_dir / "README.md")
+    model_card(repository, config, guard, summary, prompts).save(output_dir / "README.md")
     upload_folder(
         repo_id=repository,
         folder_path=output_dir,
@@ -55,7 +66,15 @@ def base_license(config: TrainConfig) -> dict[str, Any]:
     return {name: known[name] for name in ("license", "license_name", "license_link") if known.get(name)}
 
 
-def model_card(repository: str, config: TrainConfig, guard: GuardConfig, summary: dict[str, Any]) -> ModelCard:
+def hub_datasets(config: TrainConfig) -> list[str] | None:
+    """Return the dataset of the hub that was trained on, None for a folder of this machine."""
+    name = config.dataset_name
+    return None if name is None or Path(name).exists() else [name]
+
+
+def model_card(
+    repository: str, config: TrainConfig, guard: GuardConfig, summary: dict[str, Any], prompts: Sequence[str] = ()
+) -> ModelCard:
     """Return the card: how the model was trained and guarded, without a word of the training images.
 
     Args:
@@ -63,6 +82,7 @@ def model_card(repository: str, config: TrainConfig, guard: GuardConfig, summary
         config: of the run.
         guard: its settings of the guard, with ``auto`` resolved.
         summary: see ``run_summary``.
+        prompts: what its owner wants to publish as examples.
     """
     base = config.pretrained_model_name_or_path
     is_hub_name = local_pipeline(config) is None
@@ -70,8 +90,12 @@ def model_card(repository: str, config: TrainConfig, guard: GuardConfig, summary
     data = ModelCardData(
         **base_license(config),
         base_model=base if is_hub_name else None,
+        base_model_relation="finetune" if is_hub_name else None,
+        datasets=hub_datasets(config),
         library_name="diffusers",
         pipeline_tag="text-to-image",
+        inference=True,
+        widget=[{"text": prompt} for prompt in prompts] or None,
         tags=[kind.tag, f"{kind.tag}-diffusers", "text-to-image", "diffusers-training", "sd-memguard"],
     )
     actions = rule_class(guard.sample_rule).actions
@@ -81,7 +105,10 @@ def model_card(repository: str, config: TrainConfig, guard: GuardConfig, summary
         "memory bank": f"{guard.bank_mode}, decay {guard.bank_decay}",
     }
     extra = f" + {summary['extra_steps']} on augmented copies" if AUGMENT in actions else ""
+    adapter = {} if config.adapter is None else {"adapter": f"{config.adapter}, rank {config.rank}"}
     rows = {
+        **adapter,
+        "epochs": f"{summary['epochs']:.1f}",
         "shards (proxies)": summary["num_shards"],
         "rounds": summary["num_rounds"],
         "sample rule": guard.sample_rule,

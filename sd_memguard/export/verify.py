@@ -121,4 +121,8 @@ def _changes_as_meant(module: Any, adapter: LowRank, layer: str) -> bool:
     down, up = (adapter.factors[layer + suffix].float().flatten(1) for suffix in (DOWN, UP))
     (name,) = module.active_adapters
     meant, change = up @ down, module.get_delta_weight(name).detach().flatten(1)
+    if adapter.magnitudes:
+        magnitudes = module.lora_magnitude_vector[name].weight.detach()
+        if not torch.equal(magnitudes, adapter.magnitudes[layer].to(magnitudes.dtype)):
+            return False
     return bool((change - meant).norm() <= ROUNDING * meant.norm())

@@ -57,7 +57,8 @@ def _settings(run: RunFolder, width: int) -> list[str]:
     batch = (get("train_batch_size") or 1) * (get("gradient_accumulation_steps") or 1)
     num_samples = f"{run.samples.num_rows:,} images" if run.samples is not None else "images"
     sizes = [shard["size"] for shard in run.rounds[-1]["shards"]] if run.rounds else []
-    lora = f"LoRA adapters of rank {get('rank')}" if get("proxy") == "lora" else "all UNet weights"
+    kind = {"dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}.get(str(get("adapter")), "LoRA")
+    lora = f"{kind} adapters of rank {get('rank')}" if get("proxy") == "lora" else "all UNet weights"
     rows = [
         ("model", _name(get("pretrained_model_name_or_path"))),
         ("data", f"{_name(get('dataset_name') or get('train_data_dir'))}, {num_samples} at {get('resolution')} px"),

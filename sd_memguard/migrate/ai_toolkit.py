@@ -15,10 +15,7 @@ OF_TRAINING = {
     "timestep_type": "timesteps are uniform",
 }
 OF_DATASETS = {
-    "shuffle_tokens": "captions stay in their order",
-    "token_dropout_rate": "tags are not dropped one by one; `--caption_dropout` drops whole captions",
     "trigger_word": "write it into the captions",
-    "mask_path": "losses are not masked",
     "flip_y": "images are flipped left to right alone",
     "default_caption": "give each image a caption",
     "controls": "losses and conditions are the plain ones",
@@ -70,10 +67,10 @@ def translate(content: Mapping[str, Any], folder: Path) -> Translation:
 def _network(told: Translation, network: dict[str, Any]) -> None:
     if not network:
         return
-    if (kind := network.get("type", "lora")) != "lora":
-        told.note(f"network type {kind}", "adapters are plain LoRA")
     rank = network.get("linear", network.get("rank", 4))
-    told.lora(rank, network.get("linear_alpha", network.get("alpha")))
+    told.lora(rank, network.get("linear_alpha", network.get("alpha")), str(network.get("type", "lora")))
+    if network.get("type") == "lokr" and network.get("lokr_full_rank"):
+        told.note("lokr_full_rank", "the second factor has the rank: raise `--rank` for a whole one")
     if network.get("conv"):
         told.note(f"conv = {network['conv']}", "adapters are on the attention alone")
 
@@ -129,8 +126,18 @@ def _datasets(told: Translation, datasets: list[dict[str, Any]]) -> None:
             told.settings["center_crop"] = True
         if dataset.get("caption_dropout_rate"):
             told.settings["caption_dropout"] = float(dataset["caption_dropout_rate"])
+        keep = dataset.get("keep_tokens", 0)
+        told.tags(shuffle=bool(dataset.get("shuffle_tokens")), dropout=dataset.get("token_dropout_rate", 0), keep=keep)
+        if keep and dataset.get("shuffle_tokens"):
+            told.note(f"keep_tokens = {keep} of {place}", "keeps these tags in place, too, where tags are shuffled")
         if dataset.get("num_repeats", 1) != 1:
             told.repeats(f"num_repeats = {dataset['num_repeats']} of {place}")
+        if dataset.get("alpha_mask") or dataset.get("mask_path"):
+            told.masked("ai-toolkit's is divided by the mean area of the batch")
+        if dataset.get("mask_path") and not dataset.get("alpha_mask"):
+            told.masks_beside(f"mask_path = {dataset['mask_path']} of {place}")
+        if dataset.get("mask_min_value"):
+            told.note(f"mask_min_value of {place}", "what is black does not count: paint it grey")
         for name, why in OF_DATASETS.items():
             if dataset.get(name):
                 told.note(f"{name} of {place}", why)

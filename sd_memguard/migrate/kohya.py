@@ -1,26 +1,24 @@
 """kohya's sd-scripts (48d368f): a TOML file of flags (``--config_file``) and one of datasets (``--dataset_config``)."""
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sd_memguard.migrate.translation import MigrationError, Translation, read_pairs
+from sd_memguard.migrate.translation import MigrationError, Translation, read_pairs, shown
 
 # Both files may have these, and each subset of a dataset, too.
 OF_IMAGES = {
-    "shuffle_caption": "captions stay in their order",
-    "keep_tokens": "captions stay in their order",
-    "caption_tag_dropout_rate": "tags are not dropped one by one; `--caption_dropout` drops whole captions",
+    "keep_tokens_separator": "tags that stay are counted: set `--keep_tokens`",
+    "secondary_separator": "captions have one separator",
+    "caption_dropout_every_n_epochs": "captions are dropped at random: set `--caption_dropout`",
     "color_aug": "colours are not changed",
     "face_crop_aug_range": "crops follow no faces",
     "class_tokens": "give each image a caption: a `.txt` beside it with these words",
     "caption_prefix": "write it into the captions",
     "caption_suffix": "write it into the captions",
     "token_warmup_step": "captions are whole from the first step",
-    "alpha_mask": "losses are not masked",
-    "conditioning_data_dir": "losses are not masked",
-    "masked_loss": "losses are not masked",
     "wildcard": "captions are taken as they are; each line of a `.txt` is one of several captions",
     "enable_wildcard": "captions are taken as they are; each line of a `.txt` is one of several captions",
 }
@@ -28,7 +26,6 @@ OF_TRAINING = {
     "text_encoder_lr": "text encoders are not trained",
     "train_text_encoder": "text encoders are not trained",
     "network_dropout": "adapters have no dropout",
-    "network_args": "adapters are on the attention alone",
     "network_weights": "an adapter begins anew: merge the old one into the base model",
     "clip_skip": "the last layer of the text encoder is used",
     "max_token_length": "captions are cut at the text encoder's own length, 77",
@@ -49,8 +46,9 @@ OF_TRAINING = {
     "deepspeed": "DeepSpeed is refused",
     "min_timestep": "all timesteps are trained",
     "max_timestep": "all timesteps are trained",
-    "sample_prompts": "give the prompts as `--validation_prompts`",
 }
+OPTIONS = re.compile(r"(?:^| )--[a-z]+ ")
+"""What follows a prompt in a file of prompts: `--n ugly --w 512`."""
 OF_RUNS = (
     *("output_name", "save_precision", "save_model_as", "save_last_n_steps", "save_last_n_epochs", "save_state"),
     *(
@@ -102,9 +100,10 @@ def translate(content: Mapping[str, Any], folder: Path, dataset_config: Path | N
 
 
 def _training(told: Translation) -> None:
-    if told.pop("network_module") or "network_dim" in told.theirs:
+    module = told.pop("network_module")
+    if module or "network_dim" in told.theirs:
         rank = told.pop("network_dim", default=4)
-        told.lora(rank, told.pop("network_alpha", default=1))
+        told.lora(rank, told.pop("network_alpha", default=1), _adapter(told, str(module or "networks.lora")))
         unet = told.pop("unet_lr")
         if unet is not None:
             told.theirs["learning_rate"] = unet
@@ -140,8 +139,42 @@ def _training(told: Translation) -> None:
     weight = told.pop("prior_loss_weight")
     if weight is not None and "class_data_dir" in told.settings:
         told.settings["prior_loss_weight"] = float(weight)
+    _prompts(told)
     told.refuse(OF_TRAINING)
     told.drop(OF_RUNS)
+
+
+def _adapter(told: Translation, module: str) -> str:
+    """Return the kind of adapter that a network module makes, and note which of its arguments stay behind."""
+    arguments = read_pairs(told.pop("network_args", default=()))
+    kind = module.rpartition(".")[2]
+    if module.startswith("lycoris"):
+        kind = {"locon": "lora"}.get(algo := arguments.pop("algo", "lora"), algo)
+        if kind == "lora" and arguments.pop("dora_wd", "False").lower() == "true":
+            kind = "dora"
+    if arguments:
+        told.note(f"network_args {shown(', '.join(arguments))}", "adapters are on the attention alone, without dropout")
+    return kind
+
+
+def _prompts(told: Translation) -> None:
+    """Take the prompts of a text file, one a line, without the options behind each."""
+    name = told.pop("sample_prompts")
+    if not name:
+        return
+    file = told.file_beside(str(name)) if str(name).endswith(".txt") else None
+    if file is None:
+        told.prompts(f"sample_prompts = {name}", None)
+        return
+    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    plain = [OPTIONS.split(line, maxsplit=1)[0].strip() for line in prompts]
+    told.prompts(f"sample_prompts = {name}", plain)
+    if plain != prompts:
+        told.note(
+            f"options in {name}",
+            "images are generated at the pipeline's own size and guidance, without a negative prompt",
+        )
 
 
 def _images(told: Translation) -> None:
@@ -152,12 +185,28 @@ def _images(told: Translation) -> None:
     if not told.pop("random_crop"):
         told.settings["center_crop"] = True
     told.take("caption_dropout_rate", "caption_dropout", convert=float)
+    told.tags(
+        shuffle=bool(told.pop("shuffle_caption")),
+        dropout=told.pop("caption_tag_dropout_rate", default=0),
+        keep=told.pop("keep_tokens", default=0),
+        separator=told.pop("caption_separator", default=","),
+    )
+    _masks(told)
     if told.pop("enable_bucket"):
         told.note(
             "enable_bucket", "see `sd-memguard train --help` for buckets; without, images are cropped to a square"
         )
     told.drop(("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "batch_size", "num_repeats"))
     told.refuse(OF_IMAGES)
+
+
+def _masks(told: Translation) -> None:
+    """Take a masked loss, by the alpha channel of an image or by a folder of masks."""
+    folder, alpha, masked = (told.pop(name) for name in ("conditioning_data_dir", "alpha_mask", "masked_loss"))
+    if folder or alpha or masked:
+        told.masked("kohya's loss of an image is the sum over the area in relation to the whole image")
+    if folder:
+        told.masks_beside(f"masks in {folder}")
 
 
 def _resolution(told: Translation, value: Any) -> None:

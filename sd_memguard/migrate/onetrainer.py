@@ -14,11 +14,9 @@ SCHEDULES = {
     "COSINE_WITH_RESTARTS": "cosine_with_restarts",
 }
 WHY = {
-    "masked_training": "losses are not masked",
     "aspect_ratio_bucketing": "images are cropped to a square, unless buckets are asked for",
     "perturbation_noise_weight": "set `--input_perturbation`",
     "rescale_noise_scheduler_to_zero_terminal_snr": "the scheduler is the base model's",
-    "lora_decompose": "adapters are plain LoRA",
     "dropout_probability": "adapters have no dropout",
     "layer_filter": "adapters are on the attention of the UNet",
     "additional_embeddings": "embeddings are not trained",
@@ -41,15 +39,17 @@ def translate(content: Mapping[str, Any], folder: Path) -> Translation:
     told.model(told.pop("base_model_name", default="stable-diffusion-v1-5/stable-diffusion-v1-5"))
     method = told.pop("training_method", default="FINE_TUNE")
     if method == "LORA":
-        if (peft := told.pop("peft_type", default="LORA")) != "LORA":
-            told.note(f"peft_type = {peft}", "adapters are plain LoRA")
-        told.lora(told.pop("lora_rank", default=16), told.pop("lora_alpha", default=1.0))
+        kind = str(told.pop("peft_type", default="LORA"))
+        if told.pop("lora_decompose") and kind == "LORA":
+            kind = "DORA"
+        told.lora(told.pop("lora_rank", default=16), told.pop("lora_alpha", default=1.0), kind)
     elif method != "FINE_TUNE":
         told.note(
             f"training_method = {method}", "all weights of the UNet are trained, or with `--proxy lora` an adapter"
         )
     _training(told)
     _concepts(told)
+    _prompts(told)
     return told
 
 
@@ -89,6 +89,7 @@ def _training(told: Translation) -> None:
     told.take("offset_noise_weight", "noise_offset", convert=float)
     told.take("clip_grad_norm", "max_grad_norm", convert=float)
     told.take("dataloader_threads", "dataloader_num_workers", convert=int)
+    _masks(told)
     if told.pop("force_v_prediction"):
         told.settings["prediction_type"] = "v_prediction"
     if (save := told.pop("save_every", default=0)) and (unit := told.pop("save_every_unit")) != "NEVER":
@@ -96,11 +97,26 @@ def _training(told: Translation) -> None:
     if target := told.pop("output_model_destination"):
         told.settings["output_dir"] = str(Path(target).with_suffix(""))
         if str(target).endswith(".safetensors"):
-            told.settings["export_formats"] = ["lora-kohya" if told.settings.get("proxy") == "lora" else "single-file"]
+            is_lora = told.settings.get("proxy") == "lora" and "adapter" not in told.settings
+            told.settings["export_formats"] = ["lora-kohya" if is_lora else "single-file"]
     for part in ("text_encoder", "text_encoder_2"):
         if dict(told.pop(part, default={}) or {}).get("train") and part == "text_encoder":
             told.note("text_encoder.train", "text encoders are not trained")
     told.refuse(WHY)
+
+
+def _masks(told: Translation) -> None:
+    probability, weight = (told.pop(name, default=0.1) for name in ("unmasked_probability", "unmasked_weight"))
+    normalized = told.pop("normalize_masked_area_loss", default=False)
+    if not told.pop("masked_training"):
+        return
+    told.masked("as with `normalize_masked_area_loss`" + ("" if normalized else ", which is off in this file"))
+    if probability:
+        told.note(f"unmasked_probability = {probability}", "a mask counts each time its image is seen")
+    if prior := told.pop("masked_prior_preservation_weight"):
+        told.note(f"masked_prior_preservation_weight = {prior}", "what is black is free to change")
+    if weight:
+        told.note(f"unmasked_weight = {weight}", "what is black does not count: paint it grey")
 
 
 def _resolution(told: Translation, text: str) -> int:
@@ -114,9 +130,7 @@ def _concepts(told: Translation) -> None:
     concepts = told.pop("concepts")
     name = told.pop("concept_file_name")
     if concepts is None and name:
-        # The programs are started in OneTrainer's own folder, and files moved together stand side by side.
-        places = [told.folder / name, told.folder / Path(name).name, told.folder.parent / name]
-        file = next((place for place in places if place.is_file()), None)
+        file = told.file_beside(name)
         if file is None:
             told.note(f"concepts in {name}", "the file is not there: give the folder as `--train_data_dir`")
             return
@@ -137,6 +151,16 @@ def _concepts(told: Translation) -> None:
     told.folders(folders)
 
 
+def _prompts(told: Translation) -> None:
+    samples, name = told.pop("samples"), told.pop("sample_definition_file_name")
+    if samples is None and name:
+        file = told.file_beside(str(name))
+        samples = None if file is None else json.loads(file.read_text(encoding="utf-8"))
+    if samples is not None or name:
+        active = None if samples is None else [one.get("prompt", "") for one in samples if one.get("enabled", True)]
+        told.prompts(f"samples in {name}", active)
+
+
 def _concept(told: Translation, place: str, concept: Mapping[str, Any]) -> None:
     image, text = concept.get("image", {}), concept.get("text", {})
     if image.get("enable_random_flip"):
@@ -147,10 +171,20 @@ def _concept(told: Translation, place: str, concept: Mapping[str, Any]) -> None:
         told.note(f"random rotation in {place}", "`--random_affine` moves, rotates and scales a little: set it")
     if (source := text.get("prompt_source", "sample")) != "sample":
         told.note(f"captions of {place} from {source}", "write a `.txt` beside each image, or `metadata.jsonl`")
-    if text.get("enable_tag_shuffling"):
-        told.note(f"tag shuffling in {place}", "captions stay in their order")
-    if text.get("tag_dropout_enable"):
-        told.note(f"tag dropout in {place}", "`--caption_dropout` drops whole captions")
+    drops = bool(text.get("tag_dropout_enable"))
+    if drops and (mode := str(text.get("tag_dropout_mode", "FULL"))) != "RANDOM":
+        told.note(f"tag dropout {mode} in {place}", "each tag is left out by itself: set `--caption_tag_dropout_rate`")
+        drops = False
+    if drops and str(text.get("tag_dropout_special_tags_mode", "NONE")) != "NONE":
+        told.note(f"special tags in {place}", "all tags behind the first `--keep_tokens` can be left out")
+    told.tags(
+        shuffle=bool(text.get("enable_tag_shuffling")),
+        dropout=text.get("tag_dropout_probability", 0) if drops else 0,
+        keep=text.get("keep_tags_count", 1),
+        separator=text.get("tag_delimiter", ","),
+    )
+    if text.get("caps_randomize_enable"):
+        told.note(f"random capitals in {place}", "tags are written as they are")
     if concept.get("balancing", 1.0) != 1.0:
         told.repeats(f"balancing {concept['balancing']} of {place}")
     if concept.get("loss_weight", 1.0) != 1.0:

@@ -14,13 +14,11 @@ SAME_NAME = (
     *("variant", "input_perturbation", "allow_tf32", "max_grad_norm", "validation_prompt", "use_ema"),
 )
 WHY = {
-    "lycoris_config": "adapters are plain LoRA",
     "base_model_precision": "weights are not quantized",
     "train_text_encoder": "text encoders are not trained",
     "loss_type": "the loss is the squared error",
     "webhook_config": "nothing is sent",
     "validation_prompt_library": "give prompts as `--validation_prompts`",
-    "user_prompt_library": "give prompts as `--validation_prompts`",
     "controlnet": "ControlNets are not trained",
     "init_lora": "an adapter begins anew: merge the old one into the base model",
     "offset_noise": "set `--noise_offset`",
@@ -53,9 +51,7 @@ def translate(content: Mapping[str, Any] | Sequence[Any], folder: Path) -> Trans
         )
     told.model(told.pop("pretrained_model_name_or_path"))
     if told.pop("model_type", default="full") == "lora":
-        if told.theirs.get("lora_type", "standard") != "standard":
-            told.note(f"lora_type = {told.theirs['lora_type']}", "adapters are plain LoRA")
-        told.lora(told.pop("lora_rank", default=16), told.pop("lora_alpha"))
+        _adapter(told)
     told.drop([name for name in ("max_train_steps", "num_train_epochs") if not told.theirs.get(name)])
     told.take("num_train_epochs", "num_train_epochs", convert=int)
     for name in SAME_NAME:
@@ -77,14 +73,35 @@ def translate(content: Mapping[str, Any] | Sequence[Any], folder: Path) -> Trans
     name = told.pop("data_backend_config")
     backends = [] if name is None else _read_backends(told, str(name))
     _backends(told, backends)
+    if library := told.pop("user_prompt_library"):
+        place = told.file_beside(str(library))
+        prompts = None if place is None else json.loads(place.read_text(encoding="utf-8"))
+        texts = None if prompts is None else [one if isinstance(one, str) else "" for one in prompts.values()]
+        told.prompts(f"user_prompt_library = {library}", texts)
     told.refuse(WHY)
     told.drop(IGNORED)
     return told
 
 
+def _adapter(told: Translation) -> None:
+    """Take the adapter: its own settings, or those of the file for LyCORIS that it names."""
+    rank, alpha = told.pop("lora_rank", default=16), told.pop("lora_alpha")
+    kind = "dora" if told.pop("use_dora") else "lora"
+    name = told.pop("lycoris_config")
+    if told.theirs.get("lora_type", "standard") == "lycoris":
+        file = None if name is None else told.file_beside(str(name))
+        if file is None:
+            told.note(f"lycoris_config = {name}", "the file is not there: set `--adapter` and `--rank`")
+        else:
+            lycoris = json.loads(file.read_text(encoding="utf-8"))
+            kind = str(lycoris.get("algo", "lokr"))
+            rank, alpha = lycoris.get("linear_dim", rank), lycoris.get("linear_alpha", alpha)
+            told.note(f"layers in {name}", "adapters are on the attention of the UNet")
+    told.lora(rank, alpha, kind)
+
+
 def _read_backends(told: Translation, name: str) -> list[Any]:
-    places = [told.folder / name, told.folder / Path(name).name, *(parent / name for parent in told.folder.parents)]
-    file = next((place for place in places if place.is_file()), None)
+    file = told.file_beside(name)
     if file is None:
         told.note(f"data backends in {name}", "the file is not there: give the folder as `--train_data_dir`")
         return []
@@ -115,6 +132,12 @@ def _backends(told: Translation, backends: Sequence[Any]) -> None:
             told.note(f"captions of {name} by {strategy}", "write a `.txt` beside each image, or `metadata.jsonl`")
         elif strategy == "parquet":
             told.note(f"captions of {name} by {strategy}", "`metadata.parquet` with columns `file_name` and `text`")
+        shuffle = dict(backend.get("caption_shuffle") or {})
+        if shuffle.get("enable"):
+            separators = {"comma": ",", "space": " ", "period": "."}
+            separator = separators.get(str(shuffle.get("split_on", "comma")), ",")
+            told.tags(shuffle=True, dropout=0, keep=shuffle.get("position_start", 0), separator=separator)
+            told.note(f"caption_shuffle of {name}", "the order is another one each time, not one of a few")
         if backend.get("repeats"):
             told.repeats(f"repeats = {backend['repeats']} of {name}")
         if backend.get("crop") and backend.get("crop_style", "random") == "center":

@@ -118,11 +118,45 @@ class Translation:
         if known != folder:
             self.note(f"class images in {folder}", f"one folder is read: move them into {known}")
 
+    def prompts(self, what: str, prompts: Iterable[str] | None) -> None:
+        """Take the prompts of samples, None where their file cannot be read."""
+        if prompts is None:
+            self.note(what, "the file is not there or of another form: give prompts as `--validation_prompts`")
+        elif found := [*self.settings.get("validation_prompts", []), *filter(None, prompts)]:
+            self.settings["validation_prompts"] = list(dict.fromkeys(found))
+
+    def file_beside(self, name: str) -> Path | None:
+        """Return a file that a setting names: from the folder of the configuration or one above, or beside it."""
+        places = [folder / name for folder in (self.folder, *self.folder.parents)]
+        return next((place for place in [*places, self.folder / Path(name).name] if place.is_file()), None)
+
     def repeats(self, what: str) -> None:
         """Say why repeats stay behind."""
         self.note(
             what, "images are not repeated, which is how a model memorizes them: raise `--max_train_steps` instead"
         )
+
+    def tags(self, *, shuffle: bool, dropout: float, keep: int, separator: str = ",") -> None:
+        """Take what is done with the tags of captions."""
+        if not (shuffle or dropout):
+            return
+        if shuffle:
+            self.settings["shuffle_caption"] = True
+        if dropout:
+            self.settings["caption_tag_dropout_rate"] = float(dropout)
+        if keep:
+            self.settings["keep_tokens"] = int(keep)
+        if separator != ",":
+            self.settings["caption_separator"] = separator
+
+    def masked(self, difference: str) -> None:
+        """Take a masked loss."""
+        self.settings["masked_loss"] = True
+        self.note("masked loss", f"the loss of an image is the mean over the area of its mask; {difference}")
+
+    def masks_beside(self, what: str) -> None:
+        """Say where masks of another folder have to go."""
+        self.note(what, "copy each beside its image `name.jpg` as `name-masklabel.png`, in the same size")
 
     def caption_extension(self, extension: str | None) -> None:
         """Say what to do with captions in other files than ``.txt``."""
@@ -139,9 +173,15 @@ class Translation:
         else:
             self.note(f"{name} = {value}", "the forward pass is in fp32, fp16 or bf16: set `--mixed_precision`")
 
-    def lora(self, rank: int, alpha: float | None) -> None:
-        """Take a LoRA adapter, whose alpha is its rank here."""
+    def lora(self, rank: int, alpha: float | None, kind: str = "lora") -> None:
+        """Take an adapter, whose alpha is its rank here; the kind in any spelling."""
         self.settings |= {"proxy": "lora", "rank": int(rank)}
+        plain = kind.lower()
+        if plain in ("dora", "loha", "lokr"):
+            self.settings["adapter"] = plain
+            self.note(f"adapters of the kind {plain}", "have one shard: no average over proxies is exact")
+        elif plain not in ("lora", "standard"):
+            self.note(f"adapters of the kind {kind}", "are lora, dora, loha or lokr: plain LoRA is written")
         if alpha is not None and float(alpha) != float(rank):
             self.note(
                 f"alpha {alpha} at rank {rank}",

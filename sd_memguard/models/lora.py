@@ -1,15 +1,18 @@
-"""The LoRA adapter of a UNet: added with peft, merged for export, and made into the factors of a LoRA file by SVD."""
+"""The adapter of a UNet: added with peft, merged for export, and made into the factors of a LoRA file by SVD."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
+from peft.tuners.lokr.layer import factorization
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sd_memguard.config import Adapter
 from sd_memguard.core.seeding import derive_seed
 from sd_memguard.errors import UserError
 from sd_memguard.proxies.lora import Change
@@ -18,6 +21,8 @@ from sd_memguard.proxies.low_rank import best_factors
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 """The projections of the attention layers, as in diffusers' LoRA script."""
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+MAGNITUDE = ".lora_magnitude_vector"
+"""What peft calls the part of DoRA that scales each row of a weight."""
 KOHYA = {DOWN: "lora_down.weight", UP: "lora_up.weight"}
 
 
@@ -33,28 +38,89 @@ class LowRank(NamedTuple):
         rank: of all of them.
         relative_error: Frobenius norm of what they miss, over that of the change of all weights.
         inexpressible: the same of the biases and norms alone, which no rank can mend.
+        magnitudes: of DoRA, (out,) by layer.
     """
 
     factors: dict[str, Tensor]
     rank: int
     relative_error: float
     inexpressible: float
+    magnitudes: Mapping[str, Tensor] = MappingProxyType({})
 
 
-def add_adapter(unet: UNet2DConditionModel, rank: int, seed: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+def add_adapter(
+    unet: UNet2DConditionModel, rank: int, seed: int, dtype: torch.dtype, kind: Adapter | None = "lora"
+) -> dict[str, nn.Module]:
     """Freeze the UNet in ``dtype``, add a float32 adapter (alpha = rank), and return the adapted layers by name.
 
-    The factors are initialized as in diffusers' script (gaussian down, zero up), from an address of their own.
+    It changes nothing at first, and its factors are initialized from an address of their own: those of LoRA and DoRA as
+    in diffusers' script (gaussian down, zero up), the others as peft does.
     """
     unet.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora"))
-        unet.add_adapter(config)
-    if dtype != torch.float32:
-        unet.to(dtype)
-    cast_training_params(unet, dtype=torch.float32)
+        unet.add_adapter(_peft_config(kind, rank))
+    # Not the adapter: DoRA's magnitudes are the norms of the weights, and rounded they would change the model.
+    for parameter in unet.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     return {name: module for name, module in unet.named_modules() if hasattr(module, "base_layer")}
+
+
+def _peft_config(kind: Adapter | None, rank: int) -> PeftConfig:
+    if kind == "loha":
+        return LoHaConfig(r=rank, alpha=rank, target_modules=TARGETS)
+    if kind == "lokr":
+        return LoKrConfig(r=rank, alpha=rank, target_modules=TARGETS)
+    return LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS, use_dora=kind == "dora"
+    )
+
+
+def adapter_size(kind: Adapter | None, rank: int, shape: Sequence[int]) -> int:
+    """Return the number of parameters of an adapter on a layer whose weight is (out, in)."""
+    rows, columns = shape
+    if kind == "lokr":
+        (row_factor, rows), (column_factor, columns) = factorization(rows), factorization(columns)
+        # Peft keeps the second factor whole where two of the rank would not be smaller.
+        second = rows * columns if rank >= max(rows, columns) / 2 else rank * (rows + columns)
+        return row_factor * column_factor + second
+    factors = rank * (rows + columns)
+    return {"lora": factors, "dora": factors + rows, "loha": 2 * factors}[kind or "lora"]
+
+
+def merge_adapter(
+    unet: UNet2DConditionModel, parameters: Mapping[str, Tensor], rank: int, kind: Adapter | None
+) -> UNet2DConditionModel:
+    """Merge an adapter of any kind into a plain UNet as it was before training, by peft's own code, and return it.
+
+    Args:
+        unet: in float32 on the CPU.
+        parameters: the adapter's, by the names that ``add_adapter`` has given them.
+        rank: of the adapter.
+        kind: of the adapter.
+    """
+    layers = add_adapter(unet, rank, 0, torch.float32, kind)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            unet.get_parameter(name).copy_(parameter)
+        for layer in layers.values():
+            assert isinstance(layer, BaseTunerLayer)
+            layer.merge()
+    unet.unload_lora()
+    return unet
+
+
+def dora_adapter(parameters: Mapping[str, Tensor], rank: int, dtype: torch.dtype) -> LowRank:
+    """Return what a LoRA file holds of a DoRA adapter, which it misses nothing of."""
+    factors, magnitudes = {}, {}
+    for name, tensor in parameters.items():
+        layer, _, part = name.partition(MAGNITUDE)
+        if part:
+            magnitudes[layer] = tensor.to(dtype)
+        else:
+            factors[name.replace(".default.", ".")] = tensor.to(dtype)
+    return LowRank(factors, rank, 0.0, 0.0, magnitudes)
 
 
 def merge(unet: UNet2DConditionModel, changes: Mapping[str, Change]) -> UNet2DConditionModel:
@@ -159,7 +225,8 @@ def smallest_rank(spectra: Sequence[Tensor], lost: float, error: float, rounding
 
 def diffusers_names(adapter: LowRank) -> dict[str, Tensor]:
     """Return the content of ``pytorch_lora_weights.safetensors``, as ``load_lora_weights`` of a pipeline reads it."""
-    return {f"unet.{name}": tensor for name, tensor in adapter.factors.items()}
+    magnitudes = {f"{layer}{MAGNITUDE}": tensor for layer, tensor in adapter.magnitudes.items()}
+    return {f"unet.{name}": tensor for name, tensor in {**adapter.factors, **magnitudes}.items()}
 
 
 def kohya_names(adapter: LowRank, layers: Mapping[str, str] | None = None) -> dict[str, Tensor]:

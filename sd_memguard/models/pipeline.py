@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,21 @@ GONE = {
 """Names that were taken from the hub, and where the same weights are now."""
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 INDEX = "model_index.json"
+LAUNCH = "run diffusers' {script} under the launcher, `accelerate launch -m sd_memguard.run {script} ...`"
+SCRIPTS = {
+    "InstructPix2Pix": "train_instruct_pix2pix.py",
+    "Inpaint": "train_dreambooth_inpaint.py",
+    "DDPM": "train_unconditional.py",
+    "DDIM": "train_unconditional.py",
+}
+"""Scripts that train other pipelines, by a part of the name of their class."""
+OTHER_UNETS = {
+    9: ("an inpainting model, which also takes a mask and the masked image", "Inpaint"),
+    8: ("an image-to-image model (InstructPix2Pix), which also takes the image to change", "InstructPix2Pix"),
+    5: ("a depth-to-image model, which also takes a depth map", None),
+    7: ("an upscaling model, which also takes the small image", None),
+}
+"""What a UNet is by the number of its input channels where its outputs are 4, and the key of its script."""
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 """Names of the weights files of parts by diffusers; those of transformers are called ``model``."""
 
@@ -152,11 +168,7 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
         refusal = "its VAE has a mean and a deviation for each channel of the latents, which diffusers' scripts ignore"
     if refusal is not None:
         raise ModelError(f"{folder} cannot be fine-tuned here: {refusal}; give another model")
-    if unet["in_channels"] != vae["latent_channels"]:
-        raise ModelError(
-            f"the UNet of {folder} takes {unet['in_channels']} channels but the VAE makes {vae['latent_channels']}: "
-            "an inpainting, depth or upscaling model, which cannot be fine-tuned here; give a text-to-image one"
-        )
+    _check_unet(str(folder), unet, vae["latent_channels"])
     _check_prediction(folder, config)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if config.resolution % factor:
@@ -170,11 +182,47 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
         )
 
 
+def check_hub_unet(config: TrainConfig) -> None:
+    """Refuse a model of the hub by the config of its UNet, before anything else of it is downloaded.
+
+    Raises:
+        ModelError: it is no text-to-image model.
+    """
+    name = config.pretrained_model_name_or_path
+    try:
+        unet = UNet2DConditionModel.load_config(
+            name, subfolder="unet", revision=config.revision, cache_dir=config.cache_dir
+        )
+    except (OSError, ValueError) as error:
+        raise _unavailable(name, error) from error
+    _check_unet(name, unet, unet.get("out_channels"))
+
+
+def _check_unet(name: str, unet: Mapping[str, Any], latent_channels: int | None) -> None:
+    """Refuse a UNet that is not conditioned on a text alone."""
+    class_name, channels = unet.get("_class_name", "UNet2DConditionModel"), unet.get("in_channels")
+    if class_name != "UNet2DConditionModel":
+        way_out = f"; {LAUNCH.format(script=SCRIPTS['DDPM'])}" if class_name == "UNet2DModel" else ""
+        raise ModelError(
+            f"the UNet of {name} is a {class_name}, which takes no text, and cannot be fine-tuned here; give a "
+            f"text-to-image model{way_out}"
+        )
+    if channels != latent_channels:
+        what, key = OTHER_UNETS.get(channels or 0, ("a model of another task", None))
+        way_out = "" if key is None else f", or {LAUNCH.format(script=SCRIPTS[key])}"
+        raise ModelError(
+            f"the UNet of {name} takes {channels} channels and latents have {latent_channels}: it is {what}, and "
+            f"cannot be fine-tuned here; give a text-to-image model{way_out}"
+        )
+
+
 def _kind(name: str, class_name: str | None) -> StableDiffusion:
     if class_name not in KINDS:
+        script = next((script for part, script in SCRIPTS.items() if part in str(class_name)), None)
+        way_out = "for other models run diffusers' own script under the launcher" if script is None else ""
         raise ModelError(
             f"{name} is a {class_name}; only {' and '.join(KINDS)} (Stable Diffusion 1.x, 2.x and XL, text to image) "
-            "can be fine-tuned here; for other models run diffusers' own script under the launcher, see docs/scripts.md"
+            f"can be fine-tuned here; {way_out or LAUNCH.format(script=script)}, see docs/scripts.md"
         )
     return KINDS[class_name]
 

@@ -27,6 +27,8 @@ CONFIG, ROUNDS, SAMPLES, BANKS, SUMMARY = (
 PROXIES_FOLDER = "proxies"
 BEST = "best"
 """Folder of the best model so far, in a run and in its checkpoints."""
+ADAPTER = "adapter.safetensors"
+"""The adapter of a run or checkpoint, where it is of another kind than LoRA."""
 ACTIONS = "actions"
 """What ``config.json`` calls the fields of each ``Action`` of the sample rule."""
 

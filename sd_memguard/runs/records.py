@@ -122,6 +122,7 @@ def run_summary(
         "global_step": progress.global_step,
         "num_shards": ensemble.schedule.num_shards,
         "num_rounds": ensemble.schedule.num_rounds,
+        "epochs": int(ledger.seen.sum()) / sum(guard.epoch_lengths()),
         "extra_steps": sum(progress.extra_steps),
         "empty_steps": progress.empty_steps,
         "nonfinite_steps": progress.nonfinite_steps,

@@ -22,7 +22,7 @@ from sd_memguard.models.pipeline import (
     weights_file,
 )
 from sd_memguard.runs.checkpoint import PREFIX, verify_checkpoint
-from sd_memguard.runs.folder import ACTIONS, FOLDER, RunFolderError
+from sd_memguard.runs.folder import ACTIONS, ADAPTER, FOLDER, RunFolderError
 
 UNET = "unet"
 
@@ -83,6 +83,10 @@ class TrainedRun:
     def base_unet_weights(self) -> dict[str, Tensor]:
         """Return those of the UNet before training, in float32."""
         return {name: tensor.detach() for name, tensor in load_unet(self.base, self.config).state_dict().items()}
+
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """Return the adapter as it was trained, where it is of another kind than LoRA."""
+        return load_file(self.folder / FOLDER / ADAPTER)
 
     def prediction_type(self) -> str:
         """Return what the UNet predicts."""

@@ -6,14 +6,14 @@ written to again, so that checkpoints hold them by a hard link.
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DConditionModel
 
 from sd_memguard.files import TEMPORARY_PREFIX, flush, link_or_copy
-from sd_memguard.runs.folder import BEST, FOLDER
+from sd_memguard.runs.folder import ADAPTER, BEST, FOLDER
 from sd_memguard.runs.trained_run import UNET
 
 Rounds = Sequence[dict[str, Any]]
@@ -47,12 +47,13 @@ class BestModel:
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / FOLDER / BEST
 
-    def save(self, unet: UNet2DConditionModel) -> None:
-        """Replace what is kept."""
+    def save(self, unet: UNet2DConditionModel, write_adapter: Callable[[Path], None]) -> None:
+        """Replace what is kept: the UNet, and what ``write_adapter`` writes into a folder."""
         temporary = self.folder.with_name(TEMPORARY_PREFIX + BEST)
         shutil.rmtree(temporary, ignore_errors=True)
         unet.save_pretrained(temporary / UNET, max_shard_size="100GB")
-        for file in (temporary / UNET).iterdir():
+        write_adapter(temporary)
+        for file in filter(Path.is_file, temporary.rglob("*")):
             flush(file)
         self.remove()
         temporary.rename(self.folder)
@@ -60,6 +61,11 @@ class BestModel:
     def load(self) -> UNet2DConditionModel:
         """Return what is kept, in float32."""
         return UNet2DConditionModel.from_pretrained(self.folder / UNET, use_safetensors=True)
+
+    def copy_adapter(self, folder: Path) -> None:
+        """Copy the adapter to a folder, where one is kept."""
+        if (self.folder / ADAPTER).exists():
+            shutil.copyfile(self.folder / ADAPTER, folder / ADAPTER)
 
     def save_to(self, checkpoint: Path) -> None:
         """Link what is kept into a checkpoint; nothing is done where nothing is."""

@@ -122,15 +122,18 @@ def step_ema(ema: EMAModel, parameters: Iterable[Parameter], device: torch.devic
 def make_proxies(
     plan: Plan, unet: UNet2DConditionModel, ema: EMAModel | None, dtype: torch.dtype, device: torch.device, ranks: Ranks
 ) -> FullProxies:
-    """Return the proxies of a run with their optimizer: full weights, or adapters on a frozen UNet in ``dtype``."""
+    """Return the proxies of a run with their optimizer: full weights, or adapters on a frozen UNet in ``dtype``.
+
+    An adapter of another kind than LoRA is the only proxy, and needs no average.
+    """
     config, num_shards = plan.config, plan.schedule.num_shards
     layers = {}
     if config.rank is not None:
-        layers = add_adapter(unet, config.rank, plan.seed, dtype)
+        layers = add_adapter(unet, config.rank, plan.seed, dtype, config.adapter)
     parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(parameters, config, device, plan.batch_size)
     store, exchange = make_store(plan, ranks), ranks.proxy_exchange
-    if config.rank is None:
+    if config.adapter != "lora":
         return FullProxies(parameters, optimizer, num_shards, store, ema, exchange)
     # The adapter's alpha equals its rank, so its factor is 1.
     return LoraProxies(parameters, optimizer, num_shards, store, layers, 1.0, exchange)

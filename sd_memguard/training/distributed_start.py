@@ -77,6 +77,8 @@ def _share_checked(samples: Samples | None, exchange: ProcessGroup) -> Checked |
         arrays: dict[str, Any] = {} if samples is None else {"sizes": samples.sizes, "groups": samples.groups}
         if samples is not None and samples.keys is not None:
             arrays["keys"] = samples.keys.view(np.uint8).reshape(-1, 16)
+        if samples is not None and samples.masked is not None:
+            arrays["masked"] = samples.masked.astype(np.uint8)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
     shared = exchange.broadcast_tensors(tensors, "plan")
     bad = exchange.broadcast_object([] if samples is None else samples.bad, "plan")
@@ -84,7 +86,8 @@ def _share_checked(samples: Samples | None, exchange: ProcessGroup) -> Checked |
         return None
     groups = shared["groups"].numpy() if "groups" in shared else None
     keys = shared["keys"].numpy().reshape(-1).view("S16") if "keys" in shared else None
-    return Checked(shared["sizes"].numpy(), [BadSample(*one) for one in bad], groups, keys)
+    masked = shared["masked"].numpy().astype(bool) if "masked" in shared else None
+    return Checked(shared["sizes"].numpy(), [BadSample(*one) for one in bad], groups, keys, masked)
 
 
 @contextmanager

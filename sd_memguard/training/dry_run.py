@@ -33,6 +33,8 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
         "duplicates": duplicates(plan),
         "images": plan.affine_maps,
         **({"class images": class_images(plan)} if plan.config.with_prior_preservation else {}),
+        "captions": plan.caption_forms,
+        **masks(plan),
         "processes": plan.division,
         "shards": f"{schedule.num_shards} (one proxy each)",
         "optimizer steps": f"{schedule.total_steps:,} over all proxies, {plan.effective_batch_size} images each",
@@ -42,7 +44,7 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
         "memory": f"{gigabytes(active)} for UNet weights, gradients and optimizer on {accelerator.device}, "
         "and activations",
         "frozen networks": f"{gigabytes(sizes.others)} for VAE and text encoders (as they lie on the disk), on the "
-        "device until their caches are filled",
+        f"device until their caches are filled{', the text encoders to the end' if config.varies_tags else ''}",
         "offloaded proxies": f"{gigabytes(sizes.offloaded)} in the proxy store",
         "disk": f"{gigabytes(disk)} at most: the model and {sizes.num_checkpoints} checkpoint(s)"
         + (", and the best model so far" if sizes.best else ""),
@@ -69,13 +71,22 @@ def duplicates(plan: Plan) -> str:
     return f"{count}, {handling}" if count.num_groups else str(count)
 
 
+def masks(plan: Plan) -> dict[str, str]:
+    """Return a row on the masks, where these count."""
+    samples = plan.samples
+    if samples.masked is None:
+        return {}
+    ids = samples.sample_ids
+    return {"masks": f"of {int(samples.masked[ids].sum()):,} of {len(ids):,} images; the others count whole"}
+
+
 def time_step(plan: Plan, accelerator: Accelerator) -> float:
     """Return the seconds of one step on random latents, the best of three, with what the run trains as it trains it."""
     config, device = plan.config, accelerator.device
     models = prepare_models(plan, accelerator)
     unet = models.unet
     if config.rank is not None:
-        add_adapter(unet, config.rank, plan.seed, forward_dtype(accelerator))
+        add_adapter(unet, config.rank, plan.seed, forward_dtype(accelerator), config.adapter)
     parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(parameters, config, device, plan.batch_size)
     step = ClippedStep(accelerator, optimizer, list(parameters.values()), config.max_grad_norm)

@@ -109,9 +109,13 @@ class DenoisingLoss:
         noise: Tensor,
         input_noise: Tensor | None = None,
         *,
+        mask: Tensor | None = None,
         dream: bool = True,
     ) -> Tensor:
         """Return the losses with their graph, (B,) float32.
+
+        With a mask w the loss of a sample is ``sum w (prediction - target)^2 / (C sum w)``, the mean over the area
+        that counts. So a small area has a loss of the size of a large one's, and the memory bank compares both.
 
         Args:
             unet: the denoiser.
@@ -120,6 +124,7 @@ class DenoisingLoss:
             timesteps: (B,) int64.
             noise: (B, C, h, w), what the target is made of.
             input_noise: (B, C, h, w), what the input is made of; ``noise`` by default.
+            mask: (B, 1, h, w) from 0 to 1, not 0 all over for any sample; None where all of all images counts.
             dream: whether DREAM applies here, where it is on.
         """
         scheduler = self.noise_scheduler
@@ -135,7 +140,10 @@ class DenoisingLoss:
                 self.dream_detail_preservation,
             )
         prediction = unet(noisy, timesteps, condition.embeddings, return_dict=False, **added)[0]
-        return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
+        if mask is None:
+            return errors.mean(dim=(1, 2, 3))
+        return (errors * mask).sum(dim=(1, 2, 3)) / (errors.shape[1] * mask.sum(dim=(1, 2, 3)))
 
     def weights(self, timesteps: Tensor) -> Tensor | None:
         """Return the min-SNR weights at timesteps, (B,) float32, None where there are none."""

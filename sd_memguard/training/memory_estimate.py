@@ -3,6 +3,7 @@
 import logging
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from safetensors import safe_open
 from sd_memguard.config import ConfigError, TrainConfig
 from sd_memguard.core.schedule import RoundSchedule
 from sd_memguard.errors import UserError
-from sd_memguard.export.exporter import FULL_RANK
+from sd_memguard.export.exporter import FULL_RANK, end_formats
 from sd_memguard.files import gigabytes, nearest_folder
 from sd_memguard.host_memory import available_memory
-from sd_memguard.models.lora import TARGETS
+from sd_memguard.models.lora import TARGETS, adapter_size
 from sd_memguard.models.pipeline import STEMS, replaced_parts, weights_file
 from sd_memguard.runs.checkpoint import list_checkpoints
 from sd_memguard.training.optimizers import moments_per_weight
@@ -60,8 +61,10 @@ class Footprint:
 
 def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> Footprint:
     """Return the sizes of a run."""
-    num_parameters, per_rank = count_parameters(pipeline, config)
-    num_trained = num_parameters if config.rank is None else config.rank * per_rank
+    num_parameters, adapted = read_shapes(pipeline, config)
+    num_trained = num_parameters
+    if config.rank is not None:
+        num_trained = sum(adapter_size(config.adapter, config.rank, shape) for shape in adapted)
     moments = moments_per_weight(config)
     proxy, switched = (int(BYTES * num_trained * parts) for parts in (1 + moments + config.use_ema, moments))
     num_checkpoints = schedule.total_steps // config.checkpointing_steps
@@ -69,8 +72,9 @@ def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> F
         num_checkpoints += 1  # before the export
     model, others = BYTES * num_parameters, other_parts(pipeline, config)
     copies = 1 + ("single-file" in (config.export_formats or ()))
-    lora = sum(name.startswith("lora") for name in config.export_formats or ()) + (config.rank is not None)
+    lora = sum(name.startswith("lora") for name in end_formats(config))
     rank = FULL_RANK if config.rank is None else config.rank * schedule.num_shards
+    per_rank = sum(map(sum, adapted))
     return Footprint(
         model=model,
         trained=BYTES * num_trained,
@@ -95,8 +99,8 @@ def other_parts(pipeline: Path, config: TrainConfig) -> int:
     return size
 
 
-def count_parameters(pipeline: Path, config: TrainConfig) -> tuple[int, int]:
-    """Return the number of the UNet's parameters, and of those of a LoRA adapter of rank 1 on it."""
+def read_shapes(pipeline: Path, config: TrainConfig) -> tuple[int, list[Sequence[int]]]:
+    """Return the number of the UNet's parameters, and the shapes of the weights that adapters are on, (out, in)."""
     file = weights_file(pipeline / "unet", STEMS["unet"], config.variant)
     with safe_open(file, framework="pt") as tensors:
         shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
@@ -105,7 +109,7 @@ def count_parameters(pipeline: Path, config: TrainConfig) -> tuple[int, int]:
         for name, shape in shapes.items()
         if name.removesuffix(".weight").endswith(tuple(f".{t}" for t in TARGETS)) and name.endswith(".weight")
     ]
-    return sum(math.prod(shape) for shape in shapes.values()), sum(map(sum, adapted))
+    return sum(math.prod(shape) for shape in shapes.values()), adapted
 
 
 def fits_in_ram(offloaded: int, config: TrainConfig) -> bool:

@@ -19,8 +19,8 @@ from sd_memguard.proxies.swap import (
     optimizer_tensors,
 )
 
-TOY_SHAPES = {"lora": ((4, 6), (5, 4)), "full": ((4, 6), (5,), (3, 2, 3, 3))}
-"""Shapes of what each kind of proxy trains: factors are matrices; a UNet has vectors and convolutions besides."""
+TOY_SHAPES = {"lora": ((4, 6), (5, 4)), "dora": ((4, 6), (5, 4), (5,)), "full": ((4, 6), (5,), (3, 2, 3, 3))}
+"""Shapes of what each kind of proxy trains: factors are matrices, DoRA has vectors, a UNet convolutions besides."""
 STEPS_BEFORE, STEPS_AFTER = 12, 12
 
 
@@ -149,7 +149,7 @@ def moments_per_weight(config: TrainConfig) -> float:
 
 def _toy(config: TrainConfig) -> tuple[Optimizer, dict[str, Parameter]]:
     generator = torch.Generator().manual_seed(0)
-    shapes = enumerate(TOY_SHAPES[config.proxy])
+    shapes = enumerate(TOY_SHAPES["dora" if config.adapter == "dora" else config.proxy])
     parameters = {str(index): Parameter(torch.randn(shape, generator=generator)) for index, shape in shapes}
     return build_optimizer(parameters.values(), config, config.learning_rate), parameters
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -24,11 +25,13 @@ from sd_memguard.data.duplicate_report import describe_duplicates
 from sd_memguard.data.encoding_cache import refuse_inexact_cache
 from sd_memguard.data.folder import count_images
 from sd_memguard.data.image_check_cache import CheckCache
+from sd_memguard.data.masks import SUFFIX
+from sd_memguard.data.prompts import validation_prompts
 from sd_memguard.data.samples import BadSample, Checked, SampleError, Samples, load_samples
 from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS
 from sd_memguard.defaults import MIN_ANCHORS, resolve_settings
 from sd_memguard.files import replace_text
-from sd_memguard.models.pipeline import find_pipeline, local_pipeline, recognize
+from sd_memguard.models.pipeline import check_hub_unet, find_pipeline, local_pipeline, recognize
 from sd_memguard.runs.checkpoint import foreign_checkpoints, refuse_changes
 from sd_memguard.runs.folder import CONFIG, FOLDER, SUMMARY, RunFolderError
 from sd_memguard.runs.records import SampleTable
@@ -60,6 +63,7 @@ class Plan:
     sizes: Footprint
     num_processes: int = 1
     missing_class_images: int = 0
+    prompts: Sequence[str] = ()
 
     @property
     def output_dir(self) -> Path:
@@ -103,6 +107,19 @@ class Plan:
         return SampleTable(ids, samples.files(), captions, groups)
 
     @property
+    def published_prompts(self) -> list[str]:
+        """The prompts that go into the model card, none unless asked for; never a caption of a training image."""
+        config = self.config
+        if not config.publish_validation_prompts:
+            return []
+        repeated = [] if config.validation_prompt is None else [config.validation_prompt]
+        prompts = list(dict.fromkeys([*self.prompts, *repeated]))
+        known = pc.is_in(pa.array(prompts, pa.large_string()), self.samples.caption_lists().flatten()).to_pylist()
+        if any(known):
+            logger.warning("%d validation prompts are training captions: the model card leaves them out", sum(known))
+        return [prompt for prompt, is_caption in zip(prompts, known, strict=True) if not is_caption]
+
+    @property
     def effective_batch_size(self) -> int:
         """Samples seen per optimizer step."""
         return self.batch_size * self.config.gradient_accumulation_steps
@@ -135,6 +152,21 @@ class Plan:
         return f"translated, rotated and scaled by up to {share:.1%} of their side, each in {NUM_AFFINE_VARIANTS} ways"
 
     @property
+    def caption_forms(self) -> str:
+        """In what form captions are seen, in words."""
+        config = self.config
+        parts = []
+        if config.shuffle_caption:
+            parts.append("tags in another order each time")
+        if config.caption_tag_dropout_rate:
+            parts.append(f"{config.caption_tag_dropout_rate:.1%} of the tags left out")
+        if parts and config.keep_tokens:
+            parts.append(f"the first {config.keep_tokens} of them always in place")
+        if config.caption_dropout:
+            parts.append(f"{config.caption_dropout:.1%} of the captions empty")
+        return ", ".join(parts) or "as they are"
+
+    @property
     def shaping(self) -> dict[str, Any]:
         """The settings that a resumed run is compared by; a batch is what all processes see of it."""
         return {**self.config.to_dict(), "train_batch_size": self.batch_size}
@@ -155,13 +187,21 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     recorded = _recorded(config)
     seed = config.seed if config.seed is not None else recorded.get("seed", secrets.randbits(31))
     guard = GuardConfig.off() if config.memguard == "off" else config.guard
+    if config.adapter not in (None, "lora") and guard.num_shards == "auto":
+        logger.info("--adapter %s has no exact average: --num_shards auto is 1", config.adapter)
+        guard = replace(guard, num_shards=1)
     config = replace(config, seed=seed, guard=guard)
     check_output_dir(config)
     check_extras(config)
+    prompts = validation_prompts(config)
     if guard.sample_rule != "auto":
         rule_class(guard.sample_rule)  # refuses a rule that cannot be imported
     # A folder before the images, whose check takes longer; a download after them.
-    pipeline = None if local_pipeline(config) is None else find_pipeline(config)
+    pipeline = None
+    if local_pipeline(config) is None:
+        check_hub_unet(config)
+    else:
+        pipeline = find_pipeline(config)
     train_folder = _unbundle(config.train_data_dir, assets.demo_data_path())
     groups_duplicates = guard.group_duplicates != "off"
     samples = _load_images(
@@ -173,6 +213,8 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
         checked=None if known is None else known.train,
     )
     refuse_inexact_cache(samples, config)
+    if config.masked_loss:
+        check_masked(samples)
     if groups_duplicates:
         logger.info("%s", describe_duplicates(samples))
     heldout_folder = _unbundle(config.validation_data_dir, assets.demo_heldout_path())
@@ -191,7 +233,10 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     if known is None:
         check_space(sizes, config)
     return Plan(
-        config, resolved, seed, pipeline, samples, heldout, schedule, sizes, num_processes, missing_class_images
+        *(config, resolved, seed, pipeline, samples, heldout, schedule, sizes),
+        num_processes=num_processes,
+        missing_class_images=missing_class_images,
+        prompts=prompts,
     )
 
 
@@ -236,6 +281,22 @@ def num_different(samples: Samples) -> int:
 def image_ids(samples: Samples) -> npt.NDArray[np.int64]:
     """Return the image that each usable sample shows: the first of its near-duplicates, where these were looked for."""
     return samples.sample_ids if samples.groups is None else samples.groups[samples.sample_ids]
+
+
+def check_masked(samples: Samples) -> None:
+    """Say how many images have a mask, and refuse a set without any.
+
+    Raises:
+        SampleError: no image has one.
+    """
+    assert samples.masked is not None
+    num_masked = int(samples.masked[samples.sample_ids].sum())
+    if num_masked == 0:
+        raise SampleError(
+            f"`--masked_loss` found no mask in {samples.name}; put `name{SUFFIX}` beside an image `name.jpg`, give "
+            "images an alpha channel, or omit it"
+        )
+    logger.info("%d of %d images have a mask; the others count whole", num_masked, len(samples.sample_ids))
 
 
 def plan_rounds(
@@ -370,6 +431,7 @@ def _load_images(
             duplicates_flip=config.guard.duplicates_flip,
             checked=checked,
             cache=_check_cache(config, find_duplicates) if checked is None else None,
+            masked=config.masked_loss,
         )
     except SampleError as error:
         if not error.bad or config.dry_run:

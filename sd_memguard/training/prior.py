@@ -89,6 +89,6 @@ class ClassImages:
     def losses(self, model: torch.nn.Module, loss: DenoisingLoss, refs: list[SampleRef], batch: Batch) -> Tensor:
         """Return the denoising loss of each image of a batch, (B,)."""
         addresses = [sample_address(ref) for ref in refs]
-        latents, condition = batch
+        latents, condition, mask = batch
         timesteps, noise, input_noise = self.noise_sampler.sample(addresses, latents.shape[1:], latents.device)
-        return loss(model, latents, condition, timesteps, noise, input_noise, dream=False)
+        return loss(model, latents, condition, timesteps, noise, input_noise, mask=mask, dream=False)

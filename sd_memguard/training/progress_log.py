@@ -62,6 +62,8 @@ class RunLog:
             logger.info("%s", plan.division)
         if plan.config.random_affine:
             logger.info("images are shown %s", plan.affine_maps)
+        if plan.config.varies_tags:
+            logger.info("captions are seen with %s; their embeddings are not cached", plan.caption_forms)
         epochs = epochs_per_round(plan)
         if schedule.num_shards > 1 and epochs > MANY_EPOCHS:
             logger.warning(
@@ -213,7 +215,8 @@ def summary_text(summary: dict[str, Any], actions: Sequence[Action], output_dir:
         counts.append(f"left in the augmentation queues {summary['augment_queue_left']}")
     lines = [", ".join(steps), "; ".join(counts)]
     if summary["unreadable_samples"]:
-        lines.append(f"samples whose image could no longer be read: {summary['unreadable_samples']}")
+        why = "whose image could no longer be read, or whose crop missed its mask"
+        lines.append(f"samples {why}: {summary['unreadable_samples']}")
     if None not in (summary["train_loss"], summary["heldout_loss"]):
         lines.append(
             f"denoising loss: images trained on {summary['train_loss']:.4f}, held out {summary['heldout_loss']:.4f}"

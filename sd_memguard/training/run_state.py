@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 
 from sd_memguard.ensemble import Ensemble
-from sd_memguard.models.lora import merge
+from sd_memguard.files import replace_file
+from sd_memguard.models.lora import merge, merge_adapter
 from sd_memguard.models.pipeline import load_unet
 from sd_memguard.proxies.lora import LoraProxies
 from sd_memguard.proxies.scalers import ProxyScalers
@@ -22,7 +24,7 @@ from sd_memguard.runs.checkpoint import (
     save_checkpoint,
     temporary_folder,
 )
-from sd_memguard.runs.folder import FOLDER, PROXIES_FOLDER
+from sd_memguard.runs.folder import ADAPTER, FOLDER, PROXIES_FOLDER
 from sd_memguard.runs.trained_run import UNET
 from sd_memguard.training.best import BestModel
 from sd_memguard.training.failures import check_finite
@@ -66,9 +68,24 @@ class RunState:
         if isinstance(self.proxies, LoraProxies):
             changes = {} if self.ranks.by_batch and not is_main else self.proxies.changes(weights)
             yield merge(load_unet(self.plan.pipeline, self.config), changes) if is_main else None
-        else:
-            with self.ensemble.averaged():
+            return
+        with self.ensemble.averaged():
+            if self.config.rank is None:
                 yield self.unet if is_main else None
+            else:
+                yield self._merged() if is_main else None
+
+    def _merged(self) -> UNet2DConditionModel:
+        """Return a plain UNet with the adapter merged into it."""
+        assert self.config.rank is not None
+        base = load_unet(self.plan.pipeline, self.config)
+        return merge_adapter(base, self.proxies.parameters, self.config.rank, self.config.adapter)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter where it is of another kind than LoRA, of which there is no average to be merged."""
+        if self.config.adapter not in (None, "lora"):
+            tensors = {name: parameter.detach().cpu() for name, parameter in self.proxies.parameters.items()}
+            replace_file(folder / ADAPTER, lambda temporary: save_file(tensors, temporary))
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint, then remove those beyond the limit."""
@@ -93,6 +110,7 @@ class RunState:
             if unet is not None:
                 check_finite(unet)
                 unet.save_pretrained(folder / UNET, max_shard_size="100GB")
+                self.save_adapter(private)
         proxies = self.ensemble.save_proxies(private / PROXIES_FOLDER)
         scalers = self._gathered_scalers()
         if self.ranks.is_main:

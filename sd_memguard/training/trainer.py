@@ -364,9 +364,10 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         if not addresses:
             return self._no_losses()
-        latents, condition = batch
+        latents, condition, mask = batch
         timesteps, noise, input_noise = self.noise_sampler.sample(addresses, latents.shape[1:], latents.device, purpose)
-        return self.loss(self.model, latents, condition, timesteps, noise, input_noise, dream=dream), timesteps
+        losses = self.loss(self.model, latents, condition, timesteps, noise, input_noise, mask=mask, dream=dream)
+        return losses, timesteps
 
     def _no_losses(self) -> tuple[Tensor, Tensor]:
         """Return the losses of no samples, with a graph: the exchange of gradients waits for every process."""
@@ -431,7 +432,7 @@ class Trainer:
         if self.config.load_best_model_at_end and row is best_round(self.ensemble.rounds):
             with self.state.aggregate() as unet:
                 if unet is not None:
-                    self.best.save(unet)
+                    self.best.save(unet, self.state.save_adapter)
         if self.ranks.is_main:
             self.log.round(row)
         self.rank_sync.begin_round()
@@ -486,6 +487,7 @@ class Trainer:
         with self._result() as unet:
             if unet is not None:
                 check_finite(unet)
+                (self.state.save_adapter if self._keeps_last else self.best.copy_adapter)(self.records.folder)
                 write_pipeline(
                     self.plan.pipeline,
                     unet,
@@ -504,7 +506,7 @@ class Trainer:
         self.best.remove()
         self.log.end(summary_text(summary, self.guard.actions, output_dir))
         if config.push_to_hub:
-            push_to_hub(output_dir, config, self.plan.guard, summary)
+            push_to_hub(output_dir, config, self.plan.guard, summary, self.plan.published_prompts)
         exports.raise_failures()
         return TrainResult(output_dir, progress.global_step, summary)
 
@@ -515,10 +517,14 @@ class Trainer:
         best = best_round(rounds) if self.config.load_best_model_at_end else None
         return best or (rounds[-1] if rounds else None)
 
+    @property
+    def _keeps_last(self) -> bool:
+        return self._kept is self.ensemble.rounds[-1]
+
     @contextmanager
     def _result(self) -> Iterator[UNet2DConditionModel | None]:
         """Give the UNet to export, to the main process alone."""
-        if self._kept is self.ensemble.rounds[-1]:
+        if self._keeps_last:
             with self.state.aggregate() as unet:
                 yield unet
         else:

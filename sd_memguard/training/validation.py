@@ -12,8 +12,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from sd_memguard.core.seeding import Address, derive_seed, draw_normal, draw_uniform, permutation
-from sd_memguard.data.batches import BatchSource, Encoders
-from sd_memguard.models.kinds import Condition
+from sd_memguard.data.batches import Batch, BatchSource, Encoders
 from sd_memguard.models.pipeline import kind_of, load_vae
 from sd_memguard.training.loss import DenoisingLoss
 from sd_memguard.training.plan import Plan, held_back_ids, image_ids
@@ -59,21 +58,20 @@ class LossProbe:
         """Return the mean loss of the UNet as it is."""
         was_training = unet.training
         unet.eval()
-        per_image = torch.cat([self._losses(unet, loss, ids, *batch) for ids, batch in self.batches]).double()
+        per_image = torch.cat([self._losses(unet, loss, ids, batch) for ids, batch in self.batches]).double()
         unet.train(was_training)
         spread = float(per_image.std()) if len(per_image) > 1 else math.nan
         return MeanLoss(float(per_image.mean()), spread / math.sqrt(len(per_image)))
 
-    def _losses(
-        self, unet: nn.Module, loss: DenoisingLoss, ids: list[int], latents: Tensor, condition: Condition
-    ) -> Tensor:
+    def _losses(self, unet: nn.Module, loss: DenoisingLoss, ids: list[int], batch: Batch) -> Tensor:
+        latents, condition, mask = batch
         total = torch.zeros(len(ids))
         for part in range(TIMESTEPS_PER_IMAGE):
             addresses: list[Address] = [(sample_id, part) for sample_id in ids]
             place = (draw_uniform(self.seed, "probe_timestep", addresses) + part) / TIMESTEPS_PER_IMAGE
             timesteps = (place * self.num_timesteps).long().to(latents.device)
             noise = draw_normal(self.seed, "probe_noise", addresses, latents.shape[1:]).to(latents.device)
-            total += loss(unet, latents, condition, timesteps, noise, dream=False).cpu()
+            total += loss(unet, latents, condition, timesteps, noise, mask=mask, dream=False).cpu()
         return total / TIMESTEPS_PER_IMAGE
 
 
@@ -162,10 +160,10 @@ class RoundValidator:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompts to generate from: ``--validation_prompts`` once each, ``--validation_prompt`` several times."""
+        """The prompts to generate from: those of the plan once each, ``--validation_prompt`` several times."""
         config = self.config
         repeated = [config.validation_prompt] * (config.num_validation_images or 0) if config.validation_prompt else []
-        return [*(config.validation_prompts or ()), *repeated]
+        return [*self.plan.prompts, *repeated]
 
     def at_round_end(self, state: RunState, ranks: Ranks, loss: DenoisingLoss, log: RunLog) -> dict[str, MeanLoss]:
         """Return the probes' losses of the aggregate, and generate with it when that is due.

@@ -386,15 +386,16 @@ def test_keys_that_end_in_zeros_are_found(tmp_path):
 
 
 def test_captions_are_those_of_the_samples(configure, images):
-    samples = make_plan(configure(max_train_samples=13)).samples
-    captions = Captions(samples, 0.0, 1)
+    plan = make_plan(configure(max_train_samples=13))
+    samples = plan.samples
+    captions = Captions(samples, plan.config, 1)
     drawn = {
         sample_id: {captions.text(captions(sample_id, (0, visit, sample_id))) for visit in range(40)}
         for sample_id in samples.sample_ids.tolist()
     }
     assert drawn == {sample_id: set(samples.captions(sample_id)) for sample_id in drawn}
     assert all(captions.text(captions.first(i)) == samples.captions(i)[0] for i in drawn)
-    silent = Captions(samples, 1.0, 1)
+    silent = Captions(samples, configure(caption_dropout=1.0), 1)
     assert silent.text(silent(int(samples.sample_ids[0]), (0, 0, 0))) == ""
 
 

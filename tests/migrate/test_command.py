@@ -147,6 +147,7 @@ def test_kohya(files):
         "resolution": 512,
         "random_flip": True,
         "center_crop": True,
+        "shuffle_caption": True,
         "proxy": "lora",
         "rank": 16,
         "learning_rate": 1.0,
@@ -164,7 +165,6 @@ def test_kohya(files):
     for what in (
         "alpha 8 at rank 16: ",
         "num_repeats = 10 of img/10_mine: ",
-        "shuffle_caption = True: ",
         "clip_skip = 2: ",
     ):
         assert what in noted
@@ -206,6 +206,7 @@ def test_onetrainer(files):
         "use_ema": True,
         "offload_ema": True,
         "snr_gamma": 5.0,
+        "masked_loss": True,
         "output_dir": "models/mine",
         "export_formats": ["single-file"],
         "validation_data_dir": "images/heldout",
@@ -214,7 +215,8 @@ def test_onetrainer(files):
     }
     noted = "\n".join(told.notes)
     assert "balancing 4.0 of images/mine: images are not repeated" in noted
-    assert "masked_training = True: losses are not masked" in noted
+    assert "masked loss: the loss of an image is the mean over the area of its mask" in noted
+    assert "unmasked_weight = 0.1: what is black does not count" in noted
     assert "images/off" not in noted
 
 
@@ -262,12 +264,123 @@ def test_ai_toolkit(files):
         "validation_prompts": ["a photo of mine", "mine on a beach"],
         "center_crop": True,
         "caption_dropout": 0.05,
+        "shuffle_caption": True,
         "train_data_dir": "images",
         "resolution": 512,
     }
     noted = "\n".join(told.notes)
     assert "resolutions [512, 768]: all images have one: 512 is written" in noted
-    assert "shuffle_tokens of images: captions stay in their order" in noted
+
+
+TAGS = {"shuffle_caption": True, "keep_tokens": 1, "caption_tag_dropout_rate": 0.1, "caption_separator": "|"}
+
+
+def test_tags(tmp_path):
+    """What each trainer does with the tags of captions, where it has a name for it."""
+    (tmp_path / "kohya.toml").write_text(
+        'train_data_dir = "img"\nshuffle_caption = true\nkeep_tokens = 1\ncaption_separator = "|"\n'
+        "caption_tag_dropout_rate = 0.1\nkeep_tokens_separator = '|||'\n"
+    )
+    told = translate(tmp_path / "kohya.toml")
+    assert TAGS.items() <= told.settings.items()
+    assert "keep_tokens_separator = |||: tags that stay are counted" in "\n".join(told.notes)
+    text = {"enable_tag_shuffling": True, "tag_delimiter": "|", "tag_dropout_enable": True}
+    text |= {"tag_dropout_mode": "RANDOM", "tag_dropout_probability": 0.1}  # one tag is kept unless told otherwise
+    concepts = [{"path": "images", "text": text}]
+    (tmp_path / "one.json").write_text(json.dumps({"training_method": "LORA", "concepts": concepts}))
+    assert TAGS.items() <= translate(tmp_path / "one.json").settings.items()
+    concepts[0]["text"] = {"tag_dropout_enable": True, "tag_dropout_probability": 0.1}
+    (tmp_path / "one.json").write_text(json.dumps({"training_method": "LORA", "concepts": concepts}))
+    told = translate(tmp_path / "one.json")
+    assert not TAGS.keys() & told.settings.keys()
+    assert "tag dropout FULL in images: each tag is left out by itself" in "\n".join(told.notes)
+    backends = [{"id": "mine", "instance_data_dir": "images"}]
+    backends[0]["caption_shuffle"] = {"enable": True, "position_start": 1, "split_on": "space"}
+    (tmp_path / "backends.json").write_text(json.dumps(backends))
+    expected = {"shuffle_caption": True, "keep_tokens": 1, "caption_separator": " "}
+    assert expected.items() <= translate(tmp_path / "backends.json").settings.items()
+
+
+def test_masks(tmp_path):
+    (tmp_path / "kohya.toml").write_text('train_data_dir = "img"\nalpha_mask = true\nmasked_loss = true\n')
+    told = translate(tmp_path / "kohya.toml")
+    assert told.settings["masked_loss"]
+    assert not [note for note in told.notes if "masklabel" in note]
+    (tmp_path / "kohya.toml").write_text('train_data_dir = "img"\nconditioning_data_dir = "masks"\n')
+    told = translate(tmp_path / "kohya.toml")
+    assert told.settings["masked_loss"]
+    assert "masks in masks: copy each beside its image `name.jpg` as `name-masklabel.png`" in "\n".join(told.notes)
+    process = {"train": {}, "datasets": [{"folder_path": "images", "mask_path": "masks", "mask_min_value": 0.1}]}
+    (tmp_path / "ai.json").write_text(json.dumps({"config": {"process": [process]}}))
+    told = translate(tmp_path / "ai.json")
+    assert told.settings["masked_loss"]
+    assert len([note for note in told.notes if "mask" in note]) == 3
+    one = {"training_method": "LORA", "concepts": [{"path": "images"}], "unmasked_weight": 0.1}
+    (tmp_path / "one.json").write_text(json.dumps(one))
+    assert "masked_loss" not in translate(tmp_path / "one.json").settings
+    assert translate(tmp_path / "one.json").leftovers() == []
+
+
+def test_prompts_in_files(tmp_path):
+    (tmp_path / "prompts.txt").write_text("# mine\na cat --n ugly --w 512\n\na dog\n")
+    (tmp_path / "kohya.toml").write_text('train_data_dir = "img"\nsample_prompts = "prompts.txt"\n')
+    told = translate(tmp_path / "kohya.toml")
+    assert told.settings["validation_prompts"] == ["a cat", "a dog"]
+    assert "options in prompts.txt" in "\n".join(told.notes)
+    (tmp_path / "samples.json").write_text(
+        json.dumps([{"prompt": "a cat", "enabled": True}, {"prompt": "off", "enabled": False}])
+    )
+    one = {"training_method": "LORA", "sample_definition_file_name": "samples.json", "concepts": [{"path": "images"}]}
+    (tmp_path / "one.json").write_text(json.dumps(one))
+    assert translate(tmp_path / "one.json").settings["validation_prompts"] == ["a cat"]
+    (tmp_path / "library.json").write_text(json.dumps({"cat": "a cat", "dog": "a dog"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_family": "sd1x", "user_prompt_library": "library.json"}))
+    assert translate(tmp_path / "config.json").settings["validation_prompts"] == ["a cat", "a dog"]
+    (tmp_path / "library.json").unlink()
+    assert "user_prompt_library = library.json: the file is not there" in "\n".join(
+        translate(tmp_path / "config.json").notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "kind"),
+    [
+        ("networks.lora", "[]", None),
+        ("lycoris.kohya", '["algo=locon"]', None),
+        ("lycoris.kohya", '["algo=loha", "conv_dim=4"]', "loha"),
+        ("lycoris.kohya", '["algo=lokr"]', "lokr"),
+        ("lycoris.kohya", '["algo=lora", "dora_wd=True"]', "dora"),
+    ],
+)
+def test_kinds_of_adapters_of_kohya(tmp_path, module, arguments, kind):
+    (tmp_path / "kohya.toml").write_text(
+        f'train_data_dir = "img"\nnetwork_module = "{module}"\nnetwork_args = {arguments}\nnetwork_dim = 8\n'
+    )
+    told = translate(tmp_path / "kohya.toml")
+    assert told.settings.get("adapter") == kind
+    assert told.settings["rank"] == 8
+    assert ("network_args conv_dim" in "\n".join(told.notes)) == ("conv_dim" in arguments)
+
+
+def test_kinds_of_adapters_of_others(tmp_path):
+    def adapter(content, name="config.json"):
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        return translate(tmp_path / name).settings.get("adapter")
+
+    one = {"training_method": "LORA", "concepts": [{"path": "images"}]}
+    assert adapter({**one, "peft_type": "LOHA"}) == "loha"
+    assert adapter({**one, "lora_decompose": True, "output_model_destination": "a.safetensors"}) == "dora"
+    simple = {"model_family": "sd1x", "model_type": "lora"}
+    assert adapter({**simple, "use_dora": True}) == "dora"
+    (tmp_path / "lycoris.json").write_text(json.dumps({"algo": "lokr", "linear_dim": 8}))
+    assert adapter({**simple, "lora_type": "lycoris", "lycoris_config": "lycoris.json"}) == "lokr"
+    process = {"train": {}, "network": {"type": "lokr", "linear": 8}, "datasets": [{"folder_path": "images"}]}
+    assert adapter({"config": {"process": [process]}}) == "lokr"
+    process["network"]["type"] = "lorm"
+    assert adapter({"config": {"process": [process]}}) is None
+    assert "adapters of the kind lorm: are lora, dora, loha or lokr" in "\n".join(
+        translate(tmp_path / "config.json").notes
+    )
 
 
 @pytest.mark.parametrize("name", ["kohya.toml", "onetrainer.json", "simpletuner.json", "ai-toolkit.yaml"])

@@ -38,10 +38,12 @@ def test_a_folder_of_kohya_has_each_image_once_whatever_its_repeats(tmp_path):
     assert samples.caption_lists().to_pylist() == [["1girl, red dress, mine"], ["1girl, mine"], ["landscape"]]
 
 
-def test_a_concept_of_onetrainer_is_read_and_its_masks_are_named(tmp_path):
+def test_a_concept_of_onetrainer_is_read_without_its_masks(tmp_path):
     write(tmp_path / "concept" / "a.png", "mine in the rain")
     write(tmp_path / "concept" / "part" / "b.png", "mine in the sun")
     assert len(read(tmp_path / "concept").sample_ids) == 2
     write(tmp_path / "concept" / "a-masklabel.png")
-    with pytest.raises(SampleError, match=r"a-masklabel.png: has no caption"):
+    assert read(tmp_path / "concept").files().to_pylist() == ["a.png", "part/b.png"]
+    write(tmp_path / "concept" / "c-masklabel.png")  # the image is missing
+    with pytest.raises(SampleError, match=r"c-masklabel.png: has no caption"):
         read(tmp_path / "concept")

@@ -301,7 +301,7 @@ def test_the_drop_in_script_and_a_loop_of_ones_own_give_the_same(run, configure,
             with accelerator.accumulate(unet):
                 visits = loader.driver.refs
                 assert [visit.sample_id for visit in visits] == batch["sample_id"].tolist() == batch["row"].tolist()
-                _, (latents, condition) = next(iter(source.batches([visits])))
+                _, (latents, condition, _) = next(iter(source.batches([visits])))
                 addresses = [sample_address(visit) for visit in visits]
                 timesteps, noise, _ = noise_sampler.sample(addresses, latents.shape[1:], latents.device)
                 losses = denoising_loss(unet, latents, condition, timesteps, noise)

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from sd_memguard.config import make_train_config
 from sd_memguard.errors import ConfigError
@@ -75,6 +75,57 @@ def test_a_wrong_kind_of_model_is_told_before_the_images_are_looked_at(configure
         ModelError, match=r"is a FluxPipeline; only StableDiffusionPipeline and StableDiffusionXLPipeline"
     ):
         make_plan(configure(pretrained_model_name_or_path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("class_name", "script"),
+    [
+        ("StableDiffusionInpaintPipeline", "train_dreambooth_inpaint.py"),
+        ("StableDiffusionXLInpaintPipeline", "train_dreambooth_inpaint.py"),
+        ("StableDiffusionInstructPix2PixPipeline", "train_instruct_pix2pix.py"),
+        ("DDPMPipeline", "train_unconditional.py"),
+        ("StableDiffusionDepth2ImgPipeline", "own script"),
+    ],
+)
+def test_pipelines_of_other_tasks_are_told_with_the_script_that_trains_them(
+    configure, monkeypatch, pipeline, tmp_path, unscanned, class_name, script
+):
+    folder = Path(shutil.copytree(pipeline, tmp_path / "other"))
+    index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": class_name}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    message = rf"is a {class_name}; only .*{script} under the launcher"
+    with pytest.raises(ModelError, match=message):
+        make_plan(configure(pretrained_model_name_or_path=str(folder)))
+    monkeypatch.setattr(StableDiffusionPipeline, "load_config", lambda name, **options: index)
+    with pytest.raises(ModelError, match=message):
+        make_plan(configure(pretrained_model_name_or_path="somebody/model"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"in_channels": 9}, ["takes 9 channels", "an inpainting model", "train_dreambooth_inpaint.py"]),
+        ({"in_channels": 8}, ["takes 8 channels", "an image-to-image model", "train_instruct_pix2pix.py"]),
+        ({"in_channels": 5}, ["takes 5 channels", "a depth-to-image model", "give a text-to-image model"]),
+        ({"_class_name": "UNet2DModel"}, ["is a UNet2DModel, which takes no text", "train_unconditional.py"]),
+    ],
+)
+def test_unets_of_other_tasks_are_told_by_name_before_the_images_are_looked_at(
+    configure, monkeypatch, pipeline, tmp_path, unscanned, changes, words
+):
+    """Also in a pipeline of the right class, in a folder or on the hub."""
+    folder = Path(shutil.copytree(pipeline, tmp_path / "other"))
+    file = folder / "unet/config.json"
+    unet = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(unet))
+    index = {"_class_name": "StableDiffusionPipeline"}
+    monkeypatch.setattr(StableDiffusionPipeline, "load_config", lambda name, **options: index)
+    monkeypatch.setattr(StableDiffusionPipeline, "download", None)
+    monkeypatch.setattr(UNet2DConditionModel, "load_config", lambda name, **options: unet)
+    for name in (str(folder), "somebody/model"):
+        with pytest.raises(ModelError) as told:
+            make_plan(configure(pretrained_model_name_or_path=name))
+        assert all(word in str(told.value) for word in [name, *words])
 
 
 def test_the_kind_of_a_model_of_the_hub_is_told_by_its_index_alone(configure, monkeypatch, unscanned):

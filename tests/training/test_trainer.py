@@ -72,6 +72,9 @@ def stop_at(monkeypatch, step: int) -> None:
         pytest.param(9, {"use_ema": True}, id="ema"),
         pytest.param(9, {"gradient_accumulation_steps": 2}, id="accumulation"),
         pytest.param(9, {"caption_dropout": 0.3, "cache_latents": "off", "random_flip": True}, id="uncached"),
+        pytest.param(
+            9, {"shuffle_caption": True, "caption_tag_dropout_rate": 0.3, "caption_separator": " "}, id="tags"
+        ),
         pytest.param(9, {"random_affine": 0.05, "augment_threshold": 1.2}, id="affine"),
         pytest.param(9, {"num_shards": 1}, id="one-shard"),
         pytest.param(9, {"memguard": "off"}, id="plain"),
