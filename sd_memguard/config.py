@@ -40,9 +40,14 @@ SEED = (
 ExportFormat = Literal["merged", "single-file", "lora-diffusers", "lora-kohya"]
 Adapter = Literal["lora", "dora", "loha", "lokr"]
 LORA_FORMATS: Mapping[Adapter, tuple[ExportFormat, ...]] = MappingProxyType(
-    {"lora": ("lora-diffusers", "lora-kohya"), "dora": ("lora-diffusers",), "loha": (), "lokr": ()}
+    {
+        "lora": ("lora-diffusers", "lora-kohya"),
+        "dora": ("lora-diffusers", "lora-kohya"),
+        "loha": ("lora-kohya",),
+        "lokr": ("lora-kohya",),
+    }
 )
-"""The LoRA formats that have a place for an adapter: kohya's ``networks.lora`` knows plain LoRA, diffusers DoRA too."""
+"""The LoRA formats that have a place for an adapter, that of the run folder first."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {

@@ -1,5 +1,6 @@
 """Results in every format that people load, each loaded again and compared before success is reported."""
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from sd_memguard.export import verify as check
 from sd_memguard.export.pipeline_folder import cast, write_pipeline
 from sd_memguard.export.single_file import ldm_unet_names, single_file_weights
 from sd_memguard.export.target import ExportError, check_target, remove, target_path, usage
-from sd_memguard.models.lora import LowRank, diffusers_names, dora_adapter, kohya_names, low_rank
+from sd_memguard.models.lora import LowRank, diffusers_names, kohya_names, layers_of, low_rank, whole_adapter
 from sd_memguard.models.pipeline import load_unet, load_vae
 from sd_memguard.runs.trained_run import UNET, TrainedRun
 
@@ -29,6 +30,17 @@ logger = logging.getLogger(__name__)
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 )
+LYCORIS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        kind: {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(arguments)}
+        for kind, arguments in {
+            "dora": {"algo": "lora", "dora_wd": "True"},
+            "loha": {"algo": "loha"},
+            "lokr": {"algo": "lokr"},
+        }.items()
+    }
+)
+"""What a file in LyCORIS' form says of the kind of its adapter."""
 FULL_RANK = 64
 """Rank of the LoRA file of a run that trained all weights, where none is given."""
 TOLERANCES = {None: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
@@ -138,14 +150,14 @@ class Exporter:
 
     def _adapter(self, rank: int | None, error: float | None, dtype: torch.dtype | None) -> LowRank:
         config = self.run.config
-        if config.adapter == "dora":
+        if config.adapter not in (None, "lora"):
             if rank is not None or error is not None:
                 raise ExportError(
-                    f"a DoRA adapter is written as it was trained, at rank {config.rank}; omit `--lora_rank` and "
-                    "`--lora_error`"
+                    f"an adapter of the kind {config.adapter} is written as it was trained, at rank {config.rank}; "
+                    "omit `--lora_rank` and `--lora_error`"
                 )
             assert config.rank is not None
-            return dora_adapter(self.run.adapter_weights(), config.rank, dtype or torch.float32)
+            return whole_adapter(self.run.adapter_weights(), config.rank, dtype or torch.float32)
         if rank is None and error is None:
             own = self.run.config.rank
             rank = FULL_RANK if own is None else own * self.run.num_shards
@@ -166,8 +178,9 @@ class Exporter:
         elif format == "lora-diffusers":
             weights = diffusers_names(adapter)
         else:
-            weights, rank = self._kohya_weights(adapter), str(adapter.rank)
+            weights, rank = kohya_names(adapter, self._kohya_layers(adapter)), str(adapter.rank)
             metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+            metadata |= LYCORIS.get(self.run.config.adapter or "", {})
             metadata |= self.run.kind.kohya_metadata
         save_file(weights, path, metadata=metadata)
 
@@ -175,15 +188,14 @@ class Exporter:
         folder = self.run.folder / UNET
         return UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
 
-    def _kohya_weights(self, adapter: LowRank) -> dict[str, Tensor]:
-        """Return the LoRA weights as kohya's scripts name them: by the original names of the layers for SDXL."""
+    def _kohya_layers(self, adapter: LowRank) -> dict[str, str]:
+        """Return what kohya's scripts call the layers: for SDXL, by the original names."""
+        layers = layers_of(adapter)
         if not self.run.kind.kohya_has_original_names:
-            return kohya_names(adapter)
-        layers = {f"{name.rsplit('.lora_', 1)[0]}.weight": name for name in adapter.factors}
-        original = ldm_unet_names(layers, self.run.part_config(UNET)["layers_per_block"])
-        return kohya_names(
-            adapter, {name.removesuffix(".weight"): new.removesuffix(".weight") for name, new in original.items()}
-        )
+            return {layer: layer for layer in layers}
+        weights = {f"{layer}.weight": layer for layer in layers}
+        original = ldm_unet_names(weights, self.run.part_config(UNET)["layers_per_block"])
+        return {name.removesuffix(".weight"): new.removesuffix(".weight") for name, new in original.items()}
 
     def _single_file(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return all weights under their original names, and what the file's header should say of the model."""
@@ -205,6 +217,10 @@ class Exporter:
 
     # Comparing.
 
+    def _is_lycoris(self, format: ExportFormat) -> bool:
+        """Whether a format is LyCORIS' form for the kind of adapter of the run."""
+        return format == "lora-kohya" and self.run.config.adapter in LYCORIS
+
     def _load_trained(self) -> Any:
         return check.load_folder(*self.run.parts, unet=self._unet(), **self._replaced())
 
@@ -218,10 +234,13 @@ class Exporter:
             return {}
         return {"vae": load_vae(self.run.base, self.run.config)}
 
-    def _load(self, format: ExportFormat, path: Path) -> Any:
-        """Load what was written as its users will."""
+    def _load(self, format: ExportFormat, path: Path, adapter: LowRank | None) -> Any:
+        """Load what was written as its users will; what diffusers cannot load, by the formulas of those who can."""
         pipeline = self._load_base() if format.startswith("lora") else None
         try:
+            if pipeline is not None and adapter is not None and self._is_lycoris(format):
+                check.load_lycoris(pipeline, path, self._kohya_layers(adapter))
+                return pipeline
             if pipeline is not None:
                 check.load_lora(pipeline, path)
                 return pipeline
@@ -248,8 +267,10 @@ class Exporter:
             ExportError: its weights are not those that were meant, or its generated image is too far off.
         """
         tolerance = TOLERANCES[dtype]
-        pipeline = self._load(format, path)
-        if adapter is not None:
+        pipeline = self._load(format, path, adapter)
+        if adapter is not None and self._is_lycoris(format):
+            wrong = check.wrong_weights(pipeline.unet, self._unet(), layers_of(adapter), dtype or torch.float32)
+        elif adapter is not None:
             wrong = check.wrong_layers(pipeline.unet, adapter)
             tolerance += lora_tolerance(adapter.relative_error) * self._base_difference
         else:

@@ -1,7 +1,7 @@
 """What was exported, loaded again as its users will load it: are the weights right, does it generate the same?"""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sd_memguard.models.kinds import KINDS, StableDiffusion
-from sd_memguard.models.lora import DOWN, UP, LowRank
+from sd_memguard.models.lora import DOWN, UP, LowRank, kohya_layer, lycoris_weight
 from sd_memguard.models.pipeline import kind_of
 
 PROMPT = "a red apple on a white table"
@@ -50,6 +51,27 @@ def load_lora(pipeline: Any, file: Path) -> None:
     """Load a LoRA file on top of a pipeline."""
     with quiet():
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
+
+
+def load_lycoris(pipeline: Any, file: Path, layers: Mapping[str, str]) -> None:
+    """Change the UNet of a pipeline by a file in LyCORIS' form, which diffusers does not read.
+
+    Args:
+        pipeline: with the UNet before training.
+        file: of the adapter.
+        layers: what layers are called there, by their names here.
+
+    Raises:
+        ValueError: the file holds something else besides.
+    """
+    found = load_file(file)
+    for layer, name in layers.items():
+        prefix = f"{kohya_layer(name)}."
+        own = {key.removeprefix(prefix): found.pop(key).double() for key in list(found) if key.startswith(prefix)}
+        parameter = pipeline.unet.get_parameter(f"{layer}.weight")
+        parameter.data = lycoris_weight(parameter.data.double(), own).to(parameter.dtype)
+    if found:
+        raise ValueError(f"{next(iter(found))} belongs to no layer")
 
 
 @contextmanager
@@ -115,6 +137,19 @@ def wrong_layers(unet: UNet2DConditionModel, adapter: LowRank) -> list[str]:
         for layer in meant | adapted.keys()
         if layer not in adapted or layer not in meant or not _changes_as_meant(adapted[layer], adapter, layer)
     )
+
+
+def wrong_weights(
+    unet: UNet2DConditionModel, trained: UNet2DConditionModel, layers: Iterable[str], dtype: torch.dtype
+) -> list[str]:
+    """Return the layers whose weights differ from the trained ones by more than the rounding of an adapter."""
+    rounding = ROUNDING + 2 * (torch.finfo(dtype).eps if dtype != torch.float32 else 0.0)
+    wrong = []
+    for layer in layers:
+        found, meant = (network.get_parameter(f"{layer}.weight").detach() for network in (unet, trained))
+        if not (found - meant).norm() <= rounding * meant.norm():
+            wrong.append(layer)
+    return wrong
 
 
 def _changes_as_meant(module: Any, adapter: LowRank, layer: str) -> bool:

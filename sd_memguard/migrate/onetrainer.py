@@ -97,8 +97,7 @@ def _training(told: Translation) -> None:
     if target := told.pop("output_model_destination"):
         told.settings["output_dir"] = str(Path(target).with_suffix(""))
         if str(target).endswith(".safetensors"):
-            is_lora = told.settings.get("proxy") == "lora" and "adapter" not in told.settings
-            told.settings["export_formats"] = ["lora-kohya" if is_lora else "single-file"]
+            told.settings["export_formats"] = ["lora-kohya" if told.settings.get("proxy") == "lora" else "single-file"]
     for part in ("text_encoder", "text_encoder_2"):
         if dict(told.pop(part, default={}) or {}).get("train") and part == "text_encoder":
             told.note("text_encoder.train", "text encoders are not trained")

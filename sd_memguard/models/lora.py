@@ -1,5 +1,6 @@
 """The adapter of a UNet: added with peft, merged for export, and made into the factors of a LoRA file by SVD."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -23,7 +24,9 @@ TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 MAGNITUDE = ".lora_magnitude_vector"
 """What peft calls the part of DoRA that scales each row of a weight."""
-KOHYA = {DOWN: "lora_down.weight", UP: "lora_up.weight"}
+KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+PART = re.compile(r"\.(lora_[AB]\.weight|(?:hada|lokr)_\w+)$")
+"""What follows the name of a layer in that of a factor."""
 
 
 class LoraError(UserError):
@@ -111,15 +114,15 @@ def merge_adapter(
     return unet
 
 
-def dora_adapter(parameters: Mapping[str, Tensor], rank: int, dtype: torch.dtype) -> LowRank:
-    """Return what a LoRA file holds of a DoRA adapter, which it misses nothing of."""
+def whole_adapter(parameters: Mapping[str, Tensor], rank: int, dtype: torch.dtype) -> LowRank:
+    """Return what a LoRA file holds of an adapter as it was trained, which it misses nothing of."""
     factors, magnitudes = {}, {}
     for name, tensor in parameters.items():
         layer, _, part = name.partition(MAGNITUDE)
         if part:
             magnitudes[layer] = tensor.to(dtype)
         else:
-            factors[name.replace(".default.", ".")] = tensor.to(dtype)
+            factors[name.replace(".default", "")] = tensor.to(dtype)
     return LowRank(factors, rank, 0.0, 0.0, magnitudes)
 
 
@@ -229,18 +232,54 @@ def diffusers_names(adapter: LowRank) -> dict[str, Tensor]:
     return {f"unet.{name}": tensor for name, tensor in {**adapter.factors, **magnitudes}.items()}
 
 
+def layers_of(adapter: LowRank) -> list[str]:
+    """Return the layers that an adapter is on."""
+    return list(dict.fromkeys(PART.sub("", name) for name in adapter.factors))
+
+
+def kohya_layer(name: str) -> str:
+    """Return what kohya's scripts call a layer of the UNet."""
+    return "lora_unet_" + name.replace(".", "_")
+
+
 def kohya_names(adapter: LowRank, layers: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """Return the same in the form of kohya's scripts, with the alpha of each layer.
+    """Return the same in the form of kohya's scripts, with the alpha of each layer; other kinds as LyCORIS names them.
 
     Args:
         adapter: the factors.
         layers: what layers are called there, by their names here; the same by default.
     """
+    own = {layer: kohya_layer(layer if layers is None else layers[layer]) for layer in layers_of(adapter)}
     weights = {}
     for name, tensor in adapter.factors.items():
-        suffix = DOWN if name.endswith(DOWN) else UP
-        own = name.removesuffix(suffix)
-        layer = "lora_unet_" + (own if layers is None else layers[own]).replace(".", "_")
-        weights[f"{layer}.{KOHYA[suffix]}"] = tensor
-        weights[f"{layer}.alpha"] = torch.tensor(float(adapter.rank), dtype=tensor.dtype)
-    return weights
+        layer, part = PART.split(name)[:2]
+        weights[f"{own[layer]}.{KOHYA.get(part, part)}"] = tensor
+        weights[f"{own[layer]}.alpha"] = torch.tensor(float(adapter.rank), dtype=tensor.dtype)
+    return weights | {f"{own[layer]}.dora_scale": scale[:, None] for layer, scale in adapter.magnitudes.items()}
+
+
+def lycoris_weight(weight: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+    """Return the weight of a layer under an adapter in LyCORIS' form, by its formulas.
+
+    Args:
+        weight: (out, in), before training.
+        own: what the file holds of the layer, by LyCORIS' names.
+
+    >>> own = {"lora_up.weight": torch.ones(2, 1), "lora_down.weight": torch.ones(1, 2), "alpha": torch.tensor(3.0)}
+    >>> lycoris_weight(torch.zeros(2, 2), own)
+    tensor([[3., 3.],
+            [3., 3.]])
+    """
+    alpha = own["alpha"]
+    if "hada_w1_a" in own:
+        first, second = (own[f"hada_w{part}_a"] @ own[f"hada_w{part}_b"] for part in "12")
+        return weight + alpha / own["hada_w1_b"].shape[0] * first * second
+    if "lokr_w1" in own:
+        if (second_factor := own.get("lokr_w2")) is not None:  # of whole factors the alpha is that of their size
+            return weight + torch.kron(own["lokr_w1"], second_factor)
+        down = own["lokr_w2_b"]
+        return weight + alpha / down.shape[0] * torch.kron(own["lokr_w1"], own["lokr_w2_a"] @ down)
+    down = own["lora_down.weight"]
+    changed = weight + alpha / down.shape[0] * own["lora_up.weight"] @ down
+    scale = own.get("dora_scale")
+    return changed if scale is None else scale * changed / changed.norm(dim=1, keepdim=True)

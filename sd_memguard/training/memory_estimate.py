@@ -74,7 +74,7 @@ def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> F
     copies = 1 + ("single-file" in (config.export_formats or ()))
     lora = sum(name.startswith("lora") for name in end_formats(config))
     rank = FULL_RANK if config.rank is None else config.rank * schedule.num_shards
-    per_rank = sum(map(sum, adapted))
+    lora_file = num_trained if config.adapter not in (None, "lora") else rank * sum(map(sum, adapted))
     return Footprint(
         model=model,
         trained=BYTES * num_trained,
@@ -82,7 +82,7 @@ def footprint(pipeline: Path, config: TrainConfig, schedule: RoundSchedule) -> F
         offloaded=(schedule.num_shards - 1) * proxy + switched if schedule.num_shards > 1 else 0,
         checkpoint=schedule.num_shards * proxy + BYTES * num_parameters,
         num_checkpoints=min(num_checkpoints, config.checkpoints_total_limit or num_checkpoints),
-        result=copies * (model + others) + lora * BYTES * rank * per_rank,
+        result=copies * (model + others) + lora * BYTES * lora_file,
         best=2 * model if config.load_best_model_at_end else 0,
         others=others,
     )

@@ -254,7 +254,7 @@ def test_a_file_that_is_not_what_was_meant_is_refused_and_removed(tiny, tmp_path
         Exporter(read_trained_run(tiny)).export("single-file", out)
     assert list(out.parent.iterdir()) == []
     honest_names = exporter_module.kohya_names
-    halved = lambda adapter: {k: v / 2 if "alpha" in k else v for k, v in honest_names(adapter).items()}  # noqa: E731
+    halved = lambda adapter, layers: {k: v / 2 if "alpha" in k else v for k, v in honest_names(adapter).items()}  # noqa: E731
     monkeypatch.setattr(exporter_module, "kohya_names", halved)
     with pytest.raises(ExportError, match="are not those"):
         Exporter(read_trained_run(tiny)).export("lora-kohya", out)

@@ -12,7 +12,14 @@ from sd_memguard.config import ConfigError
 from sd_memguard.errors import UserError
 from sd_memguard.export.exporter import Exporter
 from sd_memguard.flags import parse_train_args
-from sd_memguard.models.lora import adapter_size, add_adapter, merge_adapter
+from sd_memguard.models.lora import (
+    adapter_size,
+    add_adapter,
+    kohya_names,
+    lycoris_weight,
+    merge_adapter,
+    whole_adapter,
+)
 from sd_memguard.runs.trained_run import read_trained_run
 from sd_memguard.training.plan import make_plan
 from sd_memguard.training.trainer import Trainer, train
@@ -125,16 +132,44 @@ def test_a_run_is_resumed_to_the_byte_and_exported(run, configure, pipeline, mon
     for folder in (whole.output_dir, checkpoint):
         exporter = Exporter(read_trained_run(folder))
         assert exporter.export("merged", tmp_path / "exports" / folder.name).difference < 1e-3
-        for format in ("lora-diffusers", "lora-kohya"):
-            if (kind, format) == ("dora", "lora-diffusers"):
-                export = exporter.export(format, tmp_path / "loras" / folder.name)
-                assert export.difference < 1e-3 * export.base_difference + 1e-4
-                with pytest.raises(UserError, match="omit `--lora_rank`"):
-                    exporter.export(format, tmp_path / "other", lora_rank=3)
-            else:
-                with pytest.raises(ConfigError, match=f"`{format}` has no place for .* `--adapter {kind}`"):
-                    exporter.export(format, tmp_path / "loras" / folder.name)
+        if kind == "dora":
+            export = exporter.export("lora-diffusers", tmp_path / "loras" / folder.name)
+            assert export.difference < 1e-3 * export.base_difference + 1e-4
+        else:
+            with pytest.raises(ConfigError, match=f"`lora-diffusers` has no place for .* `--adapter {kind}`"):
+                exporter.export("lora-diffusers", tmp_path / "loras" / folder.name)
+        export = exporter.export("lora-kohya", tmp_path / "kohya" / folder.name)
+        assert export.difference < 1e-3 * export.base_difference + 1e-4
+        assert exporter.export("lora-kohya", tmp_path / "half" / folder.name, dtype="fp16").difference < 0.05
+        with pytest.raises(UserError, match="omit `--lora_rank`"):
+            exporter.export("lora-kohya", tmp_path / "other", lora_rank=3)
     assert (whole.output_dir / "pytorch_lora_weights.safetensors").exists() == (kind == "dora")
+    assert (whole.output_dir / "whole-lora-kohya.safetensors").exists() == (kind != "dora")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [2, 8])  # of LoKr's second factor, in two parts or whole
+def test_a_file_in_lycoris_form_has_the_names_and_the_change_of_its_papers(load, kind, rank):
+    unet = load()
+    parameters, own = moved(unet, kind, rank)
+    weights = kohya_names(whole_adapter(parameters, rank, torch.float32))
+    before = load().state_dict()
+    for layer, parts in own.items():
+        prefix = "lora_unet_" + layer.replace(".", "_") + "."
+        found = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+        expected = {"dora": {"lora_up.weight", "lora_down.weight", "dora_scale"}}
+        expected["loha"] = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+        expected["lokr"] = (
+            {"lokr_w1", "lokr_w2"} if "lokr_w2.default" in parts else {"lokr_w1", "lokr_w2_a", "lokr_w2_b"}
+        )
+        assert found.keys() == expected[kind] | {"alpha"}
+        assert found["alpha"] == rank
+        weight = before[f"{layer}.weight"].double()
+        changed = lycoris_weight(weight, {name: tensor.double() for name, tensor in found.items()})
+        torch.testing.assert_close(changed, formula(kind, weight, parts), rtol=0, atol=1e-6)
+        if kind == "dora":
+            assert found["dora_scale"].shape == (len(weight), 1)  # a row of the weight each: on the output
+    assert not weights
 
 
 def test_a_dora_file_of_a_run_loads_as_it_was_trained(run, pipeline):
@@ -163,9 +198,8 @@ def test_several_shards_are_refused_and_auto_is_one(configure, kind):
         ({"adapter": "dora", "proxy": "full"}, "`--adapter` belongs to `--proxy lora`, got `--proxy full`"),
         ({"adapter": "lora", "proxy": "full"}, "`--adapter` belongs to `--proxy lora`, got `--proxy full`"),
         ({"adapter": "lycoris"}, "`--adapter` must be one of lora, dora, loha, lokr, got 'lycoris'"),
-        ({"adapter": "loha", "export_formats": ["lora-kohya"]}, "`lora-kohya` has no place for"),
-        ({"adapter": "lokr", "export_formats": ["merged", "lora-diffusers"]}, "export `merged`, `single-file` instead"),
-        ({"adapter": "dora", "export_formats": ["lora-kohya"]}, "`merged`, `single-file`, `lora-diffusers` instead"),
+        ({"adapter": "loha", "export_formats": ["lora-diffusers"]}, "`lora-diffusers` has no place for"),
+        ({"adapter": "lokr", "export_formats": ["merged", "lora-diffusers"]}, "`single-file`, `lora-kohya` instead"),
         ({"adapter": "dora", "preset": "paper", "num_shards": 4}, "`--adapter dora` needs `--num_shards 1`, got 4"),
     ],
 )
