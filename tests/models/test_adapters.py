@@ -228,3 +228,13 @@ def test_the_adapter_beside_the_best_model_is_that_of_its_round(run, images, pip
     base = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet")
     merged = merge_adapter(base, adapter, SETTINGS["rank"], "dora").state_dict()
     torch.testing.assert_close(merged, load_file(result.output_dir / UNET), rtol=0, atol=1e-6)
+
+
+def test_a_file_for_sdxl_has_the_original_names_of_layers(run, sdxl_pipeline):
+    """It is checked as it is written: its weights must be the trained ones."""
+    result = run(pretrained_model_name_or_path=str(sdxl_pipeline), **SETTINGS, adapter="loha", max_train_steps=2)
+    names = load_file(result.output_dir / "run-lora-kohya.safetensors").keys()
+    assert all(
+        name.startswith(("lora_unet_input_blocks_", "lora_unet_output_blocks_", "lora_unet_middle_")) for name in names
+    )
+    assert any(name.endswith("attn2_to_out_0.hada_w2_b") for name in names)
