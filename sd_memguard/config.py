@@ -208,13 +208,24 @@ class TrainConfig:
     on_bad_sample: Literal["error", "skip"] = setting(
         "error", "Data", "stop with a list of unreadable samples, or train without them"
     )
-    resolution: int = setting(
+    resolution: int | tuple[int, ...] = setting(
         None,
         "Data",
-        "side of the square training images in pixels",
+        "side of the square training images in pixels; of several, each epoch shows an image at another one",
         MULTIPLE_OF_8,
         default_for={"sd": 512, "sdxl": 1024},
     )
+    enable_bucket: bool = setting(
+        False, "Data", "train each image in its own shape, of as many pixels as the square: aspect-ratio buckets"
+    )
+    min_bucket_reso: int | None = setting(
+        None, "Data", "shortest side of a bucket; half the resolution if not given", POSITIVE_COUNT
+    )
+    max_bucket_reso: int | None = setting(
+        None, "Data", "longest side of a bucket; twice the resolution if not given", POSITIVE_COUNT
+    )
+    bucket_reso_steps: int = setting(64, "Data", "sides of buckets are multiples of this", MULTIPLE_OF_8)
+    bucket_no_upscale: bool = setting(False, "Data", "enlarge no image: small ones get small buckets")
     image_interpolation_mode: Literal[
         "bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"
     ] = setting("lanczos", "Data", "filter that resizes the images")
@@ -426,6 +437,11 @@ class TrainConfig:
         """Whether a caption has its tags in another order, or without some, each time it is seen."""
         return self.shuffle_caption or self.caption_tag_dropout_rate > 0
 
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """The values of `resolution`, ascending."""
+        return tuple(sorted(self.resolution)) if isinstance(self.resolution, tuple) else (self.resolution,)
+
     def to_dict(self) -> dict[str, Any]:
         """Every resolved setting by its flag name, ready for JSON and for `--config`; the hub token stays out."""
         values = {name: getattr(self if name in TRAIN_SETTINGS else self.guard, name) for name in SETTINGS}
@@ -551,6 +567,7 @@ def _check_together(config: TrainConfig) -> None:
     _check_adapter(config)
     _check_publishing(config)
     _check_masks(config)
+    _check_buckets(config)
     if config.dream_training and config.prediction_type == "v_prediction":
         raise ConfigError(
             "`--dream_training` must not be given together with `--prediction_type v_prediction`, for which DREAM is "
@@ -639,6 +656,29 @@ def _check_tags(config: TrainConfig) -> None:
                 f"`--{name}` belongs to `--shuffle_caption` and `--caption_tag_dropout_rate`, and neither is given; "
                 "add one of them, or omit it"
             )
+
+
+def _check_buckets(config: TrainConfig) -> None:
+    """Refuse settings of buckets without buckets, and limits that no bucket can keep."""
+    if config.resolution is None:  # the kind of the model, and with it the default, is not known yet
+        return
+    if len(set(config.resolutions)) < len(config.resolutions):
+        raise ConfigError(f"`--resolution` must name each side once, got {config.resolutions}; omit the others")
+    names = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
+    given = [name for name in names if getattr(config, name) != TRAIN_SETTINGS[name].default]
+    if given and not config.enable_bucket:
+        raise ConfigError(f"`--{given[0]}` belongs to `--enable_bucket`, which is not given; add that or omit it")
+    if config.bucket_no_upscale and config.min_bucket_reso is not None:
+        raise ConfigError(
+            "`--min_bucket_reso` must not be given together with `--bucket_no_upscale`: smaller images would have to "
+            "be enlarged; omit one of them"
+        )
+    low, high = config.min_bucket_reso or 0, config.max_bucket_reso or max(config.resolutions)
+    if not low <= config.resolutions[0] <= config.resolutions[-1] <= high:
+        raise ConfigError(
+            "`--resolution` must lie between `--min_bucket_reso` and `--max_bucket_reso`, got "
+            f"{', '.join(map(str, config.resolutions))} with {low or 'none'} and {high}; change one of them"
+        )
 
 
 def _are_step_rules(rules: str) -> bool:

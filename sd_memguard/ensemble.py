@@ -12,7 +12,7 @@ from typing import Any
 
 from sd_memguard.core.decision import Verdict
 from sd_memguard.core.progress import Progress
-from sd_memguard.core.sampler import SampleRef
+from sd_memguard.core.sampler import BucketsOf, SampleRef
 from sd_memguard.core.schedule import RoundSchedule, round_mean
 from sd_memguard.core.shards import Moves
 from sd_memguard.proxies.full import FullProxies
@@ -72,12 +72,18 @@ class Ensemble:
             self.guard.shard_index = shard_index
         return self.steps_left
 
-    def upcoming(self, batch_size: int) -> Iterator[list[SampleRef]]:
-        """Yield the batches of the active shard from where its sampler stands, without end and without moving it."""
+    def upcoming(self, batch_size: int, buckets: BucketsOf | None = None) -> Iterator[list[SampleRef]]:
+        """Yield the batches of the active shard from where its sampler stands, without end and without moving it.
+
+        Args:
+            batch_size: samples of a batch.
+            buckets: which samples can share a batch; None: all can.
+        """
         shard_index, groups = self.guard.shard_index, self.guard.balanced_groups
         members = self.guard.plan.members(shard_index)
         sampler = self.progress.samplers[shard_index]
-        return sampler.batches(members, batch_size, self.guard.seed, None if groups is None else groups[members])
+        own_groups = None if groups is None else groups[members]
+        return sampler.batches(members, batch_size, self.guard.seed, own_groups, buckets)
 
     def advance(self, count: int) -> None:
         """Count samples that the active shard has given out."""

@@ -49,7 +49,7 @@ def parse_train_args(argv: Sequence[str], *, prog: str | None = None) -> TrainCo
     given = vars(namespace)
     with exit_on_user_error():
         settings = read_config_file(Path(given.pop("config"))) if "config" in given else {}
-        settings |= {name: _read(name, value) for name, value in given.items()}
+        settings |= {name: SETTINGS[name].read(value) for name, value in given.items()}
         if "LOCAL_RANK" in os.environ and os.environ["LOCAL_RANK"] != "-1":  # how launchers tell a process its rank
             settings["local_rank"] = int(os.environ["LOCAL_RANK"])
         return make_train_config(**settings)
@@ -93,9 +93,7 @@ def parse_settings(
         flag = unknown[0].partition("=")[0]
         known = [f"--{name}" for name in settings]
         parser.error(f"unknown argument `{flag}`{nearest(flag, known)}; see --help for all of them")
-    given = {
-        name: settings[name].read(value) if isinstance(value, str) else value for name, value in vars(namespace).items()
-    }
+    given = {name: settings[name].read(value) for name, value in vars(namespace).items()}
     return owner(**given, **further)
 
 
@@ -150,12 +148,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 def _check_pair(name: str, value: Any) -> tuple[str, Any]:
     refuse_unknown(name)
     name = ALIASES.get(name, name)
-    return name, SETTINGS[name].check(_read(name, value))
-
-
-def _read(name: str, value: Any) -> Any:
-    """Read a text by its setting; the value of a switch and a list of texts need no reading."""
-    return SETTINGS[name].read(value) if isinstance(value, str) else value
+    return name, SETTINGS[name].check(SETTINGS[name].read(value))
 
 
 def _load_yaml(text: str) -> Any:

@@ -64,12 +64,16 @@ def setting(
 
 
 class Setting(NamedTuple):
-    """A declared setting. `kind` is bool, int, float, str, or None where only `words` will do."""
+    """A declared setting. `kind` is bool, int, float, str, or None where only `words` will do.
+
+    `many` says that it takes a list, `single` that a list of one is that one value.
+    """
 
     name: str
     kind: type | None
     words: tuple[str, ...]
     many: bool
+    single: bool
     optional: bool
     default: Any
     group: str
@@ -97,8 +101,15 @@ class Setting(NamedTuple):
             for case, value in self.default_for.items()
         )
 
-    def read(self, text: str) -> Any:
-        """Return the value that `text` stands for, or `text` itself where it stands for none, for `check` to refuse."""
+    def read(self, text: Any) -> Any:
+        """Return the value that a text stands for, or the text itself where it stands for none, for `check` to refuse.
+
+        What is no text needs no reading; of a list each entry is read.
+        """
+        if isinstance(text, list):
+            return [self.read(entry) for entry in text]
+        if not isinstance(text, str):
+            return text
         if self.kind is bool:
             return {"true": True, "false": False}.get(text.lower(), text)
         if self.kind in (int, float) and text not in self.words:
@@ -118,8 +129,14 @@ class Setting(NamedTuple):
             return None
         if value is None:
             raise ConfigError(f"`--{self.name}` must be given; {self.fix}")
-        if self.many:
-            return self._check_many(value)
+        if self.many and not self.single:
+            return self._check_texts(value)
+        if self.many and isinstance(value, list | tuple) and value:
+            values = tuple(self._check_one(one) for one in value)
+            return values if len(values) > 1 else values[0]
+        return self._check_one(value)
+
+    def _check_one(self, value: Any) -> Any:
         if isinstance(value, str) and value in self.words:
             return value
         value = self._normalize(value)
@@ -147,7 +164,7 @@ class Setting(NamedTuple):
             return os.fspath(value)
         return value
 
-    def _check_many(self, value: Any) -> tuple[str, ...]:
+    def _check_texts(self, value: Any) -> tuple[str, ...]:
         if not value or not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
             raise self.refusal("a list of one or more texts", value)
         for text in value:
@@ -194,14 +211,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean `{found[0]}`?)" if found else ""
 
 
-def _read_annotation(annotation: Any) -> tuple[type | None, tuple[str, ...], bool, bool]:
-    """Split an annotation such as `int | Literal["auto"]` into kind, words, many and optional."""
+def _read_annotation(annotation: Any) -> tuple[type | None, tuple[str, ...], bool, bool, bool]:
+    """Split an annotation such as `int | Literal["auto"]` into kind, words, many, single and optional."""
     parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     many = any(get_origin(part) is tuple for part in parts)
     items = [item for part in parts for item in (get_args(part) if get_origin(part) is tuple else (part,))]
     words = tuple(word for item in items if get_origin(item) is Literal for word in get_args(item))
     kinds = [item for item in items if item in (bool, int, float, str)]
-    return (kinds[0] if kinds else None), words, many, type(None) in parts
+    single = many and any(part in kinds for part in parts)
+    return (kinds[0] if kinds else None), words, many, single, type(None) in parts
 
 
 def _as_text(value: Any) -> str:

@@ -98,7 +98,7 @@ def test_a_full_disk_is_known_by_the_system_s_own_number(monkeypatch):
 def test_what_reads_images_in_workers_can_be_sent_to_processes_that_are_spawned(configure):
     config = configure()
     plan = make_plan(config)
-    dataset = PixelDataset(plan.samples, Preprocess(config, 3))
+    dataset = PixelDataset(plan.samples, [Preprocess(config, 3, size) for size in plan.targets.sizes])
     sent = pickle.loads(pickle.dumps(dataset))
     sample_id = int(plan.samples.sample_ids[4])
     assert torch.equal(sent.read(sample_id, (0, 0, 0)), dataset.read(sample_id, (0, 0, 0)))

@@ -19,12 +19,13 @@ from sd_memguard.data.captions import Captions
 from sd_memguard.data.encoding_cache import Cache, embedding_cache, latent_caches
 from sd_memguard.data.loss_masks import LossMasks, stacked
 from sd_memguard.data.samples import Samples
+from sd_memguard.data.target_sizes import TargetSizes
 from sd_memguard.data.transforms import PixelDataset, Preprocess, sample_address
 from sd_memguard.distributed import ProcessGroup
 from sd_memguard.models.encoders import Encoders
 from sd_memguard.models.kinds import Condition
 
-__all__ = ["NOTHING", "Batch", "BatchSource", "Encoders", "sample_address"]
+__all__ = ["NOTHING", "AugmentedCopy", "Batch", "BatchSource", "Encoders", "sample_address"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,14 @@ class Batch(NamedTuple):
     latents: Tensor
     condition: Condition
     mask: Tensor | None = None
+
+
+class AugmentedCopy(NamedTuple):
+    """A sample to train from an augmented copy: the address of its random numbers, and its bucket."""
+
+    sample_id: int
+    address: Address
+    bucket: int = 0
 
 
 NOTHING = Batch(torch.empty(0), Condition(torch.empty(0)))
@@ -71,23 +80,30 @@ class BatchSource:
         exchange: ProcessGroup | None = None,
     ) -> None:
         self.samples, self.encoders, self.seed, self.config = samples, encoders, seed, config
-        self.preprocess = Preprocess(config, seed)
+        self.targets = TargetSizes(samples, config, seed)
+        self.preprocess = [Preprocess(config, seed, size) for size in self.targets.sizes]
         self.pixels = PixelDataset(samples, self.preprocess)
         self.lost: set[int] = set()
         self.captions = Captions(samples, config, seed)
-        self._latents: list[Cache] = []
+        self._latents: list[list[Cache]] = []
         self._embeddings: Cache | None = None
         self.masks = LossMasks(samples, self.preprocess, encoders.moments_shape[1])
         if cache:
             crew = ProcessGroup(alone=True) if exchange is None else exchange
             self._latents = latent_caches(
-                samples, encoders, self.preprocess, config, crew, num_samples_seen=num_samples_seen, progress=progress
+                self.targets,
+                encoders,
+                self.preprocess,
+                config,
+                crew,
+                num_samples_seen=num_samples_seen,
+                progress=progress,
             )
             self.masks.keeps = self.caches_latents
             self._embeddings = embedding_cache(self.captions, encoders, config, crew, progress=progress)
 
     def batches(self, refs: Iterable[list[SampleRef]]) -> Iterator[tuple[list[SampleRef], Batch]]:
-        """Yield the batch of each list of samples, and the samples in it.
+        """Yield the batch of each list of samples, which have one bucket, and the samples in it.
 
         An image that was good when it was checked and cannot be read now is named once and dropped from its batches;
         a batch may even be empty then. So may one in which no crop shows anything of its image's mask.
@@ -114,17 +130,18 @@ class BatchSource:
             present = [chunk[position] for position in kept]
             yield present, self._batch(present, self._moments_at(kept, pixels), masks) if kept else NOTHING
 
-    def augmented(self, sample_ids: list[int], addresses: list[Address], magnitude: int) -> tuple[list[Address], Batch]:
-        """Return a batch of augmented copies and their addresses, without images that cannot be read any more.
+    def augmented(self, copies: Sequence[AugmentedCopy], bucket: int, magnitude: int) -> tuple[list[Address], Batch]:
+        """Return a batch of augmented copies, all of one bucket, and the addresses of those that could be read.
 
         Nothing of it comes from a cache of images or enters one.
         """
-        pixels = [self.pixels.read(*one, magnitude) for one in zip(sample_ids, addresses, strict=True)]
-        kept = self._readable(sample_ids, pixels)
+        ids, addresses = [copy.sample_id for copy in copies], [copy.address for copy in copies]
+        pixels = [self.pixels.read(*one, bucket, magnitude) for one in zip(ids, addresses, strict=True)]
+        kept = self._readable(ids, pixels)
         if not kept:
             return [], NOTHING
-        ids, present = [sample_ids[position] for position in kept], [addresses[position] for position in kept]
-        return present, self._sampled(ids, present, self._moments_at(kept, pixels), purpose="augment_")
+        ids, present = [ids[position] for position in kept], [addresses[position] for position in kept]
+        return present, self._sampled(ids, present, self._moments_at(kept, pixels), bucket, purpose="augment_")
 
     def _readable(self, sample_ids: list[int], pixels: list[Tensor | str]) -> list[int]:
         """Return the positions of the images that could be read, and name the others, each once."""
@@ -136,23 +153,24 @@ class BatchSource:
 
     def _shown(self, refs: list[SampleRef]) -> tuple[list[int], list[Tensor | None]]:
         """Return the positions of the samples of which something counts, and the masks of these."""
-        if self.samples.masked is None:
+        if self.samples.masked is None or not refs:
             return list(range(len(refs))), [None] * len(refs)
         ids = [ref.sample_id for ref in refs]
-        masks = self.masks.at(ids, [sample_address(ref) for ref in refs], self._keys(ids))
+        masks = self.masks.at(ids, [sample_address(ref) for ref in refs], self._keys(ids), refs[0].bucket)
         positions = self.masks.shown(ids, masks)
         return positions, [masks[position] for position in positions]
 
     def _moments_at(self, positions: list[int], pixels: list[Any]) -> Tensor:
         return self.encoders.moments(torch.stack([pixels[position] for position in positions]))
 
-    def fixed(self, sample_ids: list[int]) -> Batch:
+    def fixed(self, sample_ids: list[int], bucket: int = 0) -> Batch:
         """Return a batch without chance: center crop, no flip, the mean latent and the first caption."""
-        pixels = torch.stack([self.preprocess.fixed(self.samples.image(sample_id)) for sample_id in sample_ids])
+        preprocess = self.preprocess[bucket]
+        pixels = torch.stack([preprocess.fixed(self.samples.image(sample_id)) for sample_id in sample_ids])
         captions = [self.captions.first(sample_id) for sample_id in sample_ids]
-        condition = self._condition(sample_ids, [None] * len(sample_ids), captions)
+        condition = self._condition(sample_ids, [None] * len(sample_ids), captions, bucket)
         latents = self.encoders.latents(self.encoders.moments(pixels).float())
-        return Batch(latents, condition, stacked(self.masks.fixed(sample_ids), latents))
+        return Batch(latents, condition, stacked(self.masks.fixed(sample_ids, bucket), latents))
 
     @property
     def caches_latents(self) -> bool:
@@ -165,22 +183,28 @@ class BatchSource:
         return self._embeddings is not None
 
     def _batch(self, refs: list[SampleRef], moments: Tensor, masks: list[Tensor | None]) -> Batch:
-        batch = self._sampled([v.sample_id for v in refs], [sample_address(v) for v in refs], moments)
+        ids, addresses = [ref.sample_id for ref in refs], [sample_address(ref) for ref in refs]
+        batch = self._sampled(ids, addresses, moments, refs[0].bucket)
         return batch._replace(mask=stacked(masks, batch.latents))
 
-    def _sampled(self, sample_ids: list[int], addresses: list[Address], moments: Tensor, purpose: str = "") -> Batch:
+    def _sampled(
+        self, sample_ids: list[int], addresses: list[Address], moments: Tensor, bucket: int, purpose: str = ""
+    ) -> Batch:
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         noise = to_device(draw_normal(self.seed, f"{purpose}latent", addresses, shape), moments.device)
         captions = [self.captions(sample_id, address) for sample_id, address in zip(sample_ids, addresses, strict=True)]
-        return Batch(self.encoders.latents(moments.float(), noise), self._condition(sample_ids, addresses, captions))
+        condition = self._condition(sample_ids, addresses, captions, bucket)
+        return Batch(self.encoders.latents(moments.float(), noise), condition)
 
-    def _condition(self, sample_ids: list[int], addresses: Sequence[Address | None], captions: list[int]) -> Condition:
+    def _condition(
+        self, sample_ids: list[int], addresses: Sequence[Address | None], captions: list[int], bucket: int
+    ) -> Condition:
         """Return what the UNet takes of captions, and of sizes where it is told those."""
         sizes = None
         if self.encoders.kind.takes_sizes:
             extents, keys = self.samples.sizes[sample_ids].tolist(), self._keys(sample_ids)
             rows = [
-                self.preprocess.sizes(width, height, key, address)
+                self.preprocess[bucket].sizes(width, height, key, address)
                 for (width, height), key, address in zip(extents, keys, addresses, strict=True)
             ]
             sizes = torch.tensor(rows)
@@ -188,7 +212,7 @@ class BatchSource:
 
     def _keys(self, sample_ids: list[int]) -> list[bytes]:
         """Return the hashes of files, by which affine maps are chosen; empty ones where there are none."""
-        if not self.preprocess.random_affine:
+        if not self.config.random_affine:
             return [b""] * len(sample_ids)
         rows = np.searchsorted(self.samples.sample_ids, sample_ids)
         # numpy drops zeros at the end.
@@ -205,10 +229,11 @@ class BatchSource:
         return to_device(self._embeddings.read(np.array(captions)), self.encoders.device).float()
 
     def _cached_moments(self, refs: list[SampleRef]) -> Tensor:
-        rows = np.searchsorted(self.samples.sample_ids, [ref.sample_id for ref in refs])
-        if len(self._latents) == 1:
-            return to_device(self._latents[0].read(rows), self.encoders.device)
-        views = self.preprocess.choose_views([sample_address(ref) for ref in refs]).numpy()
-        moments = torch.cat([cache.read(rows[views == view]) for view, cache in enumerate(self._latents)])
-        order = np.argsort(np.concatenate([np.flatnonzero(views == view) for view in range(len(self._latents))]))
+        bucket = refs[0].bucket
+        caches, rows = self._latents[bucket], self.targets.places(bucket, [ref.sample_id for ref in refs])
+        if len(caches) == 1:
+            return to_device(caches[0].read(rows), self.encoders.device)
+        views = self.preprocess[bucket].choose_views([sample_address(ref) for ref in refs]).numpy()
+        moments = torch.cat([cache.read(rows[views == view]) for view, cache in enumerate(caches)])
+        order = np.argsort(np.concatenate([np.flatnonzero(views == view) for view in range(len(caches))]))
         return to_device(moments[torch.from_numpy(order)], self.encoders.device)

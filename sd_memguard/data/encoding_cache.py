@@ -1,9 +1,9 @@
 """What the frozen networks make of images and captions, computed once: in memory, or in a folder that runs share.
 
-A latent is exact to keep when the crop is the same every time: with `--center_crop`, or where all images are
-square. Otherwise a sample has another crop each time, and the VAE runs every time: a few kept crops would be seen
-again and again, which is what the guard is there to prevent. Mean and log variance are kept, so that the latent itself
-is sampled again each time. Where images are flipped or moved, every view of each image is kept.
+A latent is exact to keep when the crop is the same every time: with `--center_crop`, or where all images have the
+shape that they are trained in. Otherwise a sample has another crop each time, and the VAE runs every time: a few kept
+crops would be seen again and again, which is what the guard is there to prevent. Mean and log variance are kept, so
+that the latent itself is sampled again each time. Where images are flipped or moved, every view of each image is kept.
 
 Every batch that goes through a network here has the same size, the last one too, so that what is kept depends on the
 image or caption alone, not on what else was missing.
@@ -11,10 +11,11 @@ image or caption alone, not on what else was missing.
 
 import importlib.metadata
 import logging
+import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,8 @@ from tqdm import tqdm
 from sd_memguard.config import ConfigError, TrainConfig
 from sd_memguard.data.captions import Captions
 from sd_memguard.data.encoding_store import MISSING, EncodingStore
-from sd_memguard.data.samples import SampleError, Samples
+from sd_memguard.data.samples import SampleError
+from sd_memguard.data.target_sizes import TargetSizes
 from sd_memguard.data.transforms import Preprocess, View
 from sd_memguard.distributed import ProcessGroup
 from sd_memguard.errors import UserError
@@ -97,38 +99,38 @@ class DiskCache:
 
 
 class CacheSpec(NamedTuple):
-    """A cache that is to be made: the setting that asks for it, its number of rows, their shape and precision.
+    """A cache that is to be made: the setting that asks for it, its rows, the numbers in all of them, their precision.
 
     ``num_reads`` says how often a row will be read in all, where that is known.
     """
 
     setting: Literal["cache_latents", "cache_text_embeddings"]
     num_rows: int
-    shape: tuple[int, ...]
+    num_values: int
     dtype: torch.dtype
     num_reads: int | None = None
 
     @property
     def size(self) -> int:
         """Bytes of all rows."""
-        return self.num_rows * int(np.prod(self.shape)) * self.dtype.itemsize
+        return self.num_values * self.dtype.itemsize
 
 
-def latents_are_exact(samples: Samples, config: TrainConfig) -> bool:
+def latents_are_exact(targets: TargetSizes, config: TrainConfig) -> bool:
     """Say whether an image is cropped the same way every time."""
-    sizes = samples.sizes[samples.sample_ids]
-    return config.center_crop or bool((sizes[:, 0] == sizes[:, 1]).all())
+    return config.center_crop or targets.need_no_crop
 
 
-def refuse_inexact_cache(samples: Samples, config: TrainConfig) -> None:
+def refuse_inexact_cache(targets: TargetSizes, config: TrainConfig) -> None:
     """Refuse to keep latents that would not be exact.
 
     Raises:
         ConfigError: names the way out.
     """
-    if config.cache_latents in {"memory", "disk"} and not latents_are_exact(samples, config):
+    if config.cache_latents in {"memory", "disk"} and not latents_are_exact(targets, config):
+        shape = "images of the shapes of their buckets" if config.enable_bucket else "square images"
         raise ConfigError(
-            f"`--cache_latents {config.cache_latents}` needs `--center_crop` (or square images): with random crops "
+            f"`--cache_latents {config.cache_latents}` needs `--center_crop` (or {shape}): with random crops "
             "an image has another latent each time; add `--center_crop`, or use `--cache_latents off`"
         )
 
@@ -195,69 +197,143 @@ def choose_place(need: CacheSpec, config: TrainConfig) -> Literal["memory", "dis
 
 
 def latent_caches(
-    samples: Samples,
+    targets: TargetSizes,
     encoders: Encoders,
-    preprocess: Preprocess,
+    preprocess: Sequence[Preprocess],
     config: TrainConfig,
     exchange: ProcessGroup,
     *,
     num_samples_seen: int | None,
     progress: bool,
-) -> list[Cache]:
-    """Return the moments of all images in each of the views of ``preprocess``; empty without cache.
+) -> list[list[Cache]]:
+    """Return the moments of the images of each bucket in each of the views of ``preprocess``; empty without cache.
 
-    The rows of each are those of ``samples.sample_ids``. All processes call it together.
+    The rows of each are those of ``TargetSizes.members``. All processes call it together.
+
+    Args:
+        targets: the images and their buckets.
+        encoders: the frozen networks.
+        preprocess: that of each bucket.
+        config: where caches go.
+        exchange: the processes.
+        num_samples_seen: of the whole run, where known.
+        progress: whether to show a bar.
     """
-    if not latents_are_exact(samples, config):
+    if not latents_are_exact(targets, config):
         return []
-    views = preprocess.views
     channels, factor = encoders.moments_shape
-    side = config.resolution // factor
-    shape = (channels, side, side)
-    need = CacheSpec("cache_latents", len(views) * len(samples.sample_ids), shape, encoders.vae_dtype, num_samples_seen)
+    shapes = [(channels, size.height // factor, size.width // factor) for size in targets.sizes]
+    num_rows = [len(one.views) * count for one, count in zip(preprocess, targets.counts, strict=True)]
+    num_values = sum(count * math.prod(shape) for count, shape in zip(num_rows, shapes, strict=True))
+    need = CacheSpec("cache_latents", sum(num_rows), num_values, encoders.vae_dtype, num_samples_seen)
     place = choose_place_together(need, config, exchange)
     if place == "off":
         return []
-    batch = max(1, min(64, PIXELS_AT_ONCE // config.resolution**2))
-
-    def encoded(positions: Rows) -> Iterator[tuple[Rows, list[bytes], list[Tensor]]]:
-        for chunk, keys, pixels in _read_images(samples, positions, preprocess, batch, progress):
-            yield chunk, keys, [_in_full(encoders.moments, one, batch) for one in pixels]
-
+    keys = targets.samples.content_keys()
+    filled = [
+        _BucketImages(targets, bucket, keys, encoders, one, shape, progress)
+        for bucket, (one, shape) in enumerate(zip(preprocess, shapes, strict=True))
+    ]
     if place == "memory":
-        keys = samples.content_keys()
-        _, first, slots = np.unique(keys, return_index=True, return_inverse=True)
-        rows = torch.empty(len(views), len(first), *shape, dtype=encoders.vae_dtype)
-        for positions, read_keys, moments in encoded(np.sort(first)):
-            if (keys[positions] != np.array(read_keys, keys.dtype)).any():
+        return [bucket.in_memory() for bucket in filled]
+    return [bucket.on_disk(config, exchange) for bucket in filled]
+
+
+class _BucketImages:
+    """The images of a bucket, to be encoded in all views.
+
+    Args:
+        targets: the images and their buckets.
+        bucket: which one.
+        keys: hashes of the files of all usable samples.
+        encoders: the frozen networks.
+        preprocess: that of the bucket.
+        shape: of the moments of an image.
+        progress: whether to show a bar.
+    """
+
+    def __init__(
+        self,
+        targets: TargetSizes,
+        bucket: int,
+        keys: npt.NDArray[np.bytes_],
+        encoders: Encoders,
+        preprocess: Preprocess,
+        shape: tuple[int, ...],
+        progress: bool,
+    ) -> None:
+        self.samples, self.sample_ids, self.size = targets.samples, targets.members[bucket], targets.sizes[bucket]
+        self.keys = keys[np.searchsorted(self.samples.sample_ids, self.sample_ids)]
+        self.encoders, self.preprocess, self.shape, self.progress = encoders, preprocess, shape, progress
+        self.batch = max(1, min(64, PIXELS_AT_ONCE // (self.size.width * self.size.height)))
+
+    def in_memory(self) -> list[Cache]:
+        """Return the moments in each view, in memory."""
+        _, first, slots = np.unique(self.keys, return_index=True, return_inverse=True)
+        views = self.preprocess.views
+        rows = torch.empty(len(views), len(first), *self.shape, dtype=self.encoders.vae_dtype)
+        for positions, read_keys, moments in self._encoded(np.sort(first)):
+            if (self.keys[positions] != np.array(read_keys, self.keys.dtype)).any():
                 raise SampleError(CHANGED)
             rows[:, torch.from_numpy(slots[positions])] = torch.stack(moments)
         return [MemoryCache(one, slots) for one in rows]
-    context = {
-        "vae": fingerprint(encoders.vae),
-        "resolution": config.resolution,
-        "interpolation": config.image_interpolation_mode,
-        "crop": "center",
-        **_circumstances(encoders, batch),
-    }
-    with exchange.raise_on_any_rank(), _named_faults("cache_latents", config):
-        folder = cache_folder(config)
-        stores = [
-            EncodingStore(folder, "latents", {**context, **_view_context(view, config)}, shape, need.dtype)
-            for view in views
-        ]
-        keys = samples.content_keys()
-        missing = np.any([store.find(keys) == MISSING for store in stores], axis=0)
-        _, first = np.unique(keys, return_index=True)
-        todo = own_part(np.sort(first[missing[first]]), exchange)
-        for positions, read_keys, moments in encoded(todo):
-            keys[positions] = read_keys  # of the very bytes that were encoded
-            for store, rows in zip(stores, moments, strict=True):
-                store.add(read_keys, rows)
-        for store in stores:
-            store.flush()
-    with _named_faults("cache_latents", config):
-        return [_found(store, keys, len(todo), "latents", exchange) for store in stores]
+
+    def on_disk(self, config: TrainConfig, exchange: ProcessGroup) -> list[Cache]:
+        """Return the moments in each view, on disk; all processes call it together."""
+        context = {
+            "vae": fingerprint(self.encoders.vae),
+            "size": list(self.size),
+            "interpolation": config.image_interpolation_mode,
+            "crop": "center",
+            **_circumstances(self.encoders, self.batch),
+        }
+        keys = self.keys.copy()
+        with exchange.raise_on_any_rank(), _named_faults("cache_latents", config):
+            folder, dtype = cache_folder(config), self.encoders.vae_dtype
+            stores = [
+                EncodingStore(folder, "latents", {**context, **_view_context(view, config)}, self.shape, dtype)
+                for view in self.preprocess.views
+            ]
+            missing = np.any([store.find(keys) == MISSING for store in stores], axis=0)
+            _, first = np.unique(keys, return_index=True)
+            todo = own_part(np.sort(first[missing[first]]), exchange)
+            for positions, read_keys, moments in self._encoded(todo):
+                keys[positions] = read_keys  # of the very bytes that were encoded
+                for store, rows in zip(stores, moments, strict=True):
+                    store.add(read_keys, rows)
+            for store in stores:
+                store.flush()
+        with _named_faults("cache_latents", config):
+            return [_found(store, keys, len(todo), "latents", exchange) for store in stores]
+
+    def _encoded(self, positions: Rows) -> Iterator[tuple[Rows, list[bytes], list[Tensor]]]:
+        """Yield positions among the images, the hashes of their files, and the moments in each view, batch by batch."""
+        for chunk, keys, pixels in self._read(positions):
+            yield chunk, keys, [_in_full(self.encoders.moments, one, self.batch) for one in pixels]
+
+    def _read(self, positions: Rows) -> Iterator[tuple[Rows, list[bytes], list[Tensor]]]:
+        """Yield the images at positions in batches, read in threads and a batch ahead.
+
+        Yields:
+            Positions (B,), the hashes of the files, and for each view the images (B, 3, height, width).
+        """
+
+        def read(position: int) -> tuple[bytes, list[Tensor]]:
+            key, image = self.samples.keyed_image(int(self.sample_ids[position]))
+            return key, [self.preprocess.centered(image, key, view) for view in self.preprocess.views]
+
+        chunks = np.split(positions, range(self.batch, len(positions), self.batch)) if len(positions) else []
+        bar = tqdm(total=len(positions), desc=f"caching latents {self.size}", disable=not self.progress, leave=False)
+        ahead: deque[tuple[Rows, Iterator[tuple[bytes, list[Tensor]]]]] = deque()
+        with ThreadPoolExecutor() as pool, bar:
+            for chunk in [*chunks, None, None]:
+                if chunk is not None:
+                    ahead.append((chunk, pool.map(read, chunk)))
+                if ahead and (len(ahead) > 1 or chunk is None):
+                    ready, results = ahead.popleft()
+                    keys, pixels = zip(*results, strict=True)
+                    yield ready, list(keys), [torch.stack(one) for one in zip(*pixels, strict=True)]
+                    bar.update(len(ready))
 
 
 def embedding_cache(
@@ -269,15 +345,16 @@ def embedding_cache(
     """
     if config.varies_tags:
         return None
-    need = CacheSpec("cache_text_embeddings", len(captions.texts), encoders.embedding_shape, encoders.dtype)
+    num_rows, shape = len(captions.texts), encoders.embedding_shape
+    need = CacheSpec("cache_text_embeddings", num_rows, num_rows * math.prod(shape), encoders.dtype)
     place = choose_place_together(need, config, exchange)
     if place == "off":
         return None
     if place == "memory":
-        rows = torch.empty(need.num_rows, *need.shape, dtype=need.dtype)
-        for numbers, embedded in _embed(captions, np.arange(need.num_rows), encoders, progress):
+        rows = torch.empty(num_rows, *shape, dtype=need.dtype)
+        for numbers, embedded in _embed(captions, np.arange(num_rows), encoders, progress):
             rows[torch.from_numpy(numbers)] = embedded
-        return MemoryCache(rows, np.arange(need.num_rows))
+        return MemoryCache(rows, np.arange(num_rows))
     context = {
         **{part: fingerprint(network) for part, network in encoders.text.encoders.items()},
         **{
@@ -288,7 +365,7 @@ def embedding_cache(
     }
 
     with exchange.raise_on_any_rank(), _named_faults("cache_text_embeddings", config):
-        store = EncodingStore(cache_folder(config), "captions", context, need.shape, need.dtype)
+        store = EncodingStore(cache_folder(config), "captions", context, shape, need.dtype)
         keys = captions.keys()
         todo = own_part(np.flatnonzero(store.find(keys) == MISSING), exchange)
         for numbers, embedded in _embed(captions, todo, encoders, progress):
@@ -312,33 +389,6 @@ def _circumstances(encoders: Encoders, batch: int) -> dict[str, object]:
         "batch": batch,
         **{name: importlib.metadata.version(name) for name in VERSIONED},
     }
-
-
-def _read_images(
-    samples: Samples, positions: Rows, preprocess: Preprocess, batch: int, progress: bool
-) -> Iterator[tuple[Rows, list[bytes], list[Tensor]]]:
-    """Yield the images at positions among the usable samples in batches, read in threads and a batch ahead.
-
-    Yields:
-        Positions (B,), the hashes of the files, and for each view the images (B, 3, resolution, resolution).
-    """
-
-    def read(position: int) -> tuple[bytes, list[Tensor]]:
-        key, image = samples.keyed_image(int(samples.sample_ids[position]))
-        return key, [preprocess.centered(image, key, view) for view in preprocess.views]
-
-    chunks = np.split(positions, range(batch, len(positions), batch)) if len(positions) else []
-    bar = tqdm(total=len(positions), desc="caching latents", disable=not progress, leave=False)
-    ahead: deque[tuple[Rows, Iterator[tuple[bytes, list[Tensor]]]]] = deque()
-    with ThreadPoolExecutor() as pool, bar:
-        for chunk in [*chunks, None, None]:
-            if chunk is not None:
-                ahead.append((chunk, pool.map(read, chunk)))
-            if ahead and (len(ahead) > 1 or chunk is None):
-                ready, results = ahead.popleft()
-                keys, pixels = zip(*results, strict=True)
-                yield ready, list(keys), [torch.stack(one) for one in zip(*pixels, strict=True)]
-                bar.update(len(ready))
 
 
 def _embed(captions: Captions, numbers: Rows, encoders: Encoders, progress: bool) -> Iterator[tuple[Rows, Tensor]]:

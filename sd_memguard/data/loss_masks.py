@@ -21,7 +21,7 @@ class LossMasks:
 
     Args:
         samples: the images.
-        preprocess: what is done with an image, and alike with its mask.
+        preprocess: what is done with an image of each bucket, and alike with its mask.
         factor: by which the VAE shrinks a side; an element of a latent counts by the mean of its pixels.
 
     Attributes:
@@ -29,31 +29,34 @@ class LossMasks:
             image is the same every time.
     """
 
-    def __init__(self, samples: Samples, preprocess: Preprocess, factor: int) -> None:
+    def __init__(self, samples: Samples, preprocess: Sequence[Preprocess], factor: int) -> None:
         self.samples, self.preprocess, self.factor = samples, preprocess, factor
         self.keeps = False
-        self._kept: dict[tuple[int, int], Tensor | None] = {}
+        self._kept: dict[tuple[int, int, int], Tensor | None] = {}
         self._outside: set[int] = set()
         self._pool = None if samples.masked is None else ThreadPoolExecutor()
 
-    def at(self, sample_ids: Sequence[int], addresses: Sequence[Address], keys: Sequence[bytes]) -> list[Tensor | None]:
-        """Return the mask of each sample at its address, (1, h, w) uint8, None where all of it counts."""
+    def at(
+        self, sample_ids: Sequence[int], addresses: Sequence[Address], keys: Sequence[bytes], bucket: int = 0
+    ) -> list[Tensor | None]:
+        """Return the mask of each sample of a bucket at its address, (1, h, w) uint8, None where all of it counts."""
         assert self._pool is not None
+        preprocess = self.preprocess[bucket]
         if self.keeps:
-            views = self.preprocess.choose_views(list(addresses)).tolist()
-            return list(self._pool.map(self._kept_mask, sample_ids, views, keys))
+            views = preprocess.choose_views(list(addresses)).tolist()
+            return list(self._pool.map(self._kept_mask, sample_ids, views, keys, [bucket] * len(views)))
         return list(
             self._pool.map(
-                lambda sample_id, address, key: self._made(sample_id, lambda mask: self.preprocess(mask, key, address)),
+                lambda sample_id, address, key: self._made(sample_id, lambda mask: preprocess(mask, key, address)),
                 *(sample_ids, addresses, keys),
             )
         )
 
-    def fixed(self, sample_ids: Sequence[int]) -> list[Tensor | None]:
+    def fixed(self, sample_ids: Sequence[int], bucket: int = 0) -> list[Tensor | None]:
         """Return the masks of images that are seen without chance; one that is outside of the crop counts for none."""
         if self._pool is None:
             return [None] * len(sample_ids)
-        masks = [self._made(sample_id, self.preprocess.fixed) for sample_id in sample_ids]
+        masks = [self._made(sample_id, self.preprocess[bucket].fixed) for sample_id in sample_ids]
         return [None if mask is None or not mask.any() else mask for mask in masks]
 
     def shown(self, sample_ids: Sequence[int], masks: Sequence[Tensor | None]) -> list[int]:
@@ -70,12 +73,14 @@ class LossMasks:
                 )
         return positions
 
-    def _kept_mask(self, sample_id: int, view: int, key: bytes) -> Tensor | None:
-        if (sample_id, view) not in self._kept:
-            self._kept[sample_id, view] = self._made(
-                sample_id, lambda mask: self.preprocess.centered(mask, key, self.preprocess.views[view])
+    def _kept_mask(self, sample_id: int, view: int, key: bytes, bucket: int) -> Tensor | None:
+        place = (sample_id, view, bucket)
+        if place not in self._kept:
+            preprocess = self.preprocess[bucket]
+            self._kept[place] = self._made(
+                sample_id, lambda mask: preprocess.centered(mask, key, preprocess.views[view])
             )
-        return self._kept[sample_id, view]
+        return self._kept[place]
 
     def _made(self, sample_id: int, place: Callable[[Image], Tensor]) -> Tensor | None:
         mask = self.samples.mask(sample_id)

@@ -118,7 +118,7 @@ def model_card(
         "optimizer steps": f"{summary['global_step']}{extra}",
         "batch size": config.train_batch_size * config.gradient_accumulation_steps,
         "learning rate": config.learning_rate,
-        "resolution": config.resolution,
+        "resolution": ", ".join(map(str, config.resolutions)) + (" (buckets)" if config.enable_bucket else ""),
     }
     if summary["kept_step"] != summary["global_step"]:
         rows["kept model"] = f"that of step {summary['kept_step']}, by the lowest held-out loss of all rounds"

@@ -1,7 +1,7 @@
 """The summary of a run in words: what was trained on what, round by round, how it ended, its memory-prone images."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,12 @@ def _heading(run: RunFolder) -> list[str]:
     return lines
 
 
+def _resolution(config: Mapping[str, Any]) -> str:
+    sides = config.get("resolution")
+    text = ", ".join(map(str, sides)) if isinstance(sides, list) else str(sides)
+    return f"{text} (buckets)" if config.get("enable_bucket") else text
+
+
 def _settings(run: RunFolder, width: int) -> list[str]:
     """Return what was trained on what, a line for each part."""
     config = run.config
@@ -61,7 +67,7 @@ def _settings(run: RunFolder, width: int) -> list[str]:
     lora = f"{kind} adapters of rank {get('rank')}" if get("proxy") == "lora" else "all UNet weights"
     rows = [
         ("model", _name(get("pretrained_model_name_or_path"))),
-        ("data", f"{_name(get('dataset_name') or get('train_data_dir'))}, {num_samples} at {get('resolution')} px"),
+        ("data", f"{_name(get('dataset_name') or get('train_data_dir'))}, {num_samples} at {_resolution(config)} px"),
         ("trained", f"{lora}, learning rate {get('learning_rate')} ({get('lr_scheduler')}), seed {get('seed')}"),
         ("budget", f"{config['max_train_steps']:,} steps of {batch} images over all shards, {_rounds_planned(run)}"),
         ("guard", describe_guard(run)),

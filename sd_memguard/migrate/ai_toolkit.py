@@ -110,7 +110,7 @@ def _training(told: Translation) -> None:
 
 
 def _datasets(told: Translation, datasets: list[dict[str, Any]]) -> None:
-    folders, sides = [], set()
+    folders, sides, steps = [], set(), set()
     for dataset in datasets:
         place = str(dataset.pop("folder_path", None) or dataset.pop("dataset_path", ""))
         if dataset.get("is_reg"):
@@ -120,6 +120,8 @@ def _datasets(told: Translation, datasets: list[dict[str, Any]]) -> None:
         told.caption_extension(dataset.get("caption_ext", "txt"))
         resolution = dataset.get("resolution", 512)
         sides |= set(resolution if isinstance(resolution, list) else [resolution])
+        if dataset.get("buckets", True):
+            steps.add(int(dataset.get("bucket_tolerance", 64)))
         if dataset.get("flip_x"):
             told.settings["random_flip"] = True
         if not dataset.get("random_crop"):
@@ -142,7 +144,6 @@ def _datasets(told: Translation, datasets: list[dict[str, Any]]) -> None:
             if dataset.get(name):
                 told.note(f"{name} of {place}", why)
     told.folders(folders)
-    if sides:
-        told.settings["resolution"] = min(sides)
-    if len(sides) > 1:
-        told.note(f"resolutions {sorted(sides)}", f"all images have one: {min(sides)} is written")
+    told.resolutions(sides)
+    if steps:  # its buckets enlarge no image
+        told.settings |= {"enable_bucket": True, "bucket_no_upscale": True, "bucket_reso_steps": min(steps)}

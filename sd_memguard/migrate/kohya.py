@@ -1,5 +1,6 @@
 """kohya's sd-scripts (48d368f): a TOML file of flags (``--config_file``) and one of datasets (``--dataset_config``)."""
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ OF_RUNS = (
     ),
     *("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "persistent_data_loader_workers"),
     *("vae_batch_size", "training_comment", "sample_every_n_steps", "sample_every_n_epochs", "sample_sampler"),
-    *("network_train_unet_only", "config_file", "bucket_no_upscale", "v2", "no_half_vae", "console_log_simple"),
+    *("network_train_unet_only", "config_file", "v2", "no_half_vae", "console_log_simple"),
 )
 
 
@@ -179,6 +180,7 @@ def _prompts(told: Translation) -> None:
 
 def _images(told: Translation) -> None:
     """Take what both files have on images."""
+    _buckets(told)
     _resolution(told, told.pop("resolution", default=512))
     if told.pop("flip_aug"):
         told.settings["random_flip"] = True
@@ -192,11 +194,7 @@ def _images(told: Translation) -> None:
         separator=told.pop("caption_separator", default=","),
     )
     _masks(told)
-    if told.pop("enable_bucket"):
-        told.note(
-            "enable_bucket", "see `sd-memguard train --help` for buckets; without, images are cropped to a square"
-        )
-    told.drop(("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "batch_size", "num_repeats"))
+    told.drop(("batch_size", "num_repeats"))
     told.refuse(OF_IMAGES)
 
 
@@ -209,17 +207,32 @@ def _masks(told: Translation) -> None:
         told.masks_beside(f"masks in {folder}")
 
 
+def _buckets(told: Translation) -> None:
+    """Take the buckets, which have the same names here, with kohya's limits where none are set."""
+    low, high = told.pop("min_bucket_reso", default=256), told.pop("max_bucket_reso", default=1024)
+    steps, no_upscale = told.pop("bucket_reso_steps", default=64), told.pop("bucket_no_upscale")
+    if not told.pop("enable_bucket"):
+        return
+    # Without enlarging, kohya reads no limits.
+    limits = {"bucket_no_upscale": True} if no_upscale else {"min_bucket_reso": int(low), "max_bucket_reso": int(high)}
+    told.settings |= {"enable_bucket": True, **limits, "bucket_reso_steps": int(steps)}
+
+
 def _resolution(told: Translation, value: Any) -> None:
     sides = [int(part) for part in (value if isinstance(value, list) else str(value).split(","))]
     told.settings["resolution"] = min(sides)
-    if len(set(sides)) > 1:
-        told.note(f"resolution {value}", f"training images are square: {min(sides)} is written")
+    if len(set(sides)) > 1 and told.settings.get("enable_bucket"):
+        told.settings["resolution"] = round(math.prod(sides) ** 0.5 / 64) * 64
+        told.note(f"resolution {value}", f"the square of as many pixels is written, {told.settings['resolution']}")
+    elif len(set(sides)) > 1:
+        told.note(f"resolution {value}", f"without buckets images are square: {min(sides)} is written")
 
 
 def _datasets(told: Translation, content: Mapping[str, Any]) -> None:
     """Take a file of datasets: what is set closer to the images wins."""
     general = dict(content.get("general", {}))
     folders: list[str] = []
+    sides: set[int] = set()
     for number, dataset in enumerate(content.get("datasets", [])):
         common = general | {name: value for name, value in dataset.items() if name != "subsets"}
         if "batch_size" in common and number == 0:
@@ -241,12 +254,15 @@ def _datasets(told: Translation, content: Mapping[str, Any]) -> None:
                 folders.append(place)
             part = Translation(told.trainer, own, told.folder)
             _images(part)
+            sides.add(part.settings.pop("resolution"))
             for name, value in part.settings.items():
                 if told.settings.setdefault(name, value) != value:
                     told.note(f"{name} {value} of {place}", f"all images have {told.settings[name]}")
             told.notes += [note for note in part.notes if note not in told.notes]
             told.theirs |= {name: value for name, value in part.theirs.items() if name not in told.theirs}
-    told.drop(("train_data_dir", "resolution", "caption_extension", "enable_bucket", "flip_aug", "random_crop"))
+    told.resolutions(sides)
+    told.drop(("train_data_dir", "resolution", "caption_extension", "flip_aug", "random_crop"))
+    told.drop(("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"))
     told.folders(folders)
     if "train_batch_size" in told.settings:
         told.theirs["train_batch_size"] = told.settings["train_batch_size"]

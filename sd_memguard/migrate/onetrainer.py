@@ -14,7 +14,6 @@ SCHEDULES = {
     "COSINE_WITH_RESTARTS": "cosine_with_restarts",
 }
 WHY = {
-    "aspect_ratio_bucketing": "images are cropped to a square, unless buckets are asked for",
     "perturbation_noise_weight": "set `--input_perturbation`",
     "rescale_noise_scheduler_to_zero_terminal_snr": "the scheduler is the base model's",
     "dropout_probability": "adapters have no dropout",
@@ -74,7 +73,7 @@ def _training(told: Translation) -> None:
     told.precision("train_dtype", told.pop("train_dtype", default="FLOAT_16"))
     checkpointing = told.pop("gradient_checkpointing", default="ON")
     told.settings["gradient_checkpointing"] = str(checkpointing).upper() not in ("OFF", "FALSE")
-    told.settings["resolution"] = _resolution(told, str(told.pop("resolution", default="512")))
+    _resolution(told, str(told.pop("resolution", default="512")))
     if (ema := told.pop("ema", default="OFF")) != "OFF":
         told.settings["use_ema"] = told.settings.get("proxy") != "lora"
         told.settings["offload_ema"] = ema == "CPU" and told.settings["use_ema"]
@@ -118,11 +117,15 @@ def _masks(told: Translation) -> None:
         told.note(f"unmasked_weight = {weight}", "what is black does not count: paint it grey")
 
 
-def _resolution(told: Translation, text: str) -> int:
+def _resolution(told: Translation, text: str) -> None:
+    """Take one resolution, or several with commas, or ``512x768`` for all images, and the buckets."""
     sides = [int(part) for part in text.replace("x", ",").split(",")]
-    if len(set(sides)) > 1:
-        told.note(f"resolution {text}", f"all images have one resolution: {min(sides)} is written")
-    return min(sides)
+    is_exact = "x" in text and len(set(sides)) > 1
+    if is_exact:
+        told.note(f"resolution {text}", f"without buckets images are square: {min(sides)} is written")
+    told.resolutions([min(sides)] if is_exact else sides)
+    if told.pop("aspect_ratio_bucketing", default=True) and not is_exact:
+        told.settings["enable_bucket"] = True
 
 
 def _concepts(told: Translation) -> None:

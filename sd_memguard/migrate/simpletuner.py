@@ -24,7 +24,7 @@ WHY = {
     "offset_noise": "set `--noise_offset`",
 }
 IGNORED = (
-    *("data_backend_config", "model_flavour", "vae_batch_size", "report_to", "resolution_type", "lora_type"),
+    *("data_backend_config", "model_flavour", "vae_batch_size", "report_to", "lora_type"),
     *("validation_guidance", "validation_num_inference_steps", "validation_resolution", "validation_seed"),
     *("validation_steps", "push_to_hub", "push_checkpoints_to_hub", "hub_model_id", "disable_bucket_pruning"),
     *("disable_benchmark", "aspect_bucket_rounding", "minimum_image_size", "resume_from_checkpoint", "lora_alpha"),
@@ -41,7 +41,7 @@ def translate(content: Mapping[str, Any] | Sequence[Any], folder: Path) -> Trans
     if isinstance(content, Sequence):
         told = Translation("SimpleTuner", {}, folder)
         told.model(None)
-        _backends(told, content)
+        _backends(told, content, {})
         return told
     told = Translation("SimpleTuner", {name.removeprefix("--"): value for name, value in content.items()}, folder)
     family = told.pop("model_family", default="sd1x")
@@ -65,14 +65,12 @@ def translate(content: Mapping[str, Any] | Sequence[Any], folder: Path) -> Trans
     told.schedule(told.pop("lr_scheduler"), told.pop("lr_warmup_steps"))
     arguments = told.pop("optimizer_config", default="")
     told.optimizer(told.pop("optimizer", default="adamw_bf16"), read_pairs(str(arguments).split(",")))
-    resolution = told.pop("resolution", default=512)
-    if told.theirs.get("resolution_type") == "area":
-        resolution = round(float(resolution) ** 0.5 * 1000 / 64) * 64
-        told.note("resolution_type = area", f"megapixels: {resolution} pixels a side are written")
-    told.settings["resolution"] = int(resolution)
+    own = {key: told.pop(key) for key in ("resolution", "resolution_type")}
+    if (steps := told.pop("aspect_bucket_alignment")) is not None:
+        told.settings["bucket_reso_steps"] = int(steps)
     name = told.pop("data_backend_config")
     backends = [] if name is None else _read_backends(told, str(name))
-    _backends(told, backends)
+    _backends(told, backends, own)
     if library := told.pop("user_prompt_library"):
         place = told.file_beside(str(library))
         prompts = None if place is None else json.loads(place.read_text(encoding="utf-8"))
@@ -109,8 +107,11 @@ def _read_backends(told: Translation, name: str) -> list[Any]:
     return backends
 
 
-def _backends(told: Translation, backends: Sequence[Any]) -> None:
-    folders = []
+def _backends(told: Translation, backends: Sequence[Any], general: Mapping[str, Any]) -> None:
+    """Take the backends of images, whose resolution is that of the configuration unless they have their own."""
+    folders, sides, in_buckets = [], set(), False
+    if not backends and general:
+        sides.add(_resolution(told, general))
     for backend in backends:
         kind = backend.get("dataset_type", "image")
         if kind == "eval":
@@ -142,7 +143,26 @@ def _backends(told: Translation, backends: Sequence[Any]) -> None:
             told.repeats(f"repeats = {backend['repeats']} of {name}")
         if backend.get("crop") and backend.get("crop_style", "random") == "center":
             told.settings["center_crop"] = True
+        if general or "resolution" in backend:
+            sides.add(_resolution(told, {**general, **backend}))
         if not backend.get("crop") or backend.get("crop_aspect", "square") != "square":
-            told.note(f"aspect buckets of {name}", "images are cropped to a square, unless buckets are asked for")
+            in_buckets = True
+    told.resolutions(sides)
+    if in_buckets:
+        told.settings["enable_bucket"] = True
+    else:
+        told.settings.pop("bucket_reso_steps", None)
     if folders or "dataset_name" not in told.settings:
         told.folders(folders)
+
+
+def _resolution(told: Translation, own: Mapping[str, Any]) -> int:
+    """Return the side of the square with as many pixels as the images of a backend have."""
+    resolution, kind = own.get("resolution") or 512, own.get("resolution_type")
+    if kind == "area":
+        side = round(float(resolution) ** 0.5 * 1000 / 64) * 64
+        told.note("resolution_type = area", f"megapixels: {side} pixels a side are written")
+        return side
+    if kind == "pixel":
+        told.note("resolution_type = pixel", "is the shorter edge there; here a bucket has the pixels of the square")
+    return int(resolution)

@@ -130,6 +130,18 @@ class Translation:
         places = [folder / name for folder in (self.folder, *self.folder.parents)]
         return next((place for place in [*places, self.folder / Path(name).name] if place.is_file()), None)
 
+    def resolutions(self, sides: Iterable[int]) -> None:
+        """Take one resolution or several, where other trainers train each image at each of them in every epoch."""
+        several = sorted(set(sides))
+        if several:
+            self.settings["resolution"] = several[0] if len(several) == 1 else several
+        if len(several) > 1:
+            self.note(
+                f"resolutions {several}",
+                "an epoch shows each image at one of them, and the next epoch at another: raise `--max_train_steps` or "
+                f"`--num_train_epochs` {len(several)} times for as many images as where each is seen at all of them",
+            )
+
     def repeats(self, what: str) -> None:
         """Say why repeats stay behind."""
         self.note(

@@ -154,7 +154,7 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
     """Read the configs of a pipeline folder and refuse what cannot be fine-tuned, by name.
 
     Raises:
-        ModelError: see ``find_pipeline``; also where the VAE cannot take ``--resolution``.
+        ModelError: see ``find_pipeline``; also where the VAE cannot take ``--resolution`` or the steps of buckets.
     """
     index, kind, own_parts = read_index(folder), kind_of(folder), replaced_parts(config)
     for part in kind.networks:
@@ -171,14 +171,23 @@ def check_pipeline(folder: Path, config: TrainConfig) -> None:
     _check_unet(str(folder), unet, vae["latent_channels"])
     _check_prediction(folder, config)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    if config.resolution % factor:
-        raise ModelError(f"`--resolution` must be a multiple of {factor} for this VAE, got {config.resolution}")
-    own = unet.get("sample_size")
-    if isinstance(own, int) and not 1 / 2 <= config.resolution / (own * factor) <= 2:
+    for resolution in config.resolutions:
+        _check_resolution(resolution, factor, unet.get("sample_size"), folder.name)
+    if config.enable_bucket and config.bucket_reso_steps % factor:
+        raise ModelError(
+            f"`--bucket_reso_steps` must be a multiple of {factor} for this VAE, got {config.bucket_reso_steps}"
+        )
+
+
+def _check_resolution(resolution: int, factor: int, own: object, name: str) -> None:
+    """Refuse what the VAE cannot take, and tell of what is far from the side of latents that the UNet was made for."""
+    if resolution % factor:
+        raise ModelError(f"`--resolution` must be a multiple of {factor} for this VAE, got {resolution}")
+    if isinstance(own, int) and not 1 / 2 <= resolution / (own * factor) <= 2:
         logger.warning(
             "--resolution is %d, but %s was made for %d px: training is slow or poor so far from it; "
             "--resolution %d is its own",
-            *(config.resolution, folder.name, own * factor, own * factor),
+            *(resolution, name, own * factor, own * factor),
         )
 
 

@@ -26,12 +26,14 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
     active = sizes.proxy + sizes.trained + (0 if config.rank is None else sizes.model)
     seconds = time_step(plan, accelerator)
     at_once = plan.num_processes // batch_slices(plan.num_processes, schedule.num_shards)
+    largest = f" at {plan.targets.largest}" if len(plan.targets.sizes) > 1 else ""
     kinds = [schedule.kind(index) for index in range(schedule.num_rounds)]
     disk = sizes.result + sizes.best + sizes.num_checkpoints * sizes.checkpoint
     rows = {
         "samples": f"{len(plan.samples.sample_ids):,} usable of {plan.samples.num_rows:,}",
         "duplicates": duplicates(plan),
         "images": plan.affine_maps,
+        "sizes": str(plan.targets),
         **({"class images": class_images(plan)} if plan.config.with_prior_preservation else {}),
         "captions": plan.caption_forms,
         **masks(plan),
@@ -49,7 +51,7 @@ def describe_plan(plan: Plan, accelerator: Accelerator) -> str:
         "disk": f"{gigabytes(disk)} at most: the model and {sizes.num_checkpoints} checkpoint(s)"
         + (", and the best model so far" if sizes.best else ""),
         "time": f"about {seconds * schedule.total_steps / at_once / 3600:.2f} h at {seconds:.2f} s per step "
-        "(forward, backward and update; without VAE, text encoder and extra steps)",
+        f"(forward, backward and update{largest}; without VAE, text encoder and extra steps)",
     }
     return "\n".join(f"{name + ':':18}{text}" for name, text in rows.items())
 
@@ -81,7 +83,10 @@ def masks(plan: Plan) -> dict[str, str]:
 
 
 def time_step(plan: Plan, accelerator: Accelerator) -> float:
-    """Return the seconds of one step on random latents, the best of three, with what the run trains as it trains it."""
+    """Return the seconds of one step on random latents, the best of three, with what the run trains as it trains it.
+
+    Where images have several sizes, it is a step of the largest one, which takes the most memory.
+    """
     config, device = plan.config, accelerator.device
     models = prepare_models(plan, accelerator)
     unet = models.unet
@@ -91,8 +96,8 @@ def time_step(plan: Plan, accelerator: Accelerator) -> float:
     optimizer = make_optimizer(parameters, config, device, plan.batch_size)
     step = ClippedStep(accelerator, optimizer, list(parameters.values()), config.max_grad_norm)
     loss = DenoisingLoss(models.noise_scheduler, dream_detail_preservation=dream_exponent(config))
-    side = config.resolution // vae_factor(plan)
-    latents = torch.randn(config.train_batch_size, unet.config.in_channels, side, side, device=device)
+    height, width = plan.targets.largest.height // vae_factor(plan), plan.targets.largest.width // vae_factor(plan)
+    latents = torch.randn(config.train_batch_size, unet.config.in_channels, height, width, device=device)
     condition = models.kind.blank(unet, config.train_batch_size, 77, device)
     middle = models.noise_scheduler.config.num_train_timesteps // 2
     timesteps = torch.full((config.train_batch_size,), middle, device=device)

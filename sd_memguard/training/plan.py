@@ -6,6 +6,7 @@ import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -28,6 +29,7 @@ from sd_memguard.data.image_check_cache import CheckCache
 from sd_memguard.data.masks import SUFFIX
 from sd_memguard.data.prompts import validation_prompts
 from sd_memguard.data.samples import BadSample, Checked, SampleError, Samples, load_samples
+from sd_memguard.data.target_sizes import TargetSizes
 from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS
 from sd_memguard.defaults import MIN_ANCHORS, resolve_settings
 from sd_memguard.files import replace_text
@@ -151,6 +153,11 @@ class Plan:
             return "as they are"
         return f"translated, rotated and scaled by up to {share:.1%} of their side, each in {NUM_AFFINE_VARIANTS} ways"
 
+    @cached_property
+    def targets(self) -> TargetSizes:
+        """The sizes at which the images are trained."""
+        return TargetSizes(self.samples, self.config, self.seed)
+
     @property
     def caption_forms(self) -> str:
         """In what form captions are seen, in words."""
@@ -212,7 +219,9 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
         find_duplicates=groups_duplicates,
         checked=None if known is None else known.train,
     )
-    refuse_inexact_cache(samples, config)
+    targets = TargetSizes(samples, config, seed)
+    refuse_inexact_cache(targets, config)
+    targets.warn_of_enlarged()
     if config.masked_loss:
         check_masked(samples)
     if groups_duplicates:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd_memguard.config import TrainConfig
-from sd_memguard.core.sampler import SampleRef, ShardSampler
+from sd_memguard.core.sampler import SampleRef, ShardSampler, split_by_bucket
 from sd_memguard.core.seeding import derive_seed
 from sd_memguard.data.batches import Batch, BatchSource, Encoders, sample_address
 from sd_memguard.data.samples import Samples
@@ -50,7 +50,7 @@ def generate_class_images(plan: Plan, accelerator: Accelerator) -> None:
         *(pipeline, unet, vae, [config.class_prompt] * number, accelerator, plan.seed, config.variant),
         purpose="class_image",
         first=first,
-        side=config.resolution,
+        side=config.resolutions[-1],
     )
     for position, image in enumerate(tqdm(images, "class images", number, leave=False), start=first):
         image.save(folder / f"class-{position:05d}.png")
@@ -79,12 +79,18 @@ class ClassImages:
 
     def batches(
         self, shard_index: int, start: int, count: int, batch_size: int
-    ) -> Iterator[tuple[list[SampleRef], Batch]]:
-        """Yield ``count`` batches from the one with number ``start`` of a shard's proxy: its place is all there is."""
+    ) -> Iterator[ClassBatches]:
+        """Yield ``count`` batches from the one with number ``start`` of a shard's proxy: its place is all there is.
+
+        Each comes in parts of one size.
+        """
         sampler = ShardSampler(shard_index)
         sampler.advance(start * batch_size, len(self.members))
-        chunks = islice(sampler.batches(self.members, batch_size, self.seed), count)
-        return self.source.batches([self.ranks.slice_of(chunk) for chunk in chunks])
+        chunks = islice(sampler.batches(self.members, batch_size, self.seed, buckets=self.source.targets.buckets), count)
+        split = [split_by_bucket(chunk) for chunk in chunks]
+        batches = self.source.batches([self.ranks.slice_of(part) for parts in split for part in parts])
+        for parts in split:
+            yield list(islice(batches, len(parts)))
 
     def losses(self, model: torch.nn.Module, loss: DenoisingLoss, refs: list[SampleRef], batch: Batch) -> Tensor:
         """Return the denoising loss of each image of a batch, (B,)."""

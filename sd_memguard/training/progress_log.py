@@ -58,6 +58,8 @@ class RunLog:
             "training: %s, %d steps of %d images in %s",
             *(sizes, schedule.total_steps, plan.effective_batch_size, rounds_text(schedule)),
         )
+        if len(plan.targets.sizes) > 1:
+            logger.info("images in %d sizes: %s", len(plan.targets.sizes), plan.targets)
         if plan.num_processes > 1:
             logger.info("%s", plan.division)
         if plan.config.random_affine:

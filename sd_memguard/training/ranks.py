@@ -107,8 +107,8 @@ class Ranks:
         return local if self.by_batch else local / self.exchange.size if self.by_shard else 1
 
     def slice_of(self, batch: Sequence[Item]) -> list[Item]:
-        """Return what this process takes of a batch of ``slices * slice_size``."""
-        size = self.slice_size
+        """Return what this process takes of a batch, of ``slices * slice_size`` at most: a part as large as others."""
+        size = -(-len(batch) // self.slices)
         position = self.exchange.rank if self.by_batch else 0
         return list(batch[position * size : (position + 1) * size])
 
@@ -144,8 +144,8 @@ class Ranks:
         return int(self.exchange.all_reduce(torch.tensor([number]), "batch")) if self.by_batch else number
 
     def mean(self, losses: Tensor, number: int) -> Tensor:
-        """Return what to backward so that the mean over the processes is the mean of all ``number`` losses."""
-        return losses.sum() * (self.slices / number) if self.by_batch else losses.mean()
+        """Return what to backward for some of ``number`` losses so that the mean over the processes is that of all."""
+        return losses.sum() * (self.slices / number) if self.by_batch else losses.sum() / number
 
     def accumulates(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """Return a context for the forward and backward of a batch: gradients are exchanged in the last one alone."""

@@ -19,9 +19,9 @@ from sd_memguard.config import TrainConfig
 from sd_memguard.core.async_copy import AsyncCPUCopy
 from sd_memguard.core.decision import Verdict
 from sd_memguard.core.progress import Progress
-from sd_memguard.core.sampler import SampleRef
+from sd_memguard.core.sampler import SampleRef, split_by_bucket
 from sd_memguard.core.seeding import Address
-from sd_memguard.data.batches import Batch, BatchSource, Encoders, sample_address
+from sd_memguard.data.batches import AugmentedCopy, Batch, BatchSource, Encoders, sample_address
 from sd_memguard.distributed import ProcessGroup
 from sd_memguard.ensemble import Ensemble
 from sd_memguard.environment import launched_processes
@@ -266,14 +266,19 @@ class Trainer:
             return
         self.scalers.activate(shard_index)
         size, accumulation = self.plan.batch_size, self.config.gradient_accumulation_steps
-        chunks = islice(self.ensemble.upcoming(size), num_steps * accumulation)
-        batches = self.source.batches([self.ranks.slice_of(chunk) for chunk in chunks])
-        class_batches: ClassBatches = iter(())
+        upcoming = self.ensemble.upcoming(size, self.source.targets.buckets)
+        windows = [
+            [part for chunk in islice(upcoming, accumulation) for part in split_by_bucket(chunk)]
+            for _ in range(num_steps)
+        ]
+        batches = self.source.batches([self.ranks.slice_of(part) for window in windows for part in window])
+        class_batches: Iterator[ClassBatches] = iter(())
         if self.class_images is not None:
             taken = self.progress.shard_steps[shard_index] * accumulation
             class_batches = self.class_images.batches(shard_index, taken, num_steps * accumulation, size)
-        for _ in range(num_steps):
-            verdicts = self.step(batches, accumulation, list(islice(class_batches, accumulation)))
+        for window in windows:
+            class_images = [one for parts in islice(class_batches, accumulation) for one in parts]
+            verdicts = self.step(batches, [len(part) for part in window], class_images)
             while (waiting := self.guard.take_augment_batch(size)) is not None:
                 self.augmented_step(waiting)
             self.ensemble.advance(self.plan.effective_batch_size)
@@ -283,26 +288,31 @@ class Trainer:
         self.check_pending_norms()
 
     def step(
-        self, batches: Iterator[tuple[list[SampleRef], Batch]], accumulation: int, class_batches: ClassBatches = ()
+        self, batches: Iterator[tuple[list[SampleRef], Batch]], sizes: list[int], class_batches: ClassBatches = ()
     ) -> list[Verdict]:
-        """Take one optimizer step over as many batches, and over class images beside them; return the guard's verdicts.
+        """Take one optimizer step over some batches, and over class images beside them; return the guard's verdicts.
 
-        The gradient is the mean over the clean samples of all the batches: each batch is divided by its size, and the
-        sum scaled at the end, when the number of clean samples is known.
+        The gradient is the mean over the clean samples of all the batches: each batch is divided by the number of all
+        samples, and the sum scaled at the end, when the number of clean samples is known.
+
+        Args:
+            batches: what comes next.
+            sizes: the number of samples, over all processes, of each batch to take.
+            class_batches: of class images.
         """
         self._set_learning_rate()
         seen: list[Seen] = []
-        for position in range(accumulation):
+        for position, size in enumerate(sizes):
             refs, batch = next(batches)
             if not refs and not self.ranks.by_batch:
-                self.progress.unreadable_samples += self.plan.batch_size
+                self.progress.unreadable_samples += size
                 continue
-            with self.ranks.accumulates(self.model, last=position == accumulation - 1):
+            with self.ranks.accumulates(self.model, last=position == len(sizes) - 1):
                 losses, timesteps = self._losses(batch, [sample_address(ref) for ref in refs])
                 sample_ids = torch.tensor([ref.sample_id for ref in refs], dtype=torch.int64)
                 losses, timesteps, sample_ids = self.ranks.gather_batch(losses, timesteps, sample_ids)
                 self._count_forwards(len(sample_ids), dream=True)
-                self.progress.unreadable_samples += self.plan.batch_size - len(sample_ids)
+                self.progress.unreadable_samples += size - len(sample_ids)
                 verdict = self.guard.weigh(losses, timesteps, sample_ids, self.loss.weights(timesteps), wait=False)
                 # Where processes share a batch, the mean of their gradients is taken: each counts as many times.
                 self.accelerator.backward(verdict.loss_sum / (self.plan.effective_batch_size / self.ranks.slices))
@@ -332,30 +342,40 @@ class Trainer:
     def _add_class_gradient(self, batches: ClassBatches, factor: float) -> None:
         """Add the gradient of the class images' mean loss, times a factor that undoes what the update multiplies by."""
         batches = [one for one in batches if self.ranks.count(len(one[0]))]
+        number = self.ranks.count(sum(len(refs) for refs, _ in batches))
         for refs, batch in batches:
             assert self.class_images is not None
             losses = self.class_images.losses(self.model, self.loss, refs, batch) if refs else self._no_losses()[0]
-            number = self.ranks.count(len(refs))
-            self._count_forwards(number, dream=False)
-            mean = self.ranks.mean(losses, number) / len(batches)
-            self.accelerator.backward(self.class_images.weight * factor * mean)
+            self.accelerator.backward(self.class_images.weight * factor * self.ranks.mean(losses, number))
+        self._count_forwards(number, dream=False)
 
     def augmented_step(self, waiting: AugmentBatch) -> None:
         """Take an extra optimizer step on augmented copies: no AGC, no DREAM, bank and schedule untouched."""
         shard_index = self.guard.shard_index
         number = self.progress.extra_steps[shard_index]
-        addresses: list[Address] = [(shard_index, number, slot) for slot in range(len(waiting.sample_ids))]
-        own_ids, addresses = self.ranks.slice_of(waiting.sample_ids), self.ranks.slice_of(addresses)
-        addresses, batch = self.source.augmented(own_ids, addresses, waiting.magnitude)
-        num_copies = self.ranks.count(len(addresses))
+        epoch_index = self.progress.samplers[shard_index].epoch_index
+        buckets = self.source.targets.buckets(torch.tensor(waiting.sample_ids), epoch_index).tolist()
+        copies = [
+            AugmentedCopy(sample_id, (shard_index, number, slot), bucket)
+            for slot, (sample_id, bucket) in enumerate(zip(waiting.sample_ids, buckets, strict=True))
+        ]
+        batches = [
+            self.source.augmented(self.ranks.slice_of(part), part[0].bucket, waiting.magnitude)
+            for part in split_by_bucket(copies)
+        ]
+        num_copies = self.ranks.count(sum(len(addresses) for addresses, _ in batches))
         if not num_copies:
             return
-        losses, timesteps = self._losses(batch, addresses, purpose="augment_", dream=False)
+        for position, (addresses, batch) in enumerate(batches):
+            if not addresses and not self.ranks.by_batch:
+                continue
+            with self.ranks.accumulates(self.model, last=position == len(batches) - 1):
+                losses, timesteps = self._losses(batch, addresses, purpose="augment_", dream=False)
+                weights = self.loss.weights(timesteps)
+                weighted = losses if weights is None else losses * weights
+                # The mean over the copies of all processes, of whose gradients the mean is taken.
+                self.accelerator.backward(self.ranks.mean(weighted, num_copies))
         self._count_forwards(num_copies, dream=False)
-        weights = self.loss.weights(timesteps)
-        weighted = losses if weights is None else losses * weights
-        # The mean over the copies of all processes, of whose gradients the mean is taken.
-        self.accelerator.backward(self.ranks.mean(weighted, num_copies))
         self._update(scale=1.0, seen=[])
         self.ensemble.count_augmented()
 
@@ -371,9 +391,10 @@ class Trainer:
 
     def _no_losses(self) -> tuple[Tensor, Tensor]:
         """Return the losses of no samples, with a graph: the exchange of gradients waits for every process."""
-        channels, side = self.unet.config.in_channels, self.config.resolution // vae_factor(self.plan)
+        channels, factor = self.unet.config.in_channels, vae_factor(self.plan)
+        width, height = self.source.targets.sizes[0]
         device = self.accelerator.device
-        latents = torch.zeros(1, channels, side, side, device=device)
+        latents = torch.zeros(1, channels, height // factor, width // factor, device=device)
         condition = self.kind.blank(self.unet, 1, 1, device)
         timesteps = torch.zeros(1, dtype=torch.int64, device=device)
         return self.loss(self.model, latents, condition, timesteps, latents, dream=False)[:0], timesteps[:0]

@@ -35,7 +35,8 @@ class MeanLoss(NamedTuple):
 class LossProbe:
     """The denoising loss on fixed images at fixed timesteps with fixed noise, so that only the model changes it.
 
-    Of each image (at most 128, chosen by the seed) four timesteps are taken, one from each quarter of the schedule.
+    Of each image (at most 128, chosen by the seed) four timesteps are taken, one from each quarter of the schedule. It
+    is measured in its bucket, with several resolutions at one of them.
 
     Args:
         source: makes the batches.
@@ -50,7 +51,12 @@ class LossProbe:
     ) -> None:
         ids = torch.from_numpy(source.samples.sample_ids) if sample_ids is None else sample_ids
         chosen = ids[permutation(seed, "probe", length=len(ids))[:MAX_IMAGES]].sort().values
-        self.batches = [(chunk.tolist(), source.fixed(chunk.tolist())) for chunk in chosen.split(batch_size)]
+        buckets = source.targets.buckets(chosen, 0)
+        self.batches = [
+            (chunk.tolist(), source.fixed(chunk.tolist(), bucket))
+            for bucket in buckets.unique().tolist()
+            for chunk in chosen[buckets == bucket].split(batch_size)
+        ]
         self.seed, self.num_timesteps = seed, num_timesteps
 
     @torch.no_grad()

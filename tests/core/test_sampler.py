@@ -1,10 +1,14 @@
 import dataclasses
+from collections import Counter
+from itertools import islice
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_memguard.core.sampler import ShardSampler
+from sd_memguard.core.sampler import ShardSampler, group_batches, split_by_bucket
+from sd_memguard.core.seeding import permutation
+from tests.reference.slow_buckets import slow_batches
 
 MEMBERS = torch.tensor([2, 3, 5, 8, 13])
 
@@ -86,3 +90,70 @@ def test_pieces_of_balanced_passes_equal_one_long_look(counts, seed):
 
 def test_groups_of_one_are_visited_like_samples():
     assert ShardSampler(1).peek(MEMBERS, 13, 0, torch.arange(5)) == ShardSampler(1).peek(MEMBERS, 13, 0)
+
+
+# Batches of one bucket.
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=40),
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.integers(0, 9),
+)
+def test_batches_are_those_of_a_slow_peer(buckets, batch_size, turns, seed):
+    """Buckets that change from epoch to epoch, as with several resolutions, and shards smaller than a batch."""
+    members, num_epochs = 3 * torch.arange(len(buckets)) + 1, 4
+    of = torch.tensor(buckets)
+
+    def bucket_of(sample, epoch):
+        return (buckets[sample // 3] + epoch) % turns * 5 + buckets[sample // 3]
+
+    def buckets_of(samples, epoch):
+        return (of[samples // 3] + epoch) % turns * 5 + of[samples // 3]
+
+    epochs = [
+        members[permutation(seed, "order", 2, epoch, length=len(members))].tolist() for epoch in range(num_epochs)
+    ]
+    expected = slow_batches(epochs, bucket_of, batch_size)
+    found = list(islice(ShardSampler(2).batches(members, batch_size, seed, buckets=buckets_of), len(expected)))
+    assert [[(ref.epoch_index, ref.sample_id) for ref in batch] for batch in found] == expected
+    assert all(ref.bucket == bucket_of(ref.sample_id, ref.epoch_index) for batch in found for ref in batch)
+    # From every batch on, a sampler that has counted the samples goes on alike.
+    sampler = ShardSampler(2)
+    for number in range(len(found)):
+        rest = list(islice(sampler.batches(members, batch_size, seed, buckets=buckets_of), len(found) - number))
+        assert rest == found[number:]
+        sampler.advance(batch_size, len(members))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 8), st.data())
+def test_an_epoch_shows_each_sample_once_and_mixes_as_little_as_it_can(buckets, batch_size, data):
+    head = data.draw(st.integers(0, batch_size - 1))
+    order = group_batches(torch.tensor(buckets), batch_size, head).tolist()
+    assert sorted(order) == list(range(len(buckets)))
+    chunks = [[buckets[place] for place in order[at : at + batch_size]] for at in range(head, len(order), batch_size)]
+    pure = sum(len(set(chunk)) == 1 for chunk in chunks if len(chunk) == batch_size)
+    possible = sum(count // batch_size for count in Counter(buckets).values())
+    spare = sum(count % batch_size for count in Counter(buckets).values())
+    assert pure >= possible - (head > spare)
+    for bucket in set(buckets):
+        inside = [place for place in order[head:] if buckets[place] == bucket]
+        assert inside == sorted(inside)
+
+
+def test_one_bucket_changes_nothing():
+    plain = islice(ShardSampler(1, 3, 2).batches(MEMBERS, 2, 0), 20)
+    one = islice(ShardSampler(1, 3, 2).batches(MEMBERS, 2, 0, buckets=lambda ids, epoch: torch.full_like(ids, 0)), 20)
+    assert list(one) == list(plain)
+
+
+def test_a_batch_is_split_by_bucket_in_the_order_of_its_samples():
+    (batch,) = islice(ShardSampler(0).batches(torch.arange(6), 6, 0, buckets=lambda ids, epoch: ids % 3), 1)
+    parts = split_by_bucket(batch)
+    assert [ref for part in parts for ref in part] == sorted(
+        batch, key=lambda ref: [p[0].bucket for p in parts].index(ref.bucket)
+    )
+    assert all(len({ref.bucket for ref in part}) == 1 for part in parts)

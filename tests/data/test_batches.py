@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sd_memguard.core.sampler import SampleRef
-from sd_memguard.data.batches import BatchSource, Encoders
+from sd_memguard.data.batches import AugmentedCopy, BatchSource, Encoders
 from sd_memguard.data.transforms import NUM_AFFINE_VARIANTS
 from sd_memguard.models.pipeline import load_models
 from sd_memguard.training.loss import DenoisingLoss
@@ -58,12 +58,12 @@ def test_images_seen_less_often_than_encoded_are_not_cached(configure):
 def test_augmented_copies_neither_come_from_the_cache_nor_enter_it(make_source):
     cached, computed = make_source(cache_latents="memory"), make_source(cache_latents="off")
     ((_, before),) = cached.batches(TIMES_SEEN[:1])
-    request = ([3, 8], [(0, 0, 0), (0, 0, 1)], 5)
-    _, copies = cached.augmented(*request)
-    torch.testing.assert_close(copies.latents, computed.augmented(*request)[1].latents, rtol=0, atol=1e-5)
+    request = [AugmentedCopy(3, (0, 0, 0)), AugmentedCopy(8, (0, 0, 1))]
+    _, copies = cached.augmented(request, 0, 5)
+    torch.testing.assert_close(copies.latents, computed.augmented(request, 0, 5)[1].latents, rtol=0, atol=1e-5)
     ((_, after),) = cached.batches(TIMES_SEEN[:1])
     assert torch.equal(before.latents, after.latents)
-    assert not torch.allclose(copies.latents, cached.augmented(*request[:2], 0)[1].latents)
+    assert not torch.allclose(copies.latents, cached.augmented(request, 0, 0)[1].latents)
 
 
 def test_workers_change_nothing(make_source):

@@ -324,7 +324,7 @@ def test_two_runs_at_once(make_source, configure, loaded, tmp_path):
 
 def test_auto_takes_memory_then_disk_then_nothing(configure, monkeypatch, tmp_path):
     config = configure(encoding_cache_dir=str(tmp_path / "not/there/yet"))
-    need = CacheSpec("cache_latents", 1000, (8, 64, 64), torch.float32)
+    need = CacheSpec("cache_latents", 1000, 1000 * 8 * 64 * 64, torch.float32)
     assert need.size == 1000 * 8 * 64 * 64 * 4
     free = shutil.disk_usage(tmp_path)
     assert choose_place(need, config) == "memory"

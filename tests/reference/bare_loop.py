@@ -21,6 +21,7 @@ def bare_loop(
     learning_rate: float,
     epsilon: float,
     seed: int,
+    visits: Sequence[tuple[int, int]] | None = None,
     class_images: Captioned = (),
     class_seed: int = 0,
     prior_loss_weight: float = 0.0,
@@ -28,6 +29,8 @@ def bare_loop(
     """Return the weights after some steps on images that need neither resizing nor cropping.
 
     With class images the loss is DreamBooth's: the mean over the batch, plus the weighted mean over as many of those.
+
+    ``visits`` are the epoch and the image of each visit, in order; by default whole epochs.
     """
     unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet").train()
     vae = AutoencoderKL.from_pretrained(pipeline, subfolder="vae").eval()
@@ -36,12 +39,14 @@ def bare_loop(
     scheduler = DDPMScheduler.from_pretrained(pipeline, subfolder="scheduler")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, eps=epsilon, weight_decay=1e-2)
 
-    def mean_loss(captioned: Captioned, seed: int, step: int) -> torch.Tensor:
-        visits = [
+    def whole_epochs(captioned: Captioned, seed: int) -> list[tuple[int, int]]:
+        return [
             (passed, sample)
             for passed in range(-(-steps * batch_size // len(captioned)))
             for sample in permutation(seed, "order", 0, passed, length=len(captioned)).tolist()
         ]
+
+    def mean_loss(captioned: Captioned, visits: Sequence[tuple[int, int]], seed: int, step: int) -> torch.Tensor:
         loss = torch.zeros(())
         for passed, sample in visits[step * batch_size : (step + 1) * batch_size]:
             file, caption = captioned[sample]
@@ -49,7 +54,8 @@ def bare_loop(
             def draw(purpose: str, passed: int = passed, sample: int = sample) -> torch.Generator:
                 return generator_for(seed, purpose, 0, passed, sample)
 
-            pixels = torch.tensor(list(Image.open(file).tobytes()), dtype=torch.float32).view(32, 32, 3)
+            image = Image.open(file)
+            pixels = torch.tensor(list(image.tobytes()), dtype=torch.float32).view(image.height, image.width, 3)
             tokens = tokenizer(caption, padding="max_length", truncation=True, return_tensors="pt").input_ids
             with torch.no_grad():
                 code = vae.encode((pixels.permute(2, 0, 1) / 127.5 - 1)[None]).latent_dist
@@ -62,10 +68,12 @@ def bare_loop(
             loss = loss + (prediction - noise).square().mean() / batch_size
         return loss
 
+    visits = whole_epochs(images, seed) if visits is None else visits
+    class_visits = whole_epochs(class_images, class_seed) if class_images else []
     for step in range(steps):
-        loss = mean_loss(images, seed, step)
+        loss = mean_loss(images, visits, seed, step)
         if class_images:
-            loss = loss + prior_loss_weight * mean_loss(class_images, class_seed, step)
+            loss = loss + prior_loss_weight * mean_loss(class_images, class_visits, class_seed, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()

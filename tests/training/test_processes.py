@@ -20,7 +20,7 @@ from sd_memguard.environment import SPREADING
 from sd_memguard.runs.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
 from sd_memguard.training.signals import Interrupted
 from sd_memguard.training.trainer import Trainer, train
-from tests.conftest import short_run
+from tests.conftest import short_run, write_images
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +42,7 @@ LORA |= {"skip_threshold": 0.97, "steps_per_round": 3, "max_train_steps": 12}
 # All processes one batch. A threshold this high leaves steps without a clean sample.
 BATCH = {"num_shards": 3, "max_train_steps": 18, "proxy_store": "disk", "checkpointing_steps": 9, **EPSILON}
 PLAIN = {"memguard": "off", "max_train_steps": 6, "gradient_accumulation_steps": 2, "cache_latents": "off", **EPSILON}
+BUCKETS = {"enable_bucket": True, "bucket_reso_steps": 8, "num_shards": 4, "max_train_steps": 16, **EPSILON}
 LOST = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13]
 
 
@@ -104,21 +105,30 @@ def stopped_run(config: TrainConfig, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def one(configure, wide_images):
+def shapes(home):
+    """Return a folder of 24 images of several buckets."""
+    return write_images(home / "shapes" / "images", [(64, 64), (50, 32), (32, 48), (90, 40), (40, 24), (64, 60)] * 4)
+
+
+@pytest.fixture(scope="module")
+def one(configure, wide_images, shapes):
     """Return the folders of the runs in one process, by name."""
     heldout = heldout_settings(wide_images)
     arms = {"shards": {**SHARDS, **heldout}, "ema": EMA, "lora": LORA, "batch": {**BATCH, **heldout}}
+    buckets = {**BUCKETS, "train_data_dir": str(shapes)}
+    arms |= {"buckets": buckets, "sliced-buckets": {**buckets, "num_shards": 3}}
     return {name: train(configure(f"one-{name}", **settings)).output_dir for name, settings in arms.items()}
 
 
 @pytest.fixture(scope="module")
-def two(configure, home, wide_images, one):
+def two(configure, home, wide_images, shapes, one):
     """Return the folders of the runs in two processes, by name."""
     heldout = heldout_settings(wide_images)
     shards = {**SHARDS, **heldout}
     stopped_run(configure("one-then-two", **shards), 17)
     half = {"train_batch_size": 2}  # in each of two processes
     again = {"resume_from_checkpoint": "latest"}
+    buckets = {**BUCKETS, "train_data_dir": str(shapes)}
     jobs = [
         job(configure("two-shards", **shards)),
         job(configure("two-stopped", **shards), signals={"1": [4, TERM]}, copy=str(home / "two-then-one"), name="stop"),
@@ -135,6 +145,8 @@ def two(configure, home, wide_images, one):
         ),
         job(configure("batch-stopped", **BATCH, **heldout, **half, **again)),
         job(configure("two-plain", **PLAIN, **half), loses=LOST),
+        job(configure("two-buckets", **buckets)),
+        job(configure("two-sliced-buckets", **{**buckets, "num_shards": 3}, **half)),
         job(configure("refused", **BATCH, **half, resume_from_checkpoint="checkpoint-1")),
         job(configure("refused-elsewhere", pretrained_model_name_or_path=str(home / "nothing"))),
         # The last one: it takes its process with it.
@@ -195,6 +207,12 @@ def test_shards_side_by_side_give_what_one_process_gives(one, two, arm):
     assert {row["kind"] for row in history} == {"redistribute", "average"}
     assert sum(move["count"] for row in history for move in row["moves"]) > 0
     assert all(shard["distance"] > 0 for row in history for shard in row["shards"])
+
+
+@pytest.mark.parametrize("arm", ["buckets", "sliced-buckets"])
+def test_images_of_several_sizes_give_what_one_process_gives(one, two, arm):
+    assert_same_run(one[arm], two[arm])
+    assert sum(row["extra_steps"] for row in rounds(two[arm])) > 0
 
 
 def test_caches_on_disk_are_filled_by_all_and_found_by_all(two, home):

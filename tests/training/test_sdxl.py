@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sd_memguard.core.sampler import SampleRef
-from sd_memguard.data.batches import NOTHING, BatchSource, Encoders
+from sd_memguard.data.batches import NOTHING, BatchSource, Encoders, sample_address
 from sd_memguard.export.exporter import Exporter
 from sd_memguard.models.pipeline import ModelError, load_models
 from sd_memguard.runs.trained_run import read_trained_run
@@ -19,6 +19,7 @@ from sd_memguard.training.build import make_accelerator
 from sd_memguard.training.dry_run import describe_plan
 from sd_memguard.training.loss import DenoisingLoss
 from sd_memguard.training.plan import make_plan
+from sd_memguard.training.signals import Interrupted
 from sd_memguard.training.trainer import Trainer, train
 from tests.conftest import RESOLUTION, SCHEDULE, short_run
 
@@ -65,16 +66,16 @@ def test_embeddings_are_those_of_the_pipeline(sdxl_pipeline, configure):
     torch.testing.assert_close(found.added["text_embeds"], expected[2])
 
 
-def by_hand(image, address, source) -> list[float]:
+def by_hand(image, address, source, bucket=0) -> list[float]:
     """Return sizes by following an image that holds the coordinates of its pixels through the preprocessing."""
     from PIL import Image
 
     columns, rows = torch.meshgrid(torch.arange(image.width), torch.arange(image.height), indexing="xy")
     painted = Image.fromarray(torch.stack([columns, rows, rows * 0], -1).to(torch.uint8).numpy())
-    seen = ((source.preprocess(painted, b"", address) + 1) * 127.5).round()
+    seen = ((source.preprocess[bucket](painted, b"", address) + 1) * 127.5).round()
     first, last = seen[0, 0, 0].item(), seen[0, 0, -1].item()
     left = first if first < last else image.width - 1 - first  # flipped: counted from the other side
-    return [image.height, image.width, seen[1, 0, 0].item(), left, RESOLUTION, RESOLUTION]
+    return [image.height, image.width, seen[1, 0, 0].item(), left, seen.shape[1], seen.shape[2]]
 
 
 def test_sizes_are_those_of_the_image_and_of_its_crop_as_it_is_seen(make_source, tmp_path):
@@ -95,6 +96,41 @@ def test_sizes_are_those_of_the_image_and_of_its_crop_as_it_is_seen(make_source,
             assert len({tuple(row) for row in expected if row[1] > row[0]}) > 8  # crops and flips of all sorts
 
 
+def test_in_buckets_the_crop_is_that_of_the_bucket(make_source, tmp_path):
+    from tests.conftest import write_images
+
+    # One side is that of the bucket already, so that a pixel keeps its value and with it its place.
+    folder = write_images(tmp_path / "shapes", [(32, 35), (40, 29), (28, 40), (64, 18), (37, 32), (24, 44)] * 4)
+    buckets = {"enable_bucket": True, "bucket_reso_steps": 8, "cache_latents": "off", "random_flip": True}
+    source = make_source(train_data_dir=str(folder), **buckets)
+    told = set()
+    for bucket, members in enumerate(source.targets.members):
+        refs = [SampleRef(number, 0, epoch, bucket) for number in members.tolist() for epoch in range(3)]
+        ((present, batch),) = source.batches([refs])
+        images = [source.samples.image(ref.sample_id) for ref in present]
+        expected = [
+            by_hand(image, sample_address(ref), source, bucket) for image, ref in zip(images, present, strict=True)
+        ]
+        assert batch.condition.added["time_ids"].tolist() == expected
+        told |= {tuple(row[4:]) for row in expected}
+    assert told == {(32, 32), (24, 40), (40, 24), (16, 64)}
+
+
+def test_runs_with_buckets_can_be_resumed(run, tmp_path, monkeypatch):
+    from tests.conftest import write_images
+    from tests.training.test_trainer import results, stop_at
+
+    folder = write_images(tmp_path / "shapes", [(32, 35), (40, 29), (28, 40), (64, 18)] * 6)
+    settings = {"train_data_dir": str(folder), "enable_bucket": True, "bucket_reso_steps": 8, "cache_latents": "off"}
+    whole = run("whole", **settings)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9)
+        with pytest.raises(Interrupted):
+            run("parts", **settings)
+    parts = run("parts", **settings, resume_from_checkpoint="latest")
+    assert results(parts.output_dir) == results(whole.output_dir)
+
+
 def test_the_sizes_before_resizing_are_told(make_source):
     ((_, batch),) = make_source(center_crop=True).batches([REFS])
     sizes = batch.condition.added["time_ids"].tolist()
@@ -109,9 +145,9 @@ def test_an_affine_variant_moves_the_corner_of_its_crop(make_source):
     for sample_id in range(24):
         for epoch in range(6):
             address = (0, epoch, sample_id)
-            view = source.preprocess.views[int(source.preprocess.choose_views([address])[0])]
-            right, down, _, scale = source.preprocess._map(keys[sample_id].ljust(16, b"\0"), view.map)
-            width, height = source.preprocess.resize(source.samples.image(sample_id)).size
+            view = source.preprocess[0].views[int(source.preprocess[0].choose_views([address])[0])]
+            right, down, _, scale = source.preprocess[0]._map(keys[sample_id].ljust(16, b"\0"), view.map)
+            width, height = source.preprocess[0].resize(source.samples.image(sample_id)).size
             # Where the corner of the square comes from, without the rotation, in the enlarged image.
             corner = [
                 (extent / 2 - 16 / (1 + 2 * scale) - round(shift * 32) / (1 + 2 * scale)) * (1 + 2 * scale)
