@@ -77,17 +77,15 @@ class ClassImages:
         self.noise_sampler = NoiseSampler(self.seed, num_timesteps, config.noise_offset, config.input_perturbation)
         self.members = torch.from_numpy(samples.sample_ids)
 
-    def batches(
-        self, shard_index: int, start: int, count: int, batch_size: int
-    ) -> Iterator[ClassBatches]:
+    def batches(self, shard_index: int, start: int, count: int, batch_size: int) -> Iterator[ClassBatches]:
         """Yield ``count`` batches from the one with number ``start`` of a shard's proxy: its place is all there is.
 
         Each comes in parts of one size.
         """
         sampler = ShardSampler(shard_index)
         sampler.advance(start * batch_size, len(self.members))
-        chunks = islice(sampler.batches(self.members, batch_size, self.seed, buckets=self.source.targets.buckets), count)
-        split = [split_by_bucket(chunk) for chunk in chunks]
+        upcoming = sampler.batches(self.members, batch_size, self.seed, buckets=self.source.targets.buckets)
+        split = [split_by_bucket(chunk) for chunk in islice(upcoming, count)]
         batches = self.source.batches([self.ranks.slice_of(part) for parts in split for part in parts])
         for parts in split:
             yield list(islice(batches, len(parts)))

@@ -21,16 +21,15 @@ def bare_loop(
     learning_rate: float,
     epsilon: float,
     seed: int,
-    visits: Sequence[tuple[int, int]] | None = None,
     class_images: Captioned = (),
     class_seed: int = 0,
     prior_loss_weight: float = 0.0,
+    visits: Sequence[tuple[int, int]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the weights after some steps on images that need neither resizing nor cropping.
 
     With class images the loss is DreamBooth's: the mean over the batch, plus the weighted mean over as many of those.
-
-    ``visits`` are the epoch and the image of each visit, in order; by default whole epochs.
+    ``visits`` are the epoch and the number of each image to take, in order; by default whole epochs.
     """
     unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet").train()
     vae = AutoencoderKL.from_pretrained(pipeline, subfolder="vae").eval()
