@@ -211,7 +211,7 @@ class TrainConfig:
     resolution: int | tuple[int, ...] = setting(
         None,
         "Data",
-        "side of the square training images in pixels; of several, each epoch shows an image at another one",
+        "side of the square training images in pixels; several: an image takes them in turn, one in an epoch",
         MULTIPLE_OF_8,
         default_for={"sd": 512, "sdxl": 1024},
     )

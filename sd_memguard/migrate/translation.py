@@ -138,8 +138,8 @@ class Translation:
         if len(several) > 1:
             self.note(
                 f"resolutions {several}",
-                "an epoch shows each image at one of them, and the next epoch at another: raise `--max_train_steps` or "
-                f"`--num_train_epochs` {len(several)} times for as many images as where each is seen at all of them",
+                "an epoch shows each image at one of them, the next epoch at another; steps count the same, but where "
+                f"an epoch was each image at all of them, give {len(several)} times as many epochs",
             )
 
     def repeats(self, what: str) -> None:

@@ -145,6 +145,10 @@ def test_kohya(files):
         "train_data_dir": "img/10_mine",
         "train_batch_size": 4,
         "resolution": 512,
+        "enable_bucket": True,
+        "min_bucket_reso": 256,
+        "max_bucket_reso": 1024,
+        "bucket_reso_steps": 64,
         "random_flip": True,
         "center_crop": True,
         "shuffle_caption": True,
@@ -203,6 +207,7 @@ def test_onetrainer(files):
         "mixed_precision": "bf16",
         "gradient_checkpointing": True,
         "resolution": 512,
+        "enable_bucket": True,
         "use_ema": True,
         "offload_ema": True,
         "snr_gamma": 5.0,
@@ -266,10 +271,13 @@ def test_ai_toolkit(files):
         "caption_dropout": 0.05,
         "shuffle_caption": True,
         "train_data_dir": "images",
-        "resolution": 512,
+        "resolution": [512, 768],
+        "enable_bucket": True,
+        "bucket_no_upscale": True,
+        "bucket_reso_steps": 64,
     }
     noted = "\n".join(told.notes)
-    assert "resolutions [512, 768]: all images have one: 512 is written" in noted
+    assert "resolutions [512, 768]: an epoch shows each image at one of them" in noted
 
 
 TAGS = {"shuffle_caption": True, "keep_tokens": 1, "caption_tag_dropout_rate": 0.1, "caption_separator": "|"}
@@ -381,6 +389,77 @@ def test_kinds_of_adapters_of_others(tmp_path):
     assert "adapters of the kind lorm: are lora, dora, loha or lokr" in "\n".join(
         translate(tmp_path / "config.json").notes
     )
+
+
+# Buckets.
+
+KOHYA_HEAD = 'pretrained_model_name_or_path = "m"\ntrain_data_dir = "img"\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (
+            "kohya.toml",
+            f'{KOHYA_HEAD}resolution = "512,768"\nenable_bucket = true\nmax_bucket_reso = 2048\n'
+            "bucket_reso_steps = 32\n",
+            {"resolution": 640, "enable_bucket": True, "min_bucket_reso": 256, "max_bucket_reso": 2048}
+            | {"bucket_reso_steps": 32},
+        ),
+        (
+            "kohya.toml",
+            f"{KOHYA_HEAD}resolution = 512\nenable_bucket = true\nmin_bucket_reso = 128\nbucket_no_upscale = true\n",
+            {"resolution": 512, "enable_bucket": True, "bucket_no_upscale": True, "bucket_reso_steps": 64},
+        ),
+        ("kohya.toml", f"{KOHYA_HEAD}resolution = 512\nmin_bucket_reso = 128\n", {"resolution": 512}),
+        (
+            "kohya.toml",
+            "[general]\nenable_bucket = true\n[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'img'\n"
+            "[[datasets]]\nresolution = 768\n[[datasets.subsets]]\nimage_dir = 'img'\n",
+            {"resolution": [512, 768], "enable_bucket": True, "min_bucket_reso": 256, "max_bucket_reso": 1024}
+            | {"bucket_reso_steps": 64},
+        ),
+        (
+            "onetrainer.json",
+            json.dumps({**ONETRAINER, "concepts": [], "resolution": "512,768"}),
+            {"resolution": [512, 768], "enable_bucket": True},
+        ),
+        (
+            "onetrainer.json",
+            json.dumps({**ONETRAINER, "concepts": [], "aspect_ratio_bucketing": False}),
+            {"resolution": 512},
+        ),
+        ("onetrainer.json", json.dumps({**ONETRAINER, "concepts": [], "resolution": "512x768"}), {"resolution": 512}),
+        (
+            "simpletuner.json",
+            json.dumps(
+                [{"id": "a", "instance_data_dir": "img", "crop": False, "resolution": 1.0, "resolution_type": "area"}]
+            ),
+            {"resolution": 1024, "enable_bucket": True},
+        ),
+        (
+            "simpletuner.json",
+            json.dumps(
+                [
+                    {"id": f"{side}", "instance_data_dir": "img", "crop": False, "resolution": side}
+                    for side in (512, 1024)
+                ]
+            ),
+            {"resolution": [512, 1024], "enable_bucket": True},
+        ),
+        (
+            "ai-toolkit.yaml",
+            AI_TOOLKIT.replace("resolution: [512, 768]", "buckets: false"),
+            {"resolution": 512},
+        ),
+    ],
+)
+def test_buckets_and_resolutions(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text)
+    told = translate(tmp_path / name)
+    names = {"resolution"} | {name for name in told.settings if "bucket" in name}
+    assert {name: told.settings[name] for name in names} == expected
+    assert not [name for name in told.leftovers() if "bucket" in name or "resolution" in name]
 
 
 @pytest.mark.parametrize("name", ["kohya.toml", "onetrainer.json", "simpletuner.json", "ai-toolkit.yaml"])
