@@ -80,7 +80,7 @@ def stepper(trainer: Trainer) -> Callable[[], None]:
     batches = trainer.source.batches([refs[start : start + size] for start in range(0, len(refs), size)])
 
     def step() -> None:
-        trainer.step(batches, 1)
+        trainer.step(batches, [size])
         while trainer.guard.take_augment_batch(size) is not None:
             pass  # an extra step, which is not measured
         trainer.progress.global_step += 1

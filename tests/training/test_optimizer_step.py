@@ -67,7 +67,7 @@ def steps(trainer, count):
     visits = trainer.progress.samplers[0].peek(trainer.guard.plan.members(0), count * size * accumulation, 0)
     batches = trainer.source.batches([visits[start : start + size] for start in range(0, len(visits), size)])
     for _ in range(count):
-        trainer.step(batches, accumulation)
+        trainer.step(batches, [size] * accumulation)
         trainer.progress.global_step += 1
         yield
 
