@@ -141,11 +141,11 @@ def test_duplicates_count_as_one_image(run, tmp_path):
     settings = {"train_data_dir": str(folder), "group_duplicates": "balance", "redistribute_fraction": 0.0}
     result = run(**settings, **BUCKETS, num_shards=1, max_train_steps=21, train_batch_size=4, skip_threshold=0.0)
     table = pq.read_table(result.output_dir / "memguard/samples.parquet").to_pydict()
-    by_group = Counter()
-    for group, seen in zip(table["duplicate_group"], table["seen"], strict=True):
-        by_group[group] += seen
-    assert len(by_group) == 14
-    assert set(by_group.values()) == {6}
+    seen = Counter()
+    for file, group, times in zip(table["file"], table["duplicate_group"], table["seen"], strict=True):
+        seen[file if group is None else group] += times
+    assert len(seen) == 14
+    assert set(seen.values()) == {6}
 
 
 # Batches.
