@@ -30,7 +30,7 @@ KNOWN = {*SETTINGS, *ALIASES, *REFUSED, *OTHERS, "config", "help"}
 # Flags of other programs, and those that the text says are refused or do not exist yet.
 FOREIGN = {"plot", "work_dir", "num_processes", "images_per_caption", "steps", "num_images"}
 # Flags of diffusers' scripts that the launcher runs.
-FOREIGN |= {"do_edm_style_training", "use_dora", "output_kohya_format"}
+FOREIGN |= {"do_edm_style_training", "use_dora", "output_kohya_format", "aspect_ratio_buckets"}
 FOREIGN |= {"denoiser", "train_text_encoder", "fused_backward_pass", "min_snr_gamma", "debiased_estimation_loss"}
 FOREIGN |= {"loss_type", "weighting_scheme", "cache_latents", "train_text_encoder_ti", "use_lpl"}
 FOREIGN |= {"datasets", "variants", "duplicates", "seeds", "points", "results"}  # of benchmarks.memorization
