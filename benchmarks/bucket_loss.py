@@ -34,7 +34,7 @@ def losses_at(size: Size, source: BatchSource, unet: torch.nn.Module, loss: Deno
     source.preprocess = [Preprocess(source.config, SEED, size)]
     rows = []
     for chunk in torch.from_numpy(source.samples.sample_ids[:NUM_IMAGES]).split(BATCH):
-        latents, condition = source.fixed(chunk.tolist())
+        latents, condition, _ = source.fixed(chunk.tolist())
         columns = []
         for quarter in range(QUARTERS):
             addresses = [(sample_id, quarter) for sample_id in chunk.tolist()]

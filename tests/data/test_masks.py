@@ -164,7 +164,7 @@ def test_a_mask_goes_the_ways_of_its_image(make_source, folder, settings, monkey
             for ref, mask in zip(refs, batch.mask, strict=True):
                 key, image = source.samples.keyed_image(ref.sample_id)
                 address = (ref.shard_index, ref.epoch_index, ref.sample_id)
-                pixels = source.preprocess(image, key, address)[:1]
+                pixels = source.preprocess[0](image, key, address)[:1]
                 expected = torch.nn.functional.avg_pool2d((pixels + 1) / 2, 4)
                 torch.testing.assert_close(mask, expected, rtol=0, atol=0.003)
         return

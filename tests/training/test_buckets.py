@@ -211,7 +211,7 @@ def test_the_probe_measures_each_image_in_its_bucket(make_source, shapes):
     loss = DenoisingLoss(models.noise_scheduler)
     together, alone = (LossProbe(source, 1, 50, size).measure(models.unet, loss) for size in (5, 1))
     assert together.mean == pytest.approx(alone.mean, rel=1e-5)
-    found = {tuple(latents.shape[2:]) for _, (latents, _) in LossProbe(source, 1, 50, 5).batches}
+    found = {tuple(batch.latents.shape[2:]) for _, batch in LossProbe(source, 1, 50, 5).batches}
     assert found == {(size.height // 4, size.width // 4) for size in source.targets.sizes}
 
 
