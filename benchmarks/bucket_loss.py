@@ -12,6 +12,7 @@ the image alone. Sizes other than the square crop the image to their shape.
 
 import argparse
 import math
+import tempfile
 
 import torch
 
@@ -49,10 +50,10 @@ def losses_at(size: Size, source: BatchSource, unet: torch.nn.Module, loss: Deno
 def main() -> None:
     """Print the table."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    config = make_train_config(
-        pretrained="bundled", train_data_dir="bundled", validation_data_dir="bundled", resolution=64, seed=SEED
-    )
-    plan = make_plan(config)
+    bundled = dict.fromkeys(("pretrained", "train_data_dir", "validation_data_dir"), "bundled")
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_train_config(**bundled, resolution=64, seed=SEED, output_dir=folder)
+        plan = make_plan(config)
     assert plan.heldout is not None
     models = load_models(plan.pipeline, config)
     encoders = Encoders(models, torch.device("cpu"), torch.float32)
