@@ -42,7 +42,7 @@ LORA |= {"skip_threshold": 0.97, "steps_per_round": 3, "max_train_steps": 12}
 # All processes one batch. A threshold this high leaves steps without a clean sample.
 BATCH = {"num_shards": 3, "max_train_steps": 18, "proxy_store": "disk", "checkpointing_steps": 9, **EPSILON}
 PLAIN = {"memguard": "off", "max_train_steps": 6, "gradient_accumulation_steps": 2, "cache_latents": "off", **EPSILON}
-BUCKETS = {"enable_bucket": True, "bucket_reso_steps": 8, "num_shards": 4, "max_train_steps": 16, **EPSILON}
+BUCKETS = {"enable_bucket": True, "bucket_reso_steps": 8, "num_shards": 2, "max_train_steps": 24, **EPSILON}
 LOST = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13]
 
 
