@@ -83,8 +83,9 @@ def _t5_text() -> Any:
     )
 
 
-def _qwen3_config(hidden: int) -> Any:
-    sizes = {"hidden_size": hidden, "intermediate_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 2}
+def _qwen3_config(hidden: int, *, num_layers: int = 2) -> Any:
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden, "num_attention_heads": 2}
+    sizes["num_hidden_layers"] = num_layers
     return transformers.Qwen3Config(**sizes, num_key_value_heads=2, vocab_size=300, max_position_embeddings=1024)
 
 
@@ -171,7 +172,7 @@ def _edm_sdxl(folder: Path) -> None:
     pipeline.save_pretrained(folder)
 
 
-def _sd3(folder: Path) -> None:
+def _sd3(folder: Path, *, joint_dim: int = 32, pooled_dim: int = 64) -> None:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=32,
         patch_size=1,
@@ -180,8 +181,8 @@ def _sd3(folder: Path) -> None:
         attention_head_dim=8,
         num_attention_heads=4,
         caption_projection_dim=32,
-        joint_attention_dim=32,
-        pooled_projection_dim=64,
+        joint_attention_dim=joint_dim,
+        pooled_projection_dim=pooled_dim,
         out_channels=4,
     )
     diffusers.StableDiffusion3Pipeline(
@@ -195,6 +196,11 @@ def _sd3(folder: Path) -> None:
         tokenizer_2=_clip_tokenizer(),
         tokenizer_3=_t5_tokenizer(folder / "tokenizer_3"),
     ).save_pretrained(folder)
+
+
+def _sd3_wide(folder: Path) -> None:
+    """Write SD3 for embeddings of the widths of the real one."""
+    _sd3(folder, joint_dim=4096, pooled_dim=2048)
 
 
 def _flux(folder: Path, cls: type = diffusers.FluxPipeline) -> None:
@@ -224,20 +230,23 @@ def _kontext(folder: Path) -> None:
     _flux(folder, diffusers.FluxKontextPipeline)
 
 
-def _flux2_klein(folder: Path) -> None:
-    transformer = diffusers.Flux2Transformer2DModel(
+def _flux2_transformer(*, guidance_embeds: bool) -> Any:
+    return diffusers.Flux2Transformer2DModel(
         patch_size=1,
         in_channels=16,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
-        joint_attention_dim=16,
+        joint_attention_dim=3 * 16,  # three layers of the text encoder
         timestep_guidance_channels=256,
         axes_dims_rope=[4, 4, 4, 4],
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
     )
-    encoder = diffusers.AutoencoderKLFlux2(
+
+
+def _flux2_vae() -> Any:
+    return diffusers.AutoencoderKLFlux2(
         sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -246,11 +255,14 @@ def _flux2_klein(folder: Path) -> None:
         latent_channels=4,
         norm_num_groups=1,
     )
+
+
+def _flux2_klein(folder: Path) -> None:
     diffusers.Flux2KleinPipeline(
-        transformer=transformer,
-        vae=encoder,
+        transformer=_flux2_transformer(guidance_embeds=False),
+        vae=_flux2_vae(),
         scheduler=_flow(),
-        text_encoder=transformers.Qwen3ForCausalLM(_qwen3_config(16)),
+        text_encoder=transformers.Qwen3ForCausalLM(_qwen3_config(16, num_layers=27)),
         tokenizer=_qwen_tokenizer(folder / "tokenizer"),
     ).save_pretrained(folder)
 
@@ -282,6 +294,18 @@ def _z_image(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def _qwen_vae() -> Any:
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=24,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+
+
 def _qwen_image(folder: Path) -> None:
     transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2,
@@ -293,15 +317,6 @@ def _qwen_image(folder: Path) -> None:
         joint_attention_dim=16,
         guidance_embeds=False,
         axes_dims_rope=(8, 4, 4),
-    )
-    encoder = diffusers.AutoencoderKLQwenImage(
-        base_dim=24,
-        z_dim=4,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
     )
     text: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 300, "rope_theta": 1e6}
@@ -316,7 +331,7 @@ def _qwen_image(folder: Path) -> None:
     )
     diffusers.QwenImagePipeline(
         transformer=transformer,
-        vae=encoder,
+        vae=_qwen_vae(),
         scheduler=_flow(),
         text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=_qwen_tokenizer(folder / "tokenizer"),
@@ -522,6 +537,222 @@ def _kandinsky(folder: Path) -> None:
         part.save_pretrained(folder / name)
 
 
+def _flux2(folder: Path) -> None:
+    """Write Flux.2 (dev), whose text encoder is Mistral 3."""
+    text: dict[str, Any] = {"model_type": "mistral", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 37}
+    text |= {"num_attention_heads": 4, "num_hidden_layers": 30, "num_key_value_heads": 2, "head_dim": 4}
+    vision: dict[str, Any] = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    vision |= {"intermediate_size": 37, "image_size": 30, "patch_size": 6, "num_channels": 3}
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=1)
+    tokenizer = _t5_tokenizer(folder / "tokenizer", "PreTrainedTokenizerFast")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
+    template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    processor = transformers.PixtralProcessor(
+        image_processor=transformers.PixtralImageProcessor(), tokenizer=tokenizer, chat_template=template
+    )
+    diffusers.Flux2Pipeline(
+        transformer=_flux2_transformer(guidance_embeds=True),
+        vae=_flux2_vae(),
+        scheduler=_flow(),
+        text_encoder=transformers.Mistral3ForConditionalGeneration(config),
+        tokenizer=processor,
+    ).save_pretrained(folder)
+
+
+def _qwen3_vl(num_layers: int) -> Any:
+    text: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": num_layers}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300}
+    text |= {"rope_scaling": {"mrope_section": [2, 1, 1], "rope_type": "default"}}
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = transformers.Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        vision_end_token_id=261,
+        vision_start_token_id=260,
+        image_token_id=262,
+        video_token_id=263,
+    )
+    return transformers.Qwen3VLModel(config)
+
+
+def _krea2(folder: Path) -> None:
+    transformer = diffusers.Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        timestep_embed_dim=8,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=1,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 2, 2),
+    )
+    diffusers.Krea2Pipeline(
+        transformer=transformer,
+        vae=_qwen_vae(),
+        scheduler=_flow(),
+        text_encoder=_qwen3_vl(2),
+        tokenizer=_qwen_tokenizer(folder / "tokenizer"),
+        text_encoder_select_layers=(1, 2),
+    ).save_pretrained(folder)
+
+
+def _ideogram4(folder: Path) -> None:
+    from diffusers.pipelines.ideogram4.pipeline_ideogram4 import QWEN3_VL_ACTIVATION_LAYERS as TAPS
+
+    def transformer() -> Any:
+        return diffusers.Ideogram4Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            intermediate_size=32,
+            adaln_dim=16,
+            llm_features_dim=16 * len(TAPS),
+            mrope_section=(4, 2, 2),
+        )
+
+    diffusers.Ideogram4Pipeline(
+        transformer=transformer(),
+        unconditional_transformer=transformer(),
+        vae=_flux2_vae(),
+        scheduler=_flow(),
+        text_encoder=_qwen3_vl(max(TAPS) + 1),
+        tokenizer=_qwen_tokenizer(folder / "tokenizer"),
+    ).save_pretrained(folder)
+
+
+def _cogview4(folder: Path) -> None:
+    transformer = diffusers.CogView4Transformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=4,
+        out_channels=4,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        condition_dim=4,
+    )
+    text = transformers.GlmConfig(
+        hidden_size=32,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=128,
+        pad_token_id=0,
+    )
+    diffusers.CogView4Pipeline(
+        transformer=transformer,
+        vae=_vae(4),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            NUM_TIMESTEPS, base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
+        ),
+        text_encoder=transformers.GlmModel(text),
+        tokenizer=_t5_tokenizer(folder / "tokenizer", "PreTrainedTokenizerFast"),
+    ).save_pretrained(folder)
+
+
+def _cogvideo(folder: Path) -> None:
+    _cogvideo_of(folder, diffusers.CogVideoXPipeline, 4)
+
+
+def _cogvideo_image(folder: Path) -> None:
+    _cogvideo_of(folder, diffusers.CogVideoXImageToVideoPipeline, 8)
+
+
+def _cogvideo_of(folder: Path, cls: type, channels: int) -> None:
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=channels,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=32,
+        num_layers=1,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=5,
+        max_text_seq_length=64,
+    )
+    encoder = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    cls(
+        transformer=transformer,
+        vae=encoder,
+        scheduler=diffusers.CogVideoXDPMScheduler(NUM_TIMESTEPS),
+        text_encoder=_t5_text(),
+        tokenizer=_t5_tokenizer(folder / "tokenizer"),
+    ).save_pretrained(folder)
+
+
+def _inpaint(folder: Path) -> None:
+    """Write a pipeline for inpainting, whose UNet has nine channels and whose VAE divides sizes by eight."""
+    _sd_of(folder, in_channels=9)
+
+
+def _gligen(folder: Path) -> None:
+    _sd_of(folder, attention_type="gated")
+
+
+def _sd_of(folder: Path, **settings: Any) -> None:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        **settings,
+    )
+    encoder = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+    tokenizer = _clip_tokenizer()
+    tokenizer.model_max_length = 77
+    diffusers.StableDiffusionPipeline(
+        vae=encoder,
+        text_encoder=_clip_text(transformers.CLIPTextModel),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=diffusers.DDPMScheduler(NUM_TIMESTEPS, beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+    ).save_pretrained(folder)
+
+
+def _image_encoder(folder: Path) -> None:
+    sizes = {"hidden_size": 32, "image_size": 224, "projection_dim": 32, "intermediate_size": 37}
+    vision = transformers.CLIPVisionConfig(**sizes, num_attention_heads=4, num_hidden_layers=2, patch_size=32)
+    transformers.CLIPVisionModelWithProjection(vision).save_pretrained(folder)
+
+
 def _controlnet(folder: Path) -> None:
     unet = diffusers.UNet2DConditionModel.from_pretrained(assets.tiny_sd_path() / "unet")
     diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16)).save_pretrained(folder)
@@ -532,6 +763,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "sdxl": _tiny_sdxl,
     "edm_sdxl": _edm_sdxl,
     "sd3": _sd3,
+    "sd3_wide": _sd3_wide,
     "flux": _flux,
     "kontext": _kontext,
     "flux2_klein": _flux2_klein,
@@ -544,4 +776,13 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "ddpm": _ddpm,
     "kandinsky": _kandinsky,
     "controlnet": _controlnet,
+    "flux2": _flux2,
+    "krea2": _krea2,
+    "ideogram4": _ideogram4,
+    "cogview4": _cogview4,
+    "cogvideo": _cogvideo,
+    "cogvideo_image": _cogvideo_image,
+    "inpaint": _inpaint,
+    "masterful/gligen-1-4-generation-text-box": _gligen,  # the name that its script has
+    "image_encoder": _image_encoder,
 }

@@ -34,7 +34,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.denoising import Encoded, denoising_losses, encode
 from benchmarks.tiny_pipelines import make
-from benchmarks.upstream_scripts import LORA
+from benchmarks.upstream_cases import LORA
 from sd_memguard.assets import demo_data_path, demo_heldout_path, tiny_sd_path
 from sd_memguard.audit.images import load_images
 
