@@ -270,14 +270,15 @@ def _make_boxes(work: Path, names: list[str], captions: list[str]) -> None:
 
 def _make_videos(work: Path, names: list[str], captions: list[str]) -> None:
     """Write short videos of one image each, where imageio with ffmpeg is installed."""
+    from importlib import import_module
     from importlib.util import find_spec
 
     if find_spec("imageio_ffmpeg") is None:
         return
-    import imageio.v3 as imageio
     import numpy as np
     from PIL import Image
 
+    imageio = import_module("imageio.v3")
     files = [f"{Path(name).stem}.mp4" for name in names[:8]]
     for name, file in zip(names, files, strict=False):
         frame = np.asarray(Image.open(work / "images" / name).convert("RGB").resize((64, 64)))

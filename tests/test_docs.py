@@ -36,6 +36,7 @@ FOREIGN |= {"loss_type", "weighting_scheme", "cache_latents", "train_text_encode
 FOREIGN |= {"datasets", "variants", "duplicates", "seeds", "points", "results"}  # of benchmarks.memorization
 FOREIGN |= {"base_channels", "profile", "size", "upstream_script", "turns", "device", "shards", "clock"}
 FOREIGN |= {"demo", "most", "window", "check", "list", "diffusers_examples", "no-deps", "find-links", "no-index"}
+FOREIGN |= {"refused"}  # of benchmarks.upstream_scripts
 FOREIGN |= {"config_file", "network_train_unet_only", "config-path"}  # of kohya's scripts and OneTrainer
 # Flags of the programs that start several processes.
 FOREIGN |= {"nproc_per_node", "nnodes", "standalone", "multi_gpu", "rdzv_id"}
