@@ -308,7 +308,7 @@ def rewritten(source: Path, target: Path, file: str, **changes) -> str:
     [
         ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "docs/scripts.md"),
         ("unet/config.json", {"addition_embed_type": "image"}, "conditioned on `image`"),
-        ("unet/config.json", {"in_channels": 9}, "takes 9 channels but the VAE makes 4"),
+        ("unet/config.json", {"in_channels": 9}, "takes 9 channels and latents have 4"),
         ("vae/config.json", {"latents_mean": [0.0, 0.0, 0.0, 0.0]}, "a mean and a deviation for each channel"),
         ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "EDM preconditioning"),
     ],
