@@ -40,6 +40,9 @@ VARIANTS = (
     "OppositeGuidance()",
     "PromptAdjustment()",
     "AttentionRescaling()",
+    "OppositeGuidance(), AttentionRescaling()",
+    "StaticTransition(), PromptAdjustment()",
+    "PromptAdjustment(), AttentionRescaling()",
 )
 
 

@@ -14,8 +14,10 @@ them reach is what a copy must exceed.
 """
 
 import argparse
+import io
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ from PIL import Image, ImageOps
 from benchmarks.verification import as_jpeg, recontrast, turn_hue
 from sd_memguard.audit.features.extractors import Extractor, Thumbnails, make_extractor
 from sd_memguard.audit.metrics.verified import as_images, choose_distance, find_verified
+from sd_memguard.core.duplicates import find_groups, make_thumbnail
 
 FALSE_POSITIVE_RATE = 0.01
 NUM_KEYPOINTS, NUM_CANDIDATES = 500, 5
@@ -38,6 +41,10 @@ MAX_ERROR = 4.0
 """Pixels by which a match may miss the homography."""
 MIN_SCALE, MAX_SCALE = 0.1, 10.0
 """Beyond these a homography is no copy's."""
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".rcc"}
+MIN_EDGE = 256
+"""Pixels of the longer edge; smaller images are not used."""
 
 Photo = Image.Image
 
@@ -119,14 +126,28 @@ CHANGES: dict[str, Change] = {
 
 
 def read_photos(folder: Path, side: int) -> list[Photo]:
-    """Return the photographs of a folder in RGB, shrunk to this longer edge."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
+    """Return the distinct photographs of a folder on white, shrunk to this longer edge."""
     photos = []
-    for file in files:
-        with Image.open(file) as image:
-            image.draft("RGB", (side, side))
-            photos.append(ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS))
-    return photos
+    for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES):
+        for content in _contents(file):
+            with Image.open(io.BytesIO(content)) as image:
+                if max(image.size) < MIN_EDGE:
+                    continue
+                image.draft("RGB", (side, side))
+                image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+                colored = image.convert("RGBA")
+            photos.append(Image.alpha_composite(Image.new("RGBA", colored.size, "white"), colored).convert("RGB"))
+    groups = find_groups(np.stack([make_thumbnail(photo) for photo in photos]), flip=True)
+    return [photos[row] for row in np.unique(groups).tolist()]
+
+
+def _contents(file: Path) -> list[bytes]:
+    """Return the images of a file: itself, or the WebP files in a container of Qt's, which are in it as they are."""
+    content = file.read_bytes()
+    if file.suffix != ".rcc":
+        return [content]
+    found = (match.start() for match in re.finditer(rb"RIFF....WEBPVP8", content, re.DOTALL))
+    return [content[start : start + 8 + int.from_bytes(content[start + 4 : start + 8], "little")] for start in found]
 
 
 class Registration:
@@ -197,10 +218,11 @@ class LocalMatching:
         other = source.places[[match.trainIdx for match in kept]]
         cv2.setRNGSeed(0)
         transform, inside = cv2.findHomography(one, other, cv2.RANSAC, MAX_ERROR, maxIters=2000)
-        if transform is None or not _is_plausible(transform, one[inside.ravel() > 0]):
+        places = one[inside.ravel() > 0] if transform is not None else one[:0]
+        if len(places) < 4 or not _is_plausible(transform, places):
             return 0
         # Several key points at one place count once.
-        return len({tuple(place) for place in np.round(one[inside.ravel() > 0] / 2).astype(int).tolist()})
+        return len({tuple(place) for place in np.round(places / 2).astype(int).tolist()})
 
     def _vectors(self, descriptors: np.ndarray) -> np.ndarray:
         """Return descriptors whose inner product is largest for the nearest."""

@@ -1,7 +1,8 @@
 """Measure verified copies: which changed images are found among images that are alike, at 1% of held-out images.
 
 Changed copies of a folder's images are planted, one kind of change at a time. Images of the folder that are kept out of
-the gallery are the background: the distance of a copy, and the similarity of one, are what 1% of them reach.
+the gallery are the background: the distance of a copy is what 1% of them reach, and so are the similarity by a
+descriptor alone and the L2 ratio, which verification is compared with. Found is a copy whose source is the nearest.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import io
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from sd_memguard.assets import demo_data_path
 from sd_memguard.audit.features.extractors import make_extractor
-from sd_memguard.audit.metrics.verified import SAME, choose_distance, find_verified
+from sd_memguard.audit.metrics.similarity import NUM_NEIGHBORS, distance_ratio
+from sd_memguard.audit.metrics.verified import FALSE_POSITIVE_RATE, SAME, choose_distance, find_verified
 
 SIDE = 64
 
@@ -28,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train_data_dir", type=Path, default=demo_data_path(), help="folder of .png images")
     parser.add_argument("--num_background", type=int, default=240, help="images kept out of the gallery")
     parser.add_argument("--num_copies", type=int, default=30, help="planted copies of each kind")
+    parser.add_argument("--extractors", nargs="*", default=[], help="descriptors to compare with, e.g. sscd")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -99,6 +103,45 @@ def as_tensor(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
+class Best(NamedTuple):
+    """For each of Q images the image of the gallery that is most like it, and how like: (Q,) each, more is more."""
+
+    score: Tensor
+    row: Tensor
+
+
+class Descriptor:
+    """An extractor, with the gallery's features."""
+
+    def __init__(self, name: str, gallery: Tensor) -> None:
+        self.extractor = make_extractor(name, None, torch.device("cpu"))
+        self.known = self.features(gallery)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return (Q, D) unit vectors."""
+        prepared = (self.extractor.prepare(Image.fromarray(one.permute(1, 2, 0).numpy())) for one in images)
+        return torch.cat([self.extractor.embed(one[None]) for one in prepared])
+
+    def views(self, images: Tensor) -> list[Tensor]:
+        """Return the features of the images and of the flipped images."""
+        return [self.features(images), self.features(images.flip(-1))]
+
+    def best(self, images: Tensor) -> Best:
+        """Return the nearest by cosine, flipped or not."""
+        return Best(*torch.stack([view @ self.known.T for view in self.views(images)]).amax(0).max(1))
+
+
+def best_by_ratio(images: Tensor, gallery: Tensor) -> Best:
+    """Return the nearest by pixels, flipped or not; the score is minus the ratio of Carlini et al. 2023."""
+    found = []
+    for view in (images, images.flip(-1)):
+        distances = torch.cdist(view.flatten(1).float(), gallery.flatten(1).float())
+        nearest = distances.topk(min(NUM_NEIGHBORS, len(gallery)), dim=1, largest=False)
+        found.append((-distance_ratio(nearest.values), nearest.indices[:, 0]))
+    (score, row), (flipped_score, flipped_row) = found
+    return Best(torch.maximum(score, flipped_score), torch.where(score >= flipped_score, row, flipped_row))
+
+
 @torch.no_grad()
 def main() -> None:
     """Measure and print a table."""
@@ -106,35 +149,45 @@ def main() -> None:
     rng = random.Random(args.seed)
     images = read_distinct(args.train_data_dir)
     rng.shuffle(images)
-    unseen, trained = images[: args.num_background], images[args.num_background :]
-    extractor = make_extractor("bundled", None, torch.device("cpu"))
-
-    def features(batch: Tensor) -> Tensor:
-        return torch.cat([extractor.embed(part.permute(0, 2, 3, 1)) for part in batch.split(256)])
-
+    unseen, trained = as_tensor(images[: args.num_background]), images[args.num_background :]
     gallery = as_tensor(trained)
-    known = features(gallery)
+    descriptors = {name: Descriptor(name, gallery) for name in dict.fromkeys(("bundled", *args.extractors))}
 
-    def verify(queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        views = [features(queries), features(queries.flip(-1))]
-        found = find_verified(queries, [gallery], views, [known])
-        return found.distance, found.row, torch.stack([view @ known.T for view in views]).amax((0, 2))
+    def verified(queries: Tensor) -> Best:
+        bundled = descriptors["bundled"]
+        found = find_verified(queries, [gallery], bundled.views(queries), [bundled.known])
+        return Best(-found.distance, found.row)
 
-    distance, _, similarity = verify(as_tensor(unseen))
+    methods: dict[str, Callable[[Tensor], Best]] = {
+        "verified": verified,
+        **{f"{name} alone": descriptor.best for name, descriptor in descriptors.items()},
+        "L2 ratio": lambda queries: best_by_ratio(queries, gallery),
+    }
+    distance = -verified(unseen).score
     decision = choose_distance(distance, "held-out images")
-    threshold = similarity[distance >= SAME].quantile(0.99).item()
+    limits = {
+        name: -decision.distance if name == "verified" else limit(method(unseen[distance >= SAME]).score)
+        for name, method in methods.items()
+    }
     print(f"{len(trained)} images; a copy is at {decision.distance:.3f} or nearer, {decision.rule}\n")
-    print("| change | verified | by similarity alone |\n|---|---|---|")
-    totals = torch.zeros(2)
+    print(f"| change | {' | '.join(methods)} |\n|---|{'---|' * len(methods)}")
+    total = torch.zeros(len(methods))
     for name, change in CHANGES.items():
         rows = torch.tensor(rng.sample(range(len(trained)), args.num_copies))
-        distance, row, similarity = verify(as_tensor([change(trained[number], rng) for number in rows.tolist()]))
-        shares = torch.stack(
-            [((distance <= decision.distance) & (row == rows)).float().mean(), (similarity > threshold).float().mean()]
-        )
-        totals += shares / len(CHANGES)
-        print(f"| {name} | {shares[0]:.0%} | {shares[1]:.0%} |")
-    print(f"| all | {totals[0]:.1%} | {totals[1]:.1%} |")
+        queries = as_tensor([change(trained[number], rng) for number in rows.tolist()])
+        shares = []
+        for key, method in methods.items():
+            score, row = method(queries)
+            shares.append(((score >= limits[key]) & (row == rows)).float().mean())
+        total += torch.stack(shares) / len(CHANGES)
+        print(f"| {name} | {' | '.join(f'{share:.0%}' for share in shares)} |", flush=True)
+    print(f"| all | {' | '.join(f'{share:.1%}' for share in total)} |")
+
+
+def limit(background: Tensor) -> float:
+    """Return the score that at most 1% of the background reach."""
+    ordered = background.sort(descending=True).values
+    return float(np.nextafter(np.float32(ordered[int(FALSE_POSITIVE_RATE * len(ordered))]), np.float32(np.inf)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups
+from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups, keep_rows
 from sd_memguard.data.folder import read_folder
 from sd_memguard.data.image_check import ImageError, check_images, content_key
 from sd_memguard.data.rows import Source
@@ -17,6 +17,9 @@ FLAT = 3.0
 
 LONG_CAPTION = 60
 """Words; CLIP's text encoder reads 77 tokens, and cuts off what comes after."""
+
+
+_ROWS_PER_CHUNK = 4096
 
 
 class Group(NamedTuple):
@@ -106,14 +109,24 @@ def find(
         for row in sorted({row for k in kinds for row in k})
     }
     good = np.flatnonzero(sizes[readable].all(axis=1))
-    first = find_groups(thumbnails[good], flip=flip)
-    flat = thumbnails[good].mean(axis=3).std(axis=(1, 2)) < FLAT
+    thumbnails = keep_rows(thumbnails, good)
+    first = find_groups(thumbnails, flip=flip)
+    flat = _flat(thumbnails)
     rows = readable[good]
     odd = _odd_images(rows, sizes, flat, resolution, max_aspect_ratio)
     for row, words in _odd_captions(source, set(rows.tolist()) - unusable.keys()).items():
         odd[row] = f"{odd[row]}; {words}" if row in odd else words
     groups = _groups(source, rows, first, sizes, unusable)
     return Findings(source, sizes, has_captions, unusable, dict(sorted(odd.items())), groups)
+
+
+def _flat(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Return which images show nothing, (N,)."""
+    flat = np.empty(len(thumbnails), dtype=bool)
+    for start in range(0, len(thumbnails), _ROWS_PER_CHUNK):  # in floating point all of them would not fit
+        part = slice(start, start + _ROWS_PER_CHUNK)
+        flat[part] = thumbnails[part].mean(axis=3).std(axis=(1, 2)) < FLAT
+    return flat
 
 
 def _odd_images(

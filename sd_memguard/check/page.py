@@ -138,4 +138,4 @@ def _counted(repeated: Sequence[tuple[str, int]]) -> Iterator[str]:
 
 
 def _more(count: int) -> str:
-    return f"<p>and {count:,} more</p>" if count > 0 else ""
+    return f"<p>and {count:,} more; <code>check.json</code> has them</p>" if count > 0 else ""

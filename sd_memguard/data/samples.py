@@ -10,7 +10,7 @@ import numpy.typing as npt
 import PIL.Image
 import pyarrow as pa
 
-from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups
+from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups, keep_rows
 from sd_memguard.data.folder import read_folder
 from sd_memguard.data.image_check import (
     BadSample,
@@ -301,5 +301,5 @@ def _check(
         return Checked(sizes, bad, None, keys, has_mask)
     groups = np.arange(len(files))
     good = np.flatnonzero(sizes[readable].all(axis=1))
-    groups[readable[good]] = readable[good[find_groups(thumbnails[good], flip=duplicates_flip)]]
+    groups[readable[good]] = readable[good[find_groups(keep_rows(thumbnails, good), flip=duplicates_flip)]]
     return Checked(sizes, bad, groups, keys, has_mask)

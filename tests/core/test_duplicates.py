@@ -14,6 +14,7 @@ from sd_memguard.core.duplicates import (
     distances,
     find_groups,
     hash_thumbnails,
+    keep_rows,
     make_thumbnail,
     shrink,
 )
@@ -200,3 +201,15 @@ def test_many_copies_of_one_image_are_one_group_at_a_few_comparisons_each(compar
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_few_images(count):
     assert find_groups(as_bytes(smooth(np.random.default_rng(7), count))).tolist() == list(range(count))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_rows_are_kept_in_place(share):
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (10_000, 2, 2, 3), dtype=np.uint8)
+    rows = np.flatnonzero(random.random(len(images)) < share)
+    expected = images[rows]
+    kept = keep_rows(images, rows)
+    assert (kept == expected).all()
+    assert kept.shape == expected.shape
+    assert len(rows) == 0 or np.shares_memory(kept, images)
