@@ -5,11 +5,11 @@ pasted into other photographs among them. Photographs that are kept out of the g
 them reach is what a copy must exceed.
 
 - *registration* is what ``sd-memguard audit`` does: candidates by descriptor, compared at 64 x 64 pixels.
-- *SIFT* and *ORB*: key points of each photograph, also flipped. Each descriptor votes for the photograph that holds
-  its nearest neighbour in the whole gallery; those with most votes are matched (Lowe's ratio test), and the score is
-  the number of matches that one homography explains (RANSAC).
+- *local features* is what ``sd-memguard audit --local_features`` adds, alone: SIFT's key points of each photograph,
+  also flipped, and the number of matches that one homography explains.
+- *ORB* is the same with another, cheaper kind of key points.
 
-    pip install opencv-python-headless
+    pip install 'sd-memguard[local-features]'
     python -m benchmarks.local_features --train_data_dir PHOTOS
 """
 
@@ -21,9 +21,8 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -32,28 +31,24 @@ from benchmarks.verification import as_jpeg, recontrast, turn_hue
 from sd_memguard.audit.features.extractors import Extractor, Thumbnails, make_extractor
 from sd_memguard.audit.metrics.verified import as_images, choose_distance, find_verified
 from sd_memguard.core.duplicates import find_groups, make_thumbnail
+from sd_memguard.core.local_features import (
+    MIN_MATCHES,
+    NUM_CANDIDATES,
+    NUM_POINTS,
+    NUM_VOTERS,
+    LocalFeatures,
+    describe,
+    find_shared,
+    num_matches,
+    opencv,
+)
 
 FALSE_POSITIVE_RATE = 0.01
-NUM_KEYPOINTS, NUM_CANDIDATES = 500, 5
-RATIO = 0.8
-"""A match is kept where the nearest descriptor is nearer than this share of the second nearest (Lowe 2004)."""
-MAX_ERROR = 4.0
-"""Pixels by which a match may miss the homography."""
-MIN_SCALE, MAX_SCALE = 0.1, 10.0
-"""Beyond these a homography is no copy's."""
-
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".rcc"}
 MIN_EDGE = 256
 """Pixels of the longer edge; smaller images are not used."""
 
 Photo = Image.Image
-
-
-class LocalFeatures(NamedTuple):
-    """Key points of an image: (K, 2) float32 places in pixels, and (K, D) descriptors."""
-
-    places: np.ndarray
-    descriptors: np.ndarray
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_background", type=int, default=200, help="photographs kept out of the gallery")
     parser.add_argument("--num_copies", type=int, default=40, help="planted copies of each kind")
     parser.add_argument("--side", type=int, default=384, help="longer edge of gallery and copies, in pixels")
-    parser.add_argument("--methods", nargs="+", default=["registration", "SIFT", "ORB"])
+    parser.add_argument("--methods", nargs="+", default=["registration", "local features"])
     parser.add_argument("--extractor", default="bundled", help="that proposes candidates to registration")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/local_features"), help="receives results.json")
     parser.add_argument("--seed", type=int, default=0)
@@ -173,92 +168,65 @@ class Registration:
 
 
 class LocalMatching:
-    """Local features: the score is the number of matches that one homography explains."""
+    """Local features as the audit finds them: the score is the number of matches that one homography explains."""
 
-    def __init__(self, gallery: Sequence[Photo], kind: str) -> None:
-        self.detector = {"SIFT": cv2.SIFT_create, "ORB": cv2.ORB_create}[kind](NUM_KEYPOINTS)
-        self.is_binary = kind == "ORB"
-        self.matcher = cv2.BFMatcher(cv2.NORM_HAMMING if self.is_binary else cv2.NORM_L2)
-        self.gallery = [self.features(image) for image in gallery]
+    def __init__(self, gallery: Sequence[Photo]) -> None:
+        self.gallery = torch.stack([describe(np.asarray(image)) for image in gallery])
+
+    def best(self, queries: Sequence[Photo]) -> list[tuple[float, int]]:
+        """Return for each image the best score and the photograph that it belongs to."""
+        views = [[describe(np.asarray(view)) for view in (image, ImageOps.mirror(image))] for image in queries]
+        found = find_shared(torch.stack([torch.stack(view) for view in views]), [self.gallery])
+        return list(zip(found.num_matches.tolist(), found.row.tolist(), strict=True))
+
+
+class OrbMatching:
+    """The same with ORB (Rublee et al. 2011) in the place of SIFT: 256 bits a point."""
+
+    def __init__(self, gallery: Sequence[Photo]) -> None:
+        self.detector = opencv().ORB_create(NUM_POINTS)
+        self.gallery = [self._features(image) for image in gallery]
         self.owner = np.repeat(np.arange(len(gallery)), [len(one.places) for one in self.gallery])
-        everything = np.concatenate([one.descriptors for one in self.gallery])
-        self.num_bytes = everything.nbytes
-        self.all = torch.from_numpy(self._vectors(everything))
-
-    def features(self, image: Photo) -> LocalFeatures:
-        """Return the key points of an image; SIFT's as unit vectors of square roots (Arandjelovic 2012)."""
-        points, descriptors = self.detector.detectAndCompute(np.asarray(image.convert("L")), None)
-        if descriptors is None:
-            return LocalFeatures(np.zeros((0, 2), np.float32), self._empty())
-        if not self.is_binary:
-            descriptors = np.sqrt(descriptors / np.maximum(descriptors.sum(1, keepdims=True), 1e-9))
-        return LocalFeatures(np.array([point.pt for point in points], np.float32), descriptors)
+        self.all = torch.cat([one.vectors for one in self.gallery])
 
     def best(self, queries: Sequence[Photo]) -> list[tuple[float, int]]:
         """Return for each image the best score and the photograph that it belongs to."""
         return [max(self._best(image), self._best(ImageOps.mirror(image))) for image in queries]
 
+    def _features(self, image: Photo) -> LocalFeatures:
+        points, descriptors = self.detector.detectAndCompute(np.asarray(image.convert("L")), None)
+        if not points:
+            return LocalFeatures(np.zeros((0, 2), np.float32), torch.zeros(0, 256))
+        order = np.argsort([-point.response for point in points], kind="stable")
+        bits = np.unpackbits(descriptors[order], axis=1).astype(np.float32) * 2 - 1
+        places = np.array([points[number].pt for number in order], np.float32)
+        return LocalFeatures(places, torch.from_numpy(bits / 16))
+
     def _best(self, image: Photo) -> tuple[float, int]:
-        query = self.features(image)
-        if len(query.places) < 4:
+        query = self._features(image)
+        if not len(query.places):
             return 0.0, -1
-        nearest = (torch.from_numpy(self._vectors(query.descriptors)) @ self.all.T).argmax(1).numpy()
+        nearest = (query.vectors[:NUM_VOTERS] @ self.all.T).argmax(1).numpy()
         votes = np.bincount(self.owner[nearest], minlength=len(self.gallery))
         candidates = np.argsort(-votes, kind="stable")[:NUM_CANDIDATES].tolist()
-        return max((float(self._num_inliers(query, self.gallery[row])), row) for row in candidates)
-
-    def _num_inliers(self, query: LocalFeatures, source: LocalFeatures) -> int:
-        if len(source.places) < 4:
-            return 0
-        pairs = self.matcher.knnMatch(query.descriptors, source.descriptors, k=2)
-        kept = [pair[0] for pair in pairs if len(pair) == 2 and pair[0].distance < RATIO * pair[1].distance]
-        if len(kept) < 4:
-            return 0
-        one = query.places[[match.queryIdx for match in kept]]
-        other = source.places[[match.trainIdx for match in kept]]
-        cv2.setRNGSeed(0)
-        transform, inside = cv2.findHomography(one, other, cv2.RANSAC, MAX_ERROR, maxIters=2000)
-        places = one[inside.ravel() > 0] if transform is not None else one[:0]
-        if len(places) < 4 or not _is_plausible(transform, places):
-            return 0
-        # Several key points at one place count once.
-        return len({tuple(place) for place in np.round(places / 2).astype(int).tolist()})
-
-    def _vectors(self, descriptors: np.ndarray) -> np.ndarray:
-        """Return descriptors whose inner product is largest for the nearest."""
-        if not self.is_binary:
-            return descriptors
-        return np.unpackbits(descriptors, axis=1).astype(np.float32) * 2 - 1
-
-    def _empty(self) -> np.ndarray:
-        return np.zeros((0, 32), np.uint8) if self.is_binary else np.zeros((0, 128), np.float32)
+        return max((float(num_matches(query, self.gallery[row])), row) for row in candidates)
 
 
-def _is_plausible(transform: np.ndarray, places: np.ndarray) -> bool:
-    """Return whether a homography keeps the orientation, and changes the scale no more than a copy's does."""
-    center = np.append(places.mean(0), 1.0)
-    divisor = transform[2] @ center
-    if abs(divisor) < 1e-9:
-        return False
-    image = transform[:2] @ center / divisor
-    jacobian = (transform[:2, :2] - np.outer(image, transform[2, :2])) / divisor
-    if np.linalg.det(jacobian) <= 0:
-        return False
-    large, small = np.linalg.svd(jacobian, compute_uv=False)
-    return bool(small > MIN_SCALE and large < MAX_SCALE and large < 2 * small)
+METHODS = {"local features": LocalMatching, "ORB": OrbMatching}
 
 
 def threshold(scores: Sequence[float]) -> float:
     """Return what at most 1% of the background exceeds."""
     ordered = sorted(scores, reverse=True)
-    return ordered[int(FALSE_POSITIVE_RATE * len(ordered))]
+    return max(ordered[int(FALSE_POSITIVE_RATE * len(ordered))], MIN_MATCHES - 1)
 
 
 def main() -> None:
     """Measure and print a table."""
     args = parse_args()
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
+    if set(args.methods) & METHODS.keys():
+        opencv().setNumThreads(1)
     rng = random.Random(args.seed)
     photos = read_photos(args.train_data_dir, args.side)
     rng.shuffle(photos)
@@ -289,11 +257,11 @@ def measure(
 ) -> dict[str, Any]:
     """Return the share of each kind of copies that is found, and the processor's time."""
     start = time.process_time()
-    matching: Registration | LocalMatching
+    matching: Registration | LocalMatching | OrbMatching
     if method == "registration":
         matching = Registration(trained, make_extractor(extractor, None, torch.device("cpu")))
     else:
-        matching = LocalMatching(trained, method)
+        matching = METHODS[method](trained)
     indexed = time.process_time()
     background = [score for score, _ in matching.best(unseen)]
     if method == "registration":
@@ -313,7 +281,6 @@ def measure(
         "false_positives": sum(score > limit for score in background) / len(background),
         "seconds_per_indexed": (indexed - start) / len(trained),
         "seconds_per_query": (searched - indexed) / len(unseen),
-        "bytes_per_indexed": matching.num_bytes / len(trained) if isinstance(matching, LocalMatching) else 12_800,
         "found": found,
     }
 

@@ -61,6 +61,7 @@ LIBRARIES = {
     "train": set(),
     "assets": set(),
     "core": {"torch", "numpy"},
+    "core.local_features": {"torch", "numpy", "cv2"},
     "distributed": {"torch"},
     "proxies": {"torch", "safetensors"},
     "sample_guard": {"torch"},
@@ -79,7 +80,7 @@ LIBRARIES = {
 # What works with torch, numpy and safetensors alone, and what is then not installed.
 CORE_PARTS = {*CORE, "ensemble", "plugin", "guard"} - {"host_memory"}
 EXTRAS = {"accelerate", "datasets", "diffusers", "filelock", "jinja2", "matplotlib", "peft", "PIL", "psutil"}
-EXTRAS |= {"pyarrow", "pydantic", "tensorboard", "torchvision", "tqdm", "transformers", "yaml"}
+EXTRAS |= {"cv2", "pyarrow", "pydantic", "tensorboard", "torchvision", "tqdm", "transformers", "yaml"}
 
 
 def imported_modules(source: str, package: str = "") -> Iterator[str]:

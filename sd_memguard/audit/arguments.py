@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from sd_memguard.audit import AuditError
 from sd_memguard.audit.models import ModelFiles, find_model, find_weights
+from sd_memguard.core.local_features import opencv
 from sd_memguard.flags import parse_settings
 from sd_memguard.settings import NOT_NEGATIVE, POSITIVE_COUNT, Rule, check_settings, setting, settings_of
 
@@ -79,6 +80,9 @@ class AuditSettings:
     copy_threshold: float | None = setting(
         None, MEASURING, "similarity from which on an image is a copy; default: by registration", COSINE
     )
+    local_features: bool = setting(
+        False, MEASURING, "find copied parts of large images too; needs pip install 'sd-memguard[local-features]'"
+    )
     attributes_dir: str | None = setting(
         None, MEASURING, "further real images with attributes.jsonl, for the caption accuracy"
     )
@@ -102,6 +106,12 @@ class AuditSettings:
             )
         if (self.train_data_dir is None) == (self.dataset_name is None):
             raise AuditError("the training images must be given, as one of `--train_data_dir` and `--dataset_name`")
+        if self.local_features and self.copy_threshold is not None:
+            raise AuditError(
+                "`--local_features` adds to registration, and `--copy_threshold` decides by similarity alone; give one"
+            )
+        if self.local_features:
+            opencv()  # or says how to install it, before anything is generated
         card = None if self.model_card is None else Path(self.model_card)
         if card is not None and not (card.suffix.lower() == ".md" and card.parent.is_dir()):
             raise AuditError(f"`--model_card` must be a .md file in a folder that exists, got {card}; name another")

@@ -37,6 +37,7 @@ from sd_memguard.audit.metrics.background import (
 from sd_memguard.audit.metrics.evidence import Excess
 from sd_memguard.audit.metrics.measures import (
     GeneratedSet,
+    PartRule,
     Probes,
     Probing,
     compare,
@@ -45,10 +46,11 @@ from sd_memguard.audit.metrics.measures import (
     membership_figures,
 )
 from sd_memguard.audit.metrics.quality import MAX_QUALITY_IMAGES, Quality, quality_features, quality_figures
+from sd_memguard.audit.metrics.shared_parts import SharedParts, choose_num_matches
 from sd_memguard.audit.metrics.signals import NotMeasurableError
 from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD
 from sd_memguard.audit.metrics.statistics import summarize
-from sd_memguard.audit.metrics.verified import CopyDistance, choose_distance
+from sd_memguard.audit.metrics.verified import FALSE_POSITIVE_RATE, SAME, CopyDistance, choose_distance
 from sd_memguard.audit.models import DTYPES, ModelFiles, default_device, model_sha256, read_run_records
 from sd_memguard.audit.report import (
     FORMAT,
@@ -95,6 +97,7 @@ class Background(NamedTuple):
         reference: The nearest training images of the reference images, or None.
         threshold: From which similarity on images are alike; that of a copy where nothing is verified.
         copy_distance: Of a verified copy, None where nothing is verified.
+        part_rule: Of a copied part, None where parts are not looked for.
         train_share: Share of ``train`` that would be copies.
         reference_share: Of ``reference``.
         chosen: Training rows whose captions are the prompts.
@@ -106,6 +109,7 @@ class Background(NamedTuple):
     reference: Matched | None
     threshold: Threshold
     copy_distance: CopyDistance | None
+    part_rule: PartRule | None
     train_share: float
     reference_share: float
     chosen: ChosenCaptions
@@ -208,20 +212,12 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
     others = gallery.match_own(positions)
     reference = gallery.match(inputs.reference) if inputs.reference is not None else None
     threshold = choose_threshold(others.similarity, None if reference is None else reference.similarity)
-    copy_distance = None
+    copy_distance = part_rule = None
     if settings.copy_threshold is not None:
         threshold = Threshold(settings.copy_threshold, "given as --copy_threshold", "flag")
         shares = [_share_of(matched, threshold.similarity) for matched in (others, reference)]
     else:
-        trained = gallery.verify_own(positions[:MAX_VERIFIED]).distance
-        heldout = gallery.verify(inputs.reference).distance if inputs.reference is not None else None
-        copy_distance = (
-            choose_distance(trained, "training images, beside the others,")
-            if heldout is None
-            else choose_distance(heldout, "images not trained on")
-        )
-        limit = copy_distance.distance
-        shares = [float("nan") if one is None else (one <= limit).float().mean().item() for one in (trained, heldout)]
+        copy_distance, part_rule, shares = _verified_background(settings, inputs, gallery, positions[:MAX_VERIFIED])
     chosen = ChosenCaptions([], [])
     if settings.models:
         # Twice as many as are used, so that near-duplicates can be dropped without comparing all images of a large set.
@@ -238,7 +234,39 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
                 "near-duplicate; raise `--copy_threshold`, or generate images and give the images as `--images`"
             )
     prompts = choose_heldout(settings, inputs, reference, threshold.similarity) if settings.models else []
-    return Background(positions, others, reference, threshold, copy_distance, shares[0], shares[1], chosen, prompts)
+    return Background(positions, others, reference, threshold, copy_distance, part_rule, *shares, chosen, prompts)
+
+
+def _verified_background(
+    settings: AuditSettings, inputs: Inputs, gallery: Gallery, positions: torch.Tensor
+) -> tuple[CopyDistance, PartRule | None, list[float]]:
+    """Return what a copy is, and which shares of the training and of the held-out images would be copies."""
+    trained = gallery.verify_own(positions).distance
+    heldout = gallery.verify(inputs.reference).distance if inputs.reference is not None else None
+    background, of = (
+        (trained, "training images, beside the others,") if heldout is None else (heldout, "images not trained on")
+    )
+    # Two rules share what is allowed to one.
+    rate = FALSE_POSITIVE_RATE / 2 if settings.local_features else FALSE_POSITIVE_RATE
+    decision = choose_distance(background, of, rate)
+    copies = [None if one is None else one <= decision.distance for one in (trained, heldout)]
+    part_rule = None
+    if settings.local_features:
+        parts = SharedParts(gallery)
+        matches = [
+            parts.find_own(positions).num_matches,
+            None if inputs.reference is None else parts.find(inputs.reference).num_matches,
+        ]
+        counted = matches[0] if matches[1] is None else matches[1]
+        # What is one image with a training image shares all of it.
+        limit = choose_num_matches(counted[background >= SAME], rate)
+        part_rule = PartRule(parts, limit.num_matches)
+        decision = decision._replace(rule=f"{decision.rule}, {limit.rule}")
+        copies = [
+            None if one is None or other is None else one | (other >= limit.num_matches)
+            for one, other in zip(copies, matches, strict=True)
+        ]
+    return decision, part_rule, [float("nan") if one is None else one.float().mean().item() for one in copies]
 
 
 def choose_heldout(
@@ -371,7 +399,9 @@ def _measure(
     chance: dict[Kind, torch.Tensor] = {}
     tables = []
     for generated in sets:
-        compared = compare(generated, setup.gallery, background.threshold.similarity, distance)
+        compared = compare(
+            generated, setup.gallery, background.threshold.similarity, distance, background.part_rule
+        )
         figures = copy_figures(generated, compared, seed)
         found = (
             setup.attributes

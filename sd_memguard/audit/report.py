@@ -51,6 +51,7 @@ PAIR_SCHEMA = pa.schema(
         "l2_ratio": pa.float32(),
         "mq_ratio": pa.float32(),
         "distance": pa.float32(),
+        "num_matches": pa.int32(),
         "is_copy": pa.bool_(),
         "is_l2_copy": pa.bool_(),
         **RUN_COLUMNS,

@@ -31,6 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--duplicates_flip", action="store_true", help="count flipped images as duplicates")
     add("--resolution", type=int, help="name images with a shorter edge, in pixels")
     add("--max_aspect_ratio", type=float, default=4.0, help="name images that are longer")
+    add(
+        "--local_features",
+        action="store_true",
+        help="name large images that share a part: strong crops, one pasted into another; at most 5,000 images, and "
+        "needs pip install 'sd-memguard[local-features]'",
+    )
     add("--image_column", default="image", help="of the metadata")
     add("--caption_column", default="text", help="of the metadata")
     return parser
@@ -53,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
         flip=settings.duplicates_flip,
         resolution=settings.resolution,
         max_aspect_ratio=settings.max_aspect_ratio,
+        local_features=settings.local_features,
     )
     headline = summary(findings)
     print(headline)
@@ -66,17 +73,18 @@ def main(argv: Sequence[str]) -> int:
     if filtered is not None:
         replace_text(filtered, filtered_text(findings, as_metadata=filtered.suffix == ".jsonl"))
         print(f"{len(findings.kept):,} of {len(findings.sizes):,} samples to keep: {filtered}")
-    return FOUND if findings.unusable or findings.groups or findings.odd else CLEAN
+    return FOUND if findings.unusable or findings.groups or findings.odd or findings.parts else CLEAN
 
 
 def summary(findings: Findings) -> str:
     """Return what was found in a sentence."""
     exact = sum(group.is_exact for group in findings.groups)
+    parts = f" {len(findings.parts):,} pairs share a part." if findings.parts else ""
     surplus = sum(len(group.rows) - 1 for group in findings.groups)
     return (
         f"{len(findings.sizes):,} samples: {len(findings.unusable):,} cannot be used, {surplus:,} repeat others "
         f"({exact:,} groups of equal files, {len(findings.groups) - exact:,} of near-duplicates), "
-        f"{len(findings.odd):,} are odd.{'' if findings.has_captions else ' There are no captions.'}"
+        f"{len(findings.odd):,} are odd.{parts}{'' if findings.has_captions else ' There are no captions.'}"
     )
 
 
@@ -87,6 +95,8 @@ def _first(findings: Findings, count: int = 5) -> list[str]:
     for group in findings.groups[:count]:
         names = ", ".join(findings.file(row) for row in group.rows[:3])
         lines.append(f"  {len(group.rows)} times: {names}{', ...' if len(group.rows) > 3 else ''}")
+    for part in findings.parts[:count]:
+        lines.append(f"  share a part: {', '.join(map(findings.file, part.rows))}")
     return lines
 
 
@@ -105,6 +115,10 @@ def as_json(findings: Findings) -> dict[str, Any]:
                 "files": [findings.file(row) for row in group.rows],
             }
             for group in findings.groups
+        ],
+        "shared_parts": [
+            {"files": [findings.file(row) for row in part.rows], "num_matches": part.num_matches}
+            for part in findings.parts
         ],
         "repeated_captions": [
             {"caption": caption, "images": images} for caption, images in repeated_captions(findings)

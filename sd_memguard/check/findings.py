@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from sd_memguard.check.parts import SharedImages, check_number, find_parts
 from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups, keep_rows
 from sd_memguard.data.folder import read_folder
 from sd_memguard.data.image_check import ImageError, check_images, content_key
@@ -46,6 +47,7 @@ class Findings(NamedTuple):
         unusable: Why a sample cannot be trained on: its image or its caption.
         odd: What is unusual about a usable image or caption.
         groups: Duplicates, the largest group first.
+        parts: Images that share a part, where that was asked for.
     """
 
     source: Source
@@ -54,6 +56,7 @@ class Findings(NamedTuple):
     unusable: dict[int, str]
     odd: dict[int, str]
     groups: list[Group]
+    parts: list[SharedImages]
 
     @property
     def kept(self) -> list[int]:
@@ -79,9 +82,10 @@ def find(
     flip: bool,
     resolution: int | None,
     max_aspect_ratio: float,
+    local_features: bool = False,
     progress: bool = True,
 ) -> Findings:
-    """Return what there is to find in a folder; every image is decoded once.
+    """Return what there is to find in a folder; every image is decoded once, for local features twice.
 
     Args:
         folder: Of images, with metadata or caption files.
@@ -90,13 +94,17 @@ def find(
         flip: Whether flipped images are duplicates.
         resolution: Name images with a shorter edge; None: any size will do.
         max_aspect_ratio: Name longer ones.
+        local_features: Look for images that share a part.
         progress: Show a progress bar.
 
     Raises:
         SampleError: The folder cannot be read at all.
+        UserError: Local features of too many images, or without OpenCV.
     """
     source = read_folder(str(folder), image_column=image_column, caption_column=caption_column, needs_captions=False)
     count = len(source.rows.files)
+    if local_features:
+        check_number(count)
     readable = np.setdiff1d(np.arange(count), list(source.rows.row_faults)).astype(np.int64)
     thumbnails = np.zeros((len(readable), THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), dtype=np.uint8)
     checked, image_faults = check_images(source.images, readable, progress=progress, thumbnails=thumbnails)
@@ -117,7 +125,10 @@ def find(
     for row, words in _odd_captions(source, set(rows.tolist()) - unusable.keys()).items():
         odd[row] = f"{odd[row]}; {words}" if row in odd else words
     groups = _groups(source, rows, first, sizes, unusable)
-    return Findings(source, sizes, has_captions, unusable, dict(sorted(odd.items())), groups)
+    dropped = {row for group in groups for row in group.rows if row != group.kept}
+    single = [row for row in rows.tolist() if row not in dropped]
+    parts = find_parts(source, single, flip=flip, progress=progress) if local_features else []
+    return Findings(source, sizes, has_captions, unusable, dict(sorted(odd.items())), groups, parts)
 
 
 def _flat(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:

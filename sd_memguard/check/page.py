@@ -54,6 +54,7 @@ def page(findings: Findings, headline: str) -> str:
             *_advice(findings),
             *_table("Samples that cannot be used", findings, findings.unusable),
             *_duplicates(findings),
+            *_parts(findings),
             *_table("Odd images and captions", findings, findings.odd),
             *_captions(findings),
             "</body></html>\n",
@@ -70,6 +71,8 @@ def _advice(findings: Findings) -> Iterator[str]:
         "one of each group: <code>--write_filtered keep.jsonl</code> lists what is left. Near-duplicates may be "
         "different images; look at them below. The training of sd-memguard counts each group as one image without "
         "that.": findings.groups,
+        "Images that share a part repeat that part: a crop of an image, or an image within another. Keep the one that "
+        "you want to train on.": findings.parts,
         "Odd images and captions are trained on, but seldom as meant: small ones are enlarged, long ones cropped, "
         "a caption that says little lets the model guess.": findings.odd,
     }
@@ -100,6 +103,17 @@ def _duplicates(findings: Findings) -> Iterator[str]:
         yield from (_figure(findings, row, row == group.kept) for row in shown)
         yield _more(len(group.rows) - most) + "</div>"
     yield _more(len(findings.groups) - MAX_GROUPS)
+
+
+def _parts(findings: Findings) -> Iterator[str]:
+    if not findings.parts:
+        return
+    yield f"<h2>Images that share a part ({len(findings.parts):,} pairs)</h2>"
+    for part in findings.parts[:MAX_GROUPS]:
+        yield f'<div class="group"><h3>{part.num_matches:,} local features match</h3>'
+        yield from (_figure(findings, row, is_kept=False) for row in part.rows)
+        yield "</div>"
+    yield _more(len(findings.parts) - MAX_GROUPS)
 
 
 def _figure(findings: Findings, row: int, is_kept: bool) -> str:

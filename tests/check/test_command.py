@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from sd_memguard.check import parts
 from sd_memguard.check.command import main
 from sd_memguard.errors import UserError
+from tests.core.test_local_features import scene
 
 
 def smooth(seed, size=(96, 96)):
@@ -117,3 +119,26 @@ def test_the_command_gives_scripts_a_status(tmp_path):
     assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "  2 times: a.png, b.png")
     done = subprocess.run([sys.executable, "-m", "sd_memguard", "check", str(tmp_path / "c")], capture_output=True)
     assert done.returncode == 2
+
+
+def test_images_that_share_a_part_are_named_where_asked_for(tmp_path):
+    pytest.importorskip("cv2")
+    place = tmp_path / "images"
+    place.mkdir()
+    for seed in range(4):
+        scene(seed).save(place / f"{seed}.png")
+    scene(1).crop((60, 60, 220, 190)).save(place / "part.png")
+    status, report = check(place)
+    assert (status, report["shared_parts"]) == (0, [])
+    status, report = check(place, "--local_features")
+    assert status == 1
+    assert [one["files"] for one in report["shared_parts"]] == [["1.png", "part.png"]]
+    assert "1 pairs" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_too_many_images_for_local_features_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "MAX_IMAGES", 1)
+    for seed in range(2):
+        smooth(seed).save(tmp_path / f"{seed}.png")
+    with pytest.raises(UserError, match="at most 1 images, got 2"):
+        main([str(tmp_path), "--local_features"])

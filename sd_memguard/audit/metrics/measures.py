@@ -12,6 +12,7 @@ from sd_memguard.audit.features.cache import Store
 from sd_memguard.audit.metrics.background import Gallery, Matched, PixelRatios
 from sd_memguard.audit.metrics.evidence import Excess, above_others
 from sd_memguard.audit.metrics.flow_signals import flow_losses, flow_text_signal
+from sd_memguard.audit.metrics.shared_parts import SharedParts
 from sd_memguard.audit.metrics.signals import LOSS_TIMESTEPS, denoising_losses, text_signal
 from sd_memguard.audit.metrics.similarity import COPY_THRESHOLD
 from sd_memguard.audit.metrics.statistics import (
@@ -69,6 +70,7 @@ class Compared(NamedTuple):
         is_own_nearest: Whether, by pixels, that is nearer than any other training image, (N,) bool; None where unknown.
         ratios: In pixels.
         distance: Smallest distance after registration, (N,); None where nothing is verified.
+        num_matches: Most matches of local features with a training image, (N,); None where they are not looked for.
     """
 
     nearest: Matched
@@ -78,13 +80,27 @@ class Compared(NamedTuple):
     is_own_nearest: Tensor | None
     ratios: PixelRatios
     distance: Tensor | None
+    num_matches: Tensor | None = None
 
     def is_l2_copy(self) -> Tensor:
         """Whether each generated image is a copy by Carlini's rule in pixels, (N,) bool."""
         return self.ratios.l2 < COPY_THRESHOLD
 
 
-def compare(generated: GeneratedSet, gallery: Gallery, threshold: float, copy_distance: float | None) -> Compared:
+class PartRule(NamedTuple):
+    """Finds copied parts, and from how many matches on an image is a copy."""
+
+    parts: SharedParts
+    num_matches: int
+
+
+def compare(
+    generated: GeneratedSet,
+    gallery: Gallery,
+    threshold: float,
+    copy_distance: float | None,
+    part_rule: PartRule | None = None,
+) -> Compared:
     """Return how the generated images compare with the training images.
 
     Args:
@@ -92,6 +108,7 @@ def compare(generated: GeneratedSet, gallery: Gallery, threshold: float, copy_di
         gallery: The training images.
         threshold: Similarity of a copy where nothing is verified.
         copy_distance: Distance after registration up to which an image is a copy; None: by similarity alone.
+        part_rule: By which an image with a copied part is a copy, too; None: parts are not looked for.
     """
     images, own, own_rows = generated.images, generated.own, generated.own_rows
     nearest, ratios = gallery.match(images), gallery.pixel_ratios(images)
@@ -113,13 +130,26 @@ def compare(generated: GeneratedSet, gallery: Gallery, threshold: float, copy_di
     source = Matched(
         torch.where(is_copy, verified.similarity, nearest.similarity), torch.where(is_copy, verified.row, nearest.row)
     )
+    shared = None
+    if part_rule is not None:
+        shared = part_rule.parts.find(images)
+        is_part = ~is_copy & (shared.num_matches >= part_rule.num_matches)
+        similarity = gallery.similarity_to(images, gallery.train, shared.row.tolist())
+        source = Matched(
+            torch.where(is_part, similarity, source.similarity), torch.where(is_part, shared.row, source.row)
+        )
+        if own is gallery.train and is_own_copy is not None:
+            is_own_copy |= part_rule.parts.with_own(images, own, own_rows) >= part_rule.num_matches
+            is_copy = is_copy | is_own_copy
+        is_copy = is_copy | is_part
     if is_own_copy is not None and own_similarity is not None:
         # The caption's own image counts first, where several of the set are one image.
         rows = torch.tensor(gallery.first_rows(own_rows))
         source = Matched(
             torch.where(is_own_copy, own_similarity, source.similarity), torch.where(is_own_copy, rows, source.row)
         )
-    return Compared(source, is_copy, own_similarity, is_own_copy, is_own_nearest, ratios, verified.distance)
+    matches = None if shared is None else shared.num_matches
+    return Compared(source, is_copy, own_similarity, is_own_copy, is_own_nearest, ratios, verified.distance, matches)
 
 
 def copy_figures(generated: GeneratedSet, compared: Compared, seed: int) -> dict[str, CopyFigures]:

@@ -58,6 +58,7 @@ def pair_table(
         "l2_ratio": compared.ratios.l2.tolist(),
         "mq_ratio": compared.ratios.squared.tolist(),
         "distance": unknown if compared.distance is None else compared.distance.tolist(),
+        "num_matches": unknown if compared.num_matches is None else compared.num_matches.tolist(),
         "is_copy": compared.is_copy.tolist(),
         "is_l2_copy": compared.is_l2_copy().tolist(),
         **_histories(nearest, train, samples),
