@@ -1,10 +1,11 @@
 """Guards at inference on the demo's two models: replication, caption accuracy and time of each, alone and together.
 
     sd-memguard demo --output_dir runs/demo
-    python -m benchmarks.inference_guards --demo runs/demo --output_dir runs/inference
+    python -m benchmarks.inference_guards --output_dir runs/inference
 
 generates the demo's prompts with every variant, all from the same noise. What is done is kept in ``results.json``, and
-another run goes on from there; ``--variants`` takes guards as Python expressions, e.g. ``"StaticTransition(0.6)"``.
+another run goes on from there; ``--variants`` takes guards as Python expressions, e.g. ``"StaticTransition(0.6)"``,
+and ``--models`` other models that were trained on the demo's images.
 """
 
 import argparse
@@ -15,21 +16,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
 
 from sd_memguard import inference
-from sd_memguard.assets import demo_data_path, demo_heldout_path
+from sd_memguard.assets import BUNDLED, demo_data_path, demo_heldout_path
+from sd_memguard.audit.arguments import parse_arguments
+from sd_memguard.audit.command import measure_background
+from sd_memguard.audit.features.cache import Store
 from sd_memguard.audit.generate import generate_images, load_pipeline
 from sd_memguard.audit.images import as_rows, load_images
+from sd_memguard.audit.inputs import open_inputs
 from sd_memguard.audit.metrics.attributes import AttributeClassifier, attribute_figures, train_classifier
+from sd_memguard.audit.metrics.background import Gallery
 from sd_memguard.audit.metrics.similarity import find_copies
 from sd_memguard.core.seeding import derive_seed
 
 SIZE, NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 64, 20, 2.5
-MODELS = ("plain", "guarded")
+MODELS = ("plain=runs/demo/plain", "guarded=runs/demo/guarded")
 HELDOUT = "heldout"
 NUM_HELDOUT = 64
 NUM_IMAGES = {"duplicated": 2, "unique": 1, HELDOUT: 1}
@@ -75,34 +80,40 @@ class Known(NamedTuple):
 def main() -> None:
     """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="folder of a finished demo")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--variants", nargs="*", default=VARIANTS, help="guards, as Python expressions; '': none")
-    parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="*", default=MODELS, metavar="NAME=DIR")
     arguments = parser.parse_args()
+    models = {name: Path(place) for name, _, place in (one.partition("=") for one in arguments.models)}
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    prompts = read_prompts(arguments.demo / "audit")
+    prompts = choose_prompts(arguments.output_dir)
     file = arguments.output_dir / "results.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     known: Known | None = None
-    for model in arguments.models:
+    for model, folder in models.items():
         for variant in arguments.variants:
             key = f"{model}: {variant}"
             if key not in results:
                 known = known or read_known()
                 sheet = arguments.output_dir / f"{model}-{len(results)}.png"
-                results[key] = {"sheet": sheet.name, **measure(arguments.demo / model, variant, prompts, known, sheet)}
+                results[key] = {"sheet": sheet.name, **measure(folder, variant, prompts, known, sheet)}
                 file.write_text(json.dumps(results, indent=1))
-    print(table(results, arguments.models, arguments.variants))
+    print(table(results, list(models), arguments.variants))
 
 
-def read_prompts(audit: Path) -> list[Prompt]:
-    """Return the prompts of the demo's audit, and the first held-out captions."""
-    rows = pq.read_table(audit / "pairs.parquet", columns=["kind", "caption", "own_file"]).to_pylist()
+def choose_prompts(output_dir: Path) -> list[Prompt]:
+    """Return the prompts of training images that the demo's audit chooses, and the first held-out captions."""
+    flags = ["--model", BUNDLED, "--train_data_dir", BUNDLED, "--reference_data_dir", BUNDLED]
+    settings = parse_arguments([*flags, "--output_dir", str(output_dir / "audit")])
+    device, store = torch.device("cpu"), Store(output_dir / "cache")
+    inputs = open_inputs(settings, store, device)
+    gallery = Gallery(inputs.train, inputs.extractor, store, device, settings.batch_size)
+    chosen = measure_background(settings, inputs, gallery).chosen
+    kinds = {"duplicated": chosen.duplicated, "unique": chosen.unique}
     prompts = [
-        Prompt(row["kind"], row["caption"], demo_data_path() / row["own_file"])
+        Prompt(kind, inputs.train.captions[row], demo_data_path() / inputs.train.files[row])
+        for kind, rows in kinds.items()
         for row in rows
-        if row["kind"] in NUM_IMAGES and row["kind"] != HELDOUT
     ]
     heldout = demo_heldout_path()
     lines = (heldout / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_HELDOUT]
