@@ -234,7 +234,8 @@ def measure_background(settings: AuditSettings, inputs: Inputs, gallery: Gallery
                 "near-duplicate; raise `--copy_threshold`, or generate images and give the images as `--images`"
             )
     prompts = choose_heldout(settings, inputs, reference, threshold.similarity) if settings.models else []
-    return Background(positions, others, reference, threshold, copy_distance, part_rule, *shares, chosen, prompts)
+    found = copy_distance, part_rule, shares[0], shares[1]
+    return Background(positions, others, reference, threshold, *found, chosen, prompts)
 
 
 def _verified_background(
@@ -253,18 +254,16 @@ def _verified_background(
     part_rule = None
     if settings.local_features:
         parts = SharedParts(gallery)
-        matches = [
-            parts.find_own(positions).num_matches,
-            None if inputs.reference is None else parts.find(inputs.reference).num_matches,
-        ]
-        counted = matches[0] if matches[1] is None else matches[1]
+        own = parts.find_own(positions).num_matches
+        of_heldout = None if inputs.reference is None else parts.find(inputs.reference).num_matches
+        counted = own if of_heldout is None else of_heldout
         # What is one image with a training image shares all of it.
         limit = choose_num_matches(counted[background >= SAME], rate)
         part_rule = PartRule(parts, limit.num_matches)
         decision = decision._replace(rule=f"{decision.rule}, {limit.rule}")
         copies = [
             None if one is None or other is None else one | (other >= limit.num_matches)
-            for one, other in zip(copies, matches, strict=True)
+            for one, other in zip(copies, (own, of_heldout), strict=True)
         ]
     return decision, part_rule, [float("nan") if one is None else one.float().mean().item() for one in copies]
 

@@ -24,7 +24,7 @@ from sd_memguard.errors import UserError
 
 MAX_SIDE = 512
 """Pixels of the longer edge of an image when it is described."""
-NUM_POINTS, NUM_VOTERS = 300, 100
+NUM_POINTS, NUM_VOTERS = 500, 100
 """Key points that are kept of an image, and those of them that vote."""
 NUM_CANDIDATES = 5
 """Images that an image is matched with."""
@@ -120,7 +120,7 @@ def unpack(row: Tensor) -> LocalFeatures:
     """
     points = row.view(NUM_POINTS, _POINT_BYTES)
     points = points[(points[:, :_DIMENSIONS] != 0).any(1)]
-    places = np.ascontiguousarray(points[:, _DIMENSIONS:].numpy()).view("<u2").astype(np.float32) / 8
+    places = np.ascontiguousarray(points[:, _DIMENSIONS:].numpy()).view("<u2").astype(np.float32) / np.float32(8)
     return LocalFeatures(places, _vectors(points[:, :_DIMENSIONS]))
 
 
@@ -132,7 +132,7 @@ def _vectors(descriptors: Tensor) -> Tensor:
 def find_shared(queries: Tensor, gallery: Sequence[Tensor], *, own: Tensor | None = None) -> SharedPart:
     """Return for each image the image of the gallery that it shares the largest part with.
 
-    The search is exact: an image is compared with all others, some 8 million multiplications each.
+    The search is exact: an image is compared with all others, some 6 million multiplications each.
 
     Args:
         queries: (Q, V, ROW_BYTES) uint8, V views of each image: as it is, and flipped where flipped parts count.
