@@ -9,7 +9,8 @@
 # Fine-tunes Stable Diffusion 1.5 under the guard on two machines with four GPUs each, in this repository's folder:
 #   sbatch examples/slurm.sh IMAGES OUTPUT [more flags]
 # Not run on a cluster as part of this project's checks. Its torchrun command was run on one machine, as two nodes of one
-# process each on a CPU, with the SIGUSR1 that SLURM sends.
+# process each on a CPU, with the SIGUSR1 that SLURM sends. It needs a torch whose torchrun has --signals_to_handle: that of
+# torch 2.6 has not; leave the line and --signal out there, and the run goes on from its last checkpoint.
 #
 # Eight shards, one for each GPU, which meet at round ends only. OUTPUT must lie on a disk that both machines see.
 # 15 minutes before the time is up SLURM sends SIGUSR1: every process finishes its step, all save one checkpoint and end.

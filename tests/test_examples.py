@@ -91,7 +91,10 @@ def test_scripts_give_flags_that_parse(script, memguard):
 def test_scripts_for_several_processes_divide_the_shards(script, processes):
     text = (EXAMPLES / script).read_text(encoding="utf-8")
     torchrun = re.sub(r"\$\w+", "4", re.search(r"torchrun (.*) sd_memguard/train", text.replace("\\\n", " "))[1])
-    launched = torch_launcher().parse_args([*shlex.split(torchrun), "script"])
+    launcher = torch_launcher()
+    if "--signals_to_handle" in torchrun and "--signals-to-handle" not in launcher.format_help():
+        pytest.skip("this torchrun forwards no further signals")
+    launched = launcher.parse_args([*shlex.split(torchrun), "script"])
     started = int(launched.nproc_per_node) * (1 if launched.standalone else 2)
     assert started == processes
     assert parse_train_args(arguments_of(script, TRAINING)).guard.num_shards % processes == 0

@@ -180,7 +180,7 @@ def test_the_second_text_encoder_counts_in_a_shared_cache(make_source, sdxl_pipe
     other = Path(shutil.copytree(sdxl_pipeline, tmp_path / "other"))
     models = load_models(other, first.config)
     with torch.no_grad():
-        models.text.encoders["text_encoder_2"].text_projection.weight += 1
+        models.text.encoders["text_encoder_2"].text_projection.weight *= 2
     models.text.encoders["text_encoder_2"].save_pretrained(other / "text_encoder_2")
     changed = make_source(pretrained_model_name_or_path=str(other), **shared)
     ((_, before),), ((_, after),) = first.batches([REFS]), changed.batches([REFS])
