@@ -48,7 +48,9 @@ def make_image(sources: list[Image.Image], rng: random.Random) -> Image.Image:
 def make_folder(folder: Path, count: int) -> dict[str, str]:
     """Fill a folder, and return of each planted copy the original."""
     rng, sources = random.Random(SEED), read_distinct(demo_data_path())
-    names, copies, lines = [], {}, []
+    names: list[str] = []
+    lines: list[str] = []
+    copies: dict[str, str] = {}
     for number in range(count):
         name = f"{number // PER_FOLDER:04}/{number:07}.png"
         file = folder / name

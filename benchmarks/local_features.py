@@ -55,8 +55,8 @@ def parse_args() -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_data_dir", type=Path, required=True, help="folder of photographs, all distinct")
-    parser.add_argument("--num_background", type=int, default=200, help="photographs kept out of the gallery")
-    parser.add_argument("--num_copies", type=int, default=40, help="planted copies of each kind")
+    parser.add_argument("--num_background", type=int, default=150, help="photographs kept out of the gallery")
+    parser.add_argument("--num_copies", type=int, default=30, help="planted copies of each kind")
     parser.add_argument("--side", type=int, default=384, help="longer edge of gallery and copies, in pixels")
     parser.add_argument("--methods", nargs="+", default=["registration", "local features"])
     parser.add_argument("--extractor", default="bundled", help="that proposes candidates to registration")
@@ -80,7 +80,8 @@ def enlarged(image: Photo, like: Photo) -> Photo:
 
 def pasted(part: Photo, onto: Photo, share: float, rng: random.Random) -> Photo:
     """Return another image with the part in it, at this share of its edges, anywhere."""
-    part = ImageOps.contain(part, [round(edge * share) for edge in onto.size], Image.Resampling.BICUBIC)
+    size = round(onto.width * share), round(onto.height * share)
+    part = ImageOps.contain(part, size, Image.Resampling.BICUBIC)
     onto = onto.copy()
     onto.paste(part, (rng.randint(0, onto.width - part.width), rng.randint(0, onto.height - part.height)))
     return onto
@@ -212,7 +213,7 @@ class OrbMatching:
         return max((float(num_matches(query, self.gallery[row])), row) for row in candidates)
 
 
-METHODS = {"local features": LocalMatching, "ORB": OrbMatching}
+METHODS: dict[str, type[LocalMatching | OrbMatching]] = {"local features": LocalMatching, "ORB": OrbMatching}
 
 
 def threshold(scores: Sequence[float]) -> float:

@@ -17,7 +17,8 @@ MAX_IMAGES = 5000
 """Every image is compared with every other."""
 
 NUM_MATCHES = 20
-"""Two images share a part from so many matches on; measured, see docs/audit.md."""
+"""Two images share a part from so many matches on: of the photographs of docs/audit.md that nobody copied, the two most
+alike, of one tower, had 15."""
 
 
 class SharedImages(NamedTuple):
