@@ -35,6 +35,7 @@ FOREIGN |= {"denoiser", "train_text_encoder", "fused_backward_pass", "min_snr_ga
 FOREIGN |= {"loss_type", "weighting_scheme", "cache_latents", "train_text_encoder_ti", "use_lpl"}
 FOREIGN |= {"datasets", "variants", "duplicates", "seeds", "points", "results"}  # of benchmarks.memorization
 FOREIGN |= {"extractors", "models"}  # of benchmarks.verification and inference_guards
+FOREIGN |= {"latent_size", "seconds"}  # of benchmarks.gate and gpu_acceptance
 FOREIGN |= {"base_channels", "profile", "size", "upstream_script", "turns", "device", "shards", "clock"}
 FOREIGN |= {"demo", "most", "window", "check", "list", "diffusers_examples", "no-deps", "find-links", "no-index"}
 FOREIGN |= {"refused"}  # of benchmarks.upstream_scripts
