@@ -9,8 +9,11 @@ from sd_memguard.errors import LoopError
 from sd_memguard.plugin.trainable import Adapter
 from sd_memguard.sample_guard import SampleGuard
 
-ORDERS_ITSELF = ("bucket_manager", "shuffle_buckets", "set_current_epoch", "image_train_items", "data_loader")
-"""Attributes of datasets that form batches of their own or change their order (sd-scripts, EveryDream2)."""
+ORDERS_ITSELF = (
+    *("bucket_manager", "shuffle_buckets", "set_current_epoch", "image_train_items", "data_loader"),
+    "is_regularisation_data",  # SimpleTuner's, which is asked for whole batches
+)
+"""Attributes of datasets that form their own batches or change their order (sd-scripts, EveryDream2, SimpleTuner)."""
 
 
 def why_unnumbered(dataloader: Any) -> str | None:

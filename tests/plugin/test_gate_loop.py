@@ -323,6 +323,10 @@ class Reshuffling(Vectors):
         pass
 
 
+class WholeBatches(Vectors):
+    is_regularisation_data = False
+
+
 class Factors(nn.Module):
     """An adapter whose factors are not peft's."""
 
@@ -338,6 +342,8 @@ def test_what_is_refused():
     loop = Loop()
     with pytest.raises(LoopError, match=r"Reshuffling, with `set_current_epoch`"):
         make_guard().attach(loop.network, loop.optimizer, DataLoader(Reshuffling(), batch_size=2), total_steps=TOTAL)
+    with pytest.raises(LoopError, match=r"WholeBatches, with `is_regularisation_data`"):
+        make_guard().attach(loop.network, loop.optimizer, DataLoader(WholeBatches()), total_steps=TOTAL)
     with pytest.raises(LoopError, match="made with `num_samples`, and without the dataloader"):
         make_guard(num_shards=1).attach(loop.network, loop.optimizer)
     with pytest.raises(LoopError, match="without a dataloader there is nothing to split"):
