@@ -115,9 +115,7 @@ CHANGES: dict[str, Change] = {
     "50% of the area, flip, hue, JPEG 60": lambda image, _, rng: several(image, rng),
     "pasted at half the edge into another": lambda image, other, rng: pasted(image, other, 0.5, rng),
     "pasted at 3/10 of the edge": lambda image, other, rng: pasted(image, other, 0.3, rng),
-    "25% of the area pasted at half the edge": lambda image, other, rng: pasted(
-        cut(image, 0.25, rng), other, 0.5, rng
-    ),
+    "25% of the area pasted at half the edge": lambda image, other, rng: pasted(cut(image, 0.25, rng), other, 0.5, rng),
 }
 
 

@@ -398,9 +398,7 @@ def _measure(
     chance: dict[Kind, torch.Tensor] = {}
     tables = []
     for generated in sets:
-        compared = compare(
-            generated, setup.gallery, background.threshold.similarity, distance, background.part_rule
-        )
+        compared = compare(generated, setup.gallery, background.threshold.similarity, distance, background.part_rule)
         figures = copy_figures(generated, compared, seed)
         found = (
             setup.attributes
