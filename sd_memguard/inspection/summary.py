@@ -57,19 +57,29 @@ def _resolution(config: Mapping[str, Any]) -> str:
 
 
 def _settings(run: RunFolder, width: int) -> list[str]:
-    """Return what was trained on what, a line for each part."""
+    """Return what was trained on what, a line for each part; of a script only what its flags say."""
     config = run.config
     get = config.get
-    batch = (get("train_batch_size") or 1) * (get("gradient_accumulation_steps") or 1)
-    num_samples = f"{run.samples.num_rows:,} images" if run.samples is not None else "images"
+    batch = (get("train_batch_size") or 0) * (get("gradient_accumulation_steps") or 1)
+    source = get("dataset_name") or get("train_data_dir")
+    data = [_name(source)] if source else []
+    data.append(f"{run.samples.num_rows:,} images" if run.samples is not None else "images")
     sizes = [shard["size"] for shard in run.rounds[-1]["shards"]] if run.rounds else []
     kind = {"dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}.get(str(get("adapter")), "LoRA")
-    lora = f"{kind} adapters of rank {get('rank')}" if get("proxy") == "lora" else "all UNet weights"
+    rank = f" of rank {get('rank')}" if get("rank") else ""
+    trained = [f"{kind} adapters{rank}" if get("proxy") == "lora" else "all UNet weights"]
+    if get("learning_rate") is not None:
+        trained.append(f"learning rate {get('learning_rate')} ({get('lr_scheduler')})")
+    trained.append(f"seed {get('seed')}")
     rows = [
         ("model", _name(get("pretrained_model_name_or_path"))),
-        ("data", f"{_name(get('dataset_name') or get('train_data_dir'))}, {num_samples} at {_resolution(config)} px"),
-        ("trained", f"{lora}, learning rate {get('learning_rate')} ({get('lr_scheduler')}), seed {get('seed')}"),
-        ("budget", f"{config['max_train_steps']:,} steps of {batch} images over all shards, {_rounds_planned(run)}"),
+        ("data", ", ".join(data) + (f" at {_resolution(config)} px" if get("resolution") else "")),
+        ("trained", ", ".join(trained)),
+        (
+            "budget",
+            f"{config['max_train_steps']:,} steps{f' of {batch} images' if batch else ''} over all shards, "
+            f"{_rounds_planned(run)}",
+        ),
         ("guard", describe_guard(run)),
     ]
     if run.num_shards > 1:
@@ -105,7 +115,8 @@ def describe_guard(run: RunFolder) -> str:
     if share := get("random_affine"):
         parts.append(f"shows images translated, rotated and scaled by up to {share:.1%}")
     bank = f"; memory bank {get('bank_mode')}, decay {get('bank_decay')}" if is_agc(run) else ""
-    return f"preset {get('preset')}: {', '.join(parts)}{bank}"
+    preset = f"preset {get('preset')}: " if get("preset") else ""
+    return f"{preset}{', '.join(parts)}{bank}"
 
 
 def is_agc(run: RunFolder) -> bool:

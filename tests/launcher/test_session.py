@@ -15,6 +15,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from sd_memguard.errors import ConfigError, LoopError
+from sd_memguard.inspection.command import main as inspect
 from sd_memguard.launcher.arguments import parse_command
 from sd_memguard.launcher.scripts import ScriptError
 from sd_memguard.launcher.session import Session
@@ -203,6 +204,17 @@ def test_the_folder_of_the_guard_is_written(guarded, tmp_path):
     samples = pq.read_table(folder / "samples.parquet").to_pydict()
     assert sum(samples["seen"]) == STEPS * 4
     assert samples["sample_id"] == list(range(16))
+
+
+def test_inspect_tells_of_a_run_of_the_launcher_what_is_so(guarded, tmp_path, capsys):
+    guarded(GUARD, "--lora")
+    capsys.readouterr()
+
+    assert not inspect([str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    assert "How it ended" in shown
+    assert f"{STEPS} steps over all shards" in shown  # the script has no flag of its batch size
+    assert not [wrong for wrong in ("interrupted", "all UNet weights", "under way", "None") if wrong in shown]
 
 
 def test_uploads_leave_the_folder_of_the_guard_out(guarded, tmp_path, monkeypatch):
