@@ -113,7 +113,8 @@ def write_images(run: RunFolder, folder: Path | None, settings: InspectSettings)
 
 def _where_they_were(run: RunFolder) -> str:
     dataset = run.config.get("dataset_name")
-    where = f"which are in the dataset {dataset}" if dataset else f"not found in {run.config.get('train_data_dir')}"
+    folder = run.config.get("train_data_dir") or "any folder that the run knows"
+    where = f"which are in the dataset {dataset}" if dataset else f"not found in {folder}"
     return f"{where}; `--train_data_dir DIR` names the folder that holds them"
 
 
