@@ -185,7 +185,7 @@ class Session:
 
     # A script with accelerate.
 
-    def _put_guard_in(self, accelerator: Any, objects: tuple[Any, ...], call: Callable[..., Any]) -> tuple[Any, ...]:
+    def _put_guard_in(self, accelerator: Any, objects: tuple[Any, ...], call: Callable[..., Any]) -> Any:
         optimizer, dataloader, schedule = (
             next((part for part in objects if isinstance(part, kind)), None)
             for kind in (Optimizer, DataLoader, LRScheduler)
@@ -213,7 +213,7 @@ class Session:
         plan.notices[:0] = notices
         guard.attachment, prepared = prepare(guard, accelerator, loop, objects, plan=plan, call=call)
         self._begin(guard, denoiser, plain_optimizer(optimizer), dataloader if guard.has_ids else None, steps)
-        return tuple(prepared)
+        return prepared[0] if len(prepared) == 1 else tuple(prepared)  # as accelerate does
 
     def _make_guard(self, dataloader: Any) -> tuple[MemorizationGuard, list[str]]:
         """Return the guard for a script's dataloader, and what it cannot do there.

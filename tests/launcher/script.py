@@ -26,6 +26,7 @@ def parse_args():
     parser.add_argument("--prior", choices=["first", "last"], default=None)
     parser.add_argument("--use_ema", action="store_true")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--one_by_one", action="store_true")
     parser.add_argument("--own_loss", action="store_true")
     parser.add_argument("--cache_latents", action="store_true")
     parser.add_argument("--loss_type", default="l2")
@@ -86,9 +87,13 @@ def main():
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * steps_per_epoch
     lr_scheduler = get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=args.max_train_steps)
-    unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
-        unet, optimizer, train_dataloader, lr_scheduler
-    )
+    if args.one_by_one:
+        unet, optimizer = accelerator.prepare(unet), accelerator.prepare(optimizer)
+        train_dataloader, lr_scheduler = accelerator.prepare(train_dataloader), accelerator.prepare(lr_scheduler)
+    else:
+        unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
+            unet, optimizer, train_dataloader, lr_scheduler
+        )
     global_step = first_epoch = 0
     if args.resume_from_checkpoint:
         accelerator.load_state(args.resume_from_checkpoint)

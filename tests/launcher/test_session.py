@@ -128,6 +128,17 @@ def test_one_shard_keeps_the_script_as_it_is(plain, guarded, tmp_path):
     assert set(ledger.seen.tolist()) == {3}  # three epochs
 
 
+def test_objects_that_are_prepared_one_by_one_are_guarded_without_numbers(plain, guarded, tmp_path):
+    plain("--one_by_one")
+    guarded(["--skip_threshold", "1e-9"], "--one_by_one")
+    assert weights(tmp_path / "run") == weights(tmp_path / "plain")
+
+    session = guarded(["--skip_threshold", "0.95"], "--one_by_one", output="skipping")
+    assert not session.guard.has_ids
+    assert session.guard.attachment.driver.losses_seen == STEPS
+    assert weights(tmp_path / "skipping") != weights(tmp_path / "plain")
+
+
 def test_latents_that_are_cached_by_step_leave_the_samples_unknown(guarded, tmp_path, caplog):
     script = tmp_path / "caching.py"
     script.write_text(SCRIPT.read_text() + "\n# latents_cache[step]\n")
