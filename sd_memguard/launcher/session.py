@@ -300,7 +300,8 @@ class Session:
             if dataloader is not None:
                 self.table = sample_table(dataloader.dataset, self.arguments, guard.groups)
         guard.attachment.ensemble.listeners.append(lambda row: self._write_records())
-        logger.info("%s", self._plan_text(steps))
+        with _logging_enabled():
+            logger.info("%s", self._plan_text(steps))
 
     def _record(self, denoiser: nn.Module, optimizer: Optimizer, steps: int | None) -> dict[str, Any]:
         """Return what ``memguard/config.json`` says of the run: the guard's settings, resolved, and the script."""
@@ -405,11 +406,12 @@ class Session:
         if self.records is not None:
             self.records.write_summary(summary)
         share = driver.samples_skipped / max(driver.samples_judged, 1)
-        logger.info(
-            "%d steps, %d batches judged, %d of %d samples skipped (%.0f%%), %d steps not taken since all were",
-            *(progress.global_step, driver.losses_seen, driver.samples_skipped, driver.samples_judged, 100 * share),
-            progress.empty_steps,
-        )
+        with _logging_enabled():
+            logger.info(
+                "%d steps, %d batches judged, %d of %d samples skipped (%.0f%%), %d steps not taken since all were",
+                *(progress.global_step, driver.losses_seen, driver.samples_skipped, driver.samples_judged, 100 * share),
+                progress.empty_steps,
+            )
 
 
 def _open_records(output_dir: Path) -> Any:
@@ -419,6 +421,17 @@ def _open_records(output_dir: Path) -> Any:
     from sd_memguard.runs.records import RunRecords
 
     return RunRecords(output_dir)
+
+
+@contextmanager
+def _logging_enabled() -> Iterator[None]:
+    """Log what says that the guard works also where a script has disabled logging altogether, as ai-toolkit does."""
+    level = logging.root.manager.disable
+    logging.disable(logging.NOTSET)
+    try:
+        yield
+    finally:
+        logging.disable(level)
 
 
 class _AboveBars(logging.Handler):

@@ -228,6 +228,17 @@ def test_inspect_tells_of_a_run_of_the_launcher_what_is_so(guarded, tmp_path, ca
     assert not [wrong for wrong in ("interrupted", "all UNet weights", "under way", "None") if wrong in shown]
 
 
+def test_what_was_done_is_said_where_the_script_disables_logging(guarded, caplog):
+    caplog.set_level("INFO")
+    logging.disable(logging.WARNING)
+    try:
+        guarded(GUARD)
+        assert logging.root.manager.disable == logging.WARNING
+    finally:
+        logging.disable(logging.NOTSET)
+    assert f"{STEPS} steps, {STEPS} batches judged" in caplog.text
+
+
 def test_uploads_leave_the_folder_of_the_guard_out(guarded, tmp_path, monkeypatch):
     uploads = []
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **settings: uploads.append(settings))
