@@ -229,10 +229,11 @@ def make_plan(config: TrainConfig, num_processes: int = 1, known: VerifiedImages
     heldout_folder = _unbundle(config.validation_data_dir, assets.demo_heldout_path())
     heldout = None
     if heldout_folder:
-        heldout = _load_images(config, heldout_folder, None, None, checked=None if known is None else known.heldout)
+        checked = None if known is None else known.heldout
+        heldout = _load_images(config, heldout_folder, checked=checked, setting="--validation_data_dir")
     missing_class_images = _missing_class_images(config)
     if config.with_prior_preservation and not missing_class_images and known is None:
-        load_class_images(config, seed)  # refuses bad ones
+        load_class_images(config)  # refuses bad ones
     pipeline = pipeline or find_pipeline(config)
     resolved, schedule = plan_rounds(config, samples, num_processes, recorded)
     refuse_schedule_free_shards(config, schedule.num_shards)
@@ -385,22 +386,15 @@ def _missing_class_images(config: TrainConfig) -> int:
     return missing
 
 
-def load_class_images(config: TrainConfig, seed: int) -> Samples:
+def load_class_images(config: TrainConfig) -> Samples:
     """Return the class images: all under ``--class_prompt`` where one is given, else under captions of their own.
 
     Raises:
         SampleError: they cannot be used.
     """
-    return load_samples(
-        train_data_dir=config.class_data_dir,
-        dataset_name=None,
-        dataset_config_name=None,
-        cache_dir=config.cache_dir,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-        max_train_samples=None,
-        seed=seed,
-        on_bad_sample=config.on_bad_sample,
+    return _load_images(
+        replace(config, masked_loss=False),  # they count whole
+        config.class_data_dir,
         setting="--class_data_dir",
         caption=config.class_prompt,
     )
@@ -413,11 +407,13 @@ def _unbundle(folder: str | None, bundled: Path) -> str | None:
 def _load_images(
     config: TrainConfig,
     folder: str | None,
-    dataset: str | None,
-    limit: int | None,
+    dataset: str | None = None,
+    limit: int | None = None,
     *,
     find_duplicates: bool = False,
     checked: Checked | None = None,
+    setting: str = "--train_data_dir",
+    caption: str | None = None,
 ) -> Samples:
     """Return the samples; bad ones are all listed in a file of the run folder, which a message has no room for.
 
@@ -441,6 +437,8 @@ def _load_images(
             checked=checked,
             cache=_check_cache(config, find_duplicates) if checked is None else None,
             masked=config.masked_loss,
+            setting=setting,
+            caption=caption,
         )
     except SampleError as error:
         if not error.bad or config.dry_run:

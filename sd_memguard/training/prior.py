@@ -45,15 +45,17 @@ def generate_class_images(plan: Plan, accelerator: Accelerator) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     logger.info("generating %d class images of %r into %s", number, config.class_prompt, folder)
     unet, vae = load_unet(pipeline, config).to(accelerator.device), load_vae(pipeline, config)
-    first = config.num_class_images - number
+    # Whichever are missing: an image that is there is never written over.
+    places = range(config.num_class_images)
+    free = [place for place in places if not (folder / f"class-{place:05d}.png").exists()][:number]
     images = generate_prompts(
         *(pipeline, unet, vae, [config.class_prompt] * number, accelerator, plan.seed, config.variant),
         purpose="class_image",
-        first=first,
+        numbers=free,
         side=config.resolutions[-1],
     )
-    for position, image in enumerate(tqdm(images, "class images", number, leave=False), start=first):
-        image.save(folder / f"class-{position:05d}.png")
+    for place, image in zip(free, tqdm(images, "class images", number, leave=False), strict=True):
+        image.save(folder / f"class-{place:05d}.png")
 
 
 class ClassImages:

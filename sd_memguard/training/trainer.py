@@ -182,7 +182,7 @@ class Trainer:
         num_timesteps = models.noise_scheduler.config.num_train_timesteps
         self.class_images = None
         if plan.config.with_prior_preservation:
-            samples = load_class_images(config, plan.seed)
+            samples = load_class_images(config)
             self.class_images = ClassImages(samples, encoders, config, plan.seed, num_timesteps, self.ranks)
         self.noise_sampler = NoiseSampler(
             plan.seed,

@@ -1,7 +1,7 @@
 """The model while it trains: its loss on training and on held-out images, and images that it generates."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def generate_prompts(
     variant: str | None,
     *,
     purpose: str = "validation_generated_image",
-    first: int = 0,
+    numbers: Iterable[int] | None = None,
     side: int | None = None,
 ) -> Iterator[Image]:
     """Yield one generated image for each prompt with the present UNet, 20 steps at the pipeline's own guidance.
@@ -108,7 +108,7 @@ def generate_prompts(
         seed: of the run.
         variant: of the files of the pipeline.
         purpose: with the number of an image this gives its seed.
-        first: number of the first image.
+        numbers: of the images; 0, 1, 2 ... by default.
         side: of the square images in pixels; the model's own by default.
     """
     was_training = unet.training
@@ -118,7 +118,7 @@ def generate_prompts(
         folder, unet=unet, vae=vae, use_safetensors=True, variant=variant, **kind.loading
     ).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
-    for number, prompt in enumerate(prompts, start=first):
+    for number, prompt in zip(range(len(prompts)) if numbers is None else numbers, prompts, strict=True):
         generator = torch.Generator().manual_seed(derive_seed(seed, purpose, number))
         with accelerator.autocast():
             latents = pipeline(

@@ -134,9 +134,11 @@ def test_missing_class_images_are_generated_once(run, prior, tmp_path, capsys):
     assert sorted(made) == ["class-00000.png", "class-00001.png", "class-00002.png"]
     assert {Image.open(folder / name).size for name in made} == {(32, 32)}
     assert len(set(made.values())) == 3
-    (folder / "class-00002.png").unlink()  # as if it had been interrupted
+    (folder / "class-00001.png").unlink()  # one in the middle: those beside it stay as they are
+    untouched = (folder / "class-00002.png").stat().st_mtime_ns
     run("second", **prior, max_train_steps=3)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == made
+    assert (folder / "class-00002.png").stat().st_mtime_ns == untouched
 
 
 def test_what_cannot_be_had_is_refused(run, configure, prior, tmp_path):
