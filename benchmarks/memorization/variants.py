@@ -27,6 +27,16 @@ OFF = {
 AGC = {"skip_threshold": 0.8, "sample_rule": "agc"}
 ANCHORED = {"skip_threshold": 0.8, "sample_rule": "anchored"}
 BALANCE = {"group_duplicates": "balance"}
+PLAIN = FULL | {"memguard": "off"}
+TAGS = {"shuffle_caption": True, "caption_tag_dropout_rate": 0.3}
+"""Captions change each time they are seen, as in https://arxiv.org/abs/2305.20086, for captions made of tags."""
+GAP = {
+    "timestep_bias_strategy": "range",
+    "timestep_bias_begin": 300,
+    "timestep_bias_end": 700,
+    "timestep_bias_multiplier": 0.1,
+}
+"""The middle of the schedule is trained a tenth as often, after https://arxiv.org/abs/2602.17846."""
 
 
 class Variant(NamedTuple):
@@ -38,7 +48,11 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "base": Variant("the base model", {}),
-    "plain": Variant("plain", FULL | {"memguard": "off"}),
+    "plain": Variant("plain", PLAIN),
+    "weight_decay": Variant("plain, weight decay 1 (else .01)", PLAIN | {"adam_weight_decay": 1.0}),
+    "low_lr": Variant("plain, learning rate 1e-4 (else 3e-4)", PLAIN | {"learning_rate": 1e-4}),
+    "tags": Variant("plain, tags shuffled, 30% of them left out", PLAIN | TAGS),
+    "gap": Variant("plain, timesteps 300 to 700 a tenth as often", PLAIN | GAP),
     "balance": Variant("near-duplicates balanced, nothing else", FULL | OFF | BALANCE),
     "agc": Variant("AGC at 0.8", FULL | OFF | AGC),
     "agc_balance": Variant("AGC at 0.8, near-duplicates balanced", FULL | OFF | AGC | BALANCE),
