@@ -386,6 +386,13 @@ class TrainConfig:
     early_stopping_patience: int = setting(
         0, "Validation", "stop after this many rounds without a lower held-out loss; 0: train to the end", NOT_NEGATIVE
     )
+    early_stopping_gap: float = setting(
+        0.0,
+        "Validation",
+        "stop, and keep an earlier round, when the loss of training images has fallen further than that of held-out "
+        "images by more than this share, e.g. 0.2; 0: train to the end",
+        BELOW_ONE,
+    )
 
     output_dir: str = setting(
         None,
@@ -552,11 +559,12 @@ def _check_together(config: TrainConfig) -> None:
             f"{config.lr_scheduler} and {config.lr_step_rules}; give both, e.g. "
             "`--lr_step_rules 1:1000,0.1`, or neither"
         )
-    if config.early_stopping_patience and not config.load_best_model_at_end:
-        raise ConfigError(
-            f"`--early_stopping_patience` {config.early_stopping_patience} must be given together with "
-            "`--load_best_model_at_end`, since the rounds after the best one are not worth keeping; add it"
-        )
+    for name in ("early_stopping_patience", "early_stopping_gap"):
+        if (value := getattr(config, name)) and not config.load_best_model_at_end:
+            raise ConfigError(
+                f"`--{name}` {value} must be given together with `--load_best_model_at_end`, since the rounds after "
+                "the best one are not worth keeping; add it"
+            )
     if config.with_prior_preservation != (config.class_data_dir is not None):
         raise ConfigError(
             "`--with_prior_preservation` and `--class_data_dir` must be given together, got "

@@ -196,6 +196,8 @@ def round_text(row: Mapping[str, Any], num_rounds: int) -> str:
             parts.append(f"{name.removesuffix('_fraction')} {value:{form}}")
     if "heldout_loss" in row:
         parts.append(f"validation loss: train {row['train_loss']:.4f}, held-out {row['heldout_loss']:.4f}")
+    if row.get("relative_gap") is not None:
+        parts.append(f"relative gap {row['relative_gap']:.0%}")
     if row["kind"] == "redistribute":
         parts.append(f"{sum(move['count'] for move in row['moves'])} samples moved")
     elif len(row["shards"]) > 1:

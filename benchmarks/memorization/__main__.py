@@ -128,11 +128,13 @@ def train_timed(config: TrainConfig) -> None:
 def describe(case: Case, step: int, checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return what made a result and what it cost."""
     progress = load_state(checkpoint / "memguard", "state")["ensemble"]["progress"]
+    recorded = json.loads((checkpoint.parent / "memguard" / "config.json").read_text(encoding="utf-8"))
     weights = (checkpoint / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     return {
         "case": case._asdict(),
         "step": step,
         "settings": COMMON | VARIANTS[case.variant].settings,
+        "resolved": {name: recorded[name] for name in ("num_shards", "sample_rule")},
         "command": f"python -m benchmarks.memorization --datasets {case.dataset} --duplicates {case.duplicates} "
         f"--variants {case.variant} --seeds {case.seed} --max_train_steps {options.max_train_steps} "
         f"--points {options.points} --work_dir runs/memorization",

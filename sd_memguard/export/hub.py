@@ -121,7 +121,7 @@ def model_card(
         "resolution": ", ".join(map(str, config.resolutions)) + (" (buckets)" if config.enable_bucket else ""),
     }
     if summary["kept_step"] != summary["global_step"]:
-        rows["kept model"] = f"that of step {summary['kept_step']}, by the lowest held-out loss of all rounds"
+        rows["kept model"] = f"that of step {summary['kept_step']}, by its held-out loss"
     if summary["heldout_loss"] is not None:
         rows["denoising loss, trained on / held out"] = f"{summary['train_loss']:.4f} / {summary['heldout_loss']:.4f}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -209,6 +209,8 @@ def _gap_lines(run: RunFolder) -> list[str]:
     gap = last["heldout_loss"] - last["train_loss"]
     text = f"  gap      {gap:+.4f}: loss {last['train_loss']:.4f} on images trained on, "
     text += f"{last['heldout_loss']:.4f} on held-out ones"
+    if last.get("relative_gap") is not None:
+        text += f", relative gap {last['relative_gap']:.0%}"
     if lowest is not last:
         kept = ", the model that is kept" if run.summary.get("kept_step") == lowest["global_step"] else ""
         text += f" (lowest after round {lowest['round']}: {lowest['heldout_loss']:.4f}{kept})"

@@ -39,6 +39,7 @@ FREE_TO_CHANGE = {
         "validation_epochs",
         "num_class_images",
         "early_stopping_patience",
+        "early_stopping_gap",
         "proxy_store",
         "local_rank",
         "export_formats",

@@ -135,6 +135,7 @@ def run_summary(
         "kept_step": kept.get("global_step"),
         "train_loss": kept.get("train_loss"),
         "heldout_loss": kept.get("heldout_loss"),
+        "relative_gap": kept.get("relative_gap"),
         "memory_prone": memory_prone_samples(table, guard),
     }
 

@@ -1,12 +1,15 @@
 """The model of the round with the lowest held-out loss: which it is, where it is kept, and when to stop.
 
+A round may be too late although its held-out loss is the lowest: the loss on training images has fallen so far below
+that on held-out ones that the model replicates them (docs/results.md measures how far that is).
+
 Which round it is follows from the rounds' rows, which checkpoints hold anyway; its weights are a file that is never
 written to again, so that checkpoints hold them by a hard link.
 """
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,46 @@ from sd_memguard.runs.trained_run import UNET
 
 Rounds = Sequence[dict[str, Any]]
 """Rows of ``rounds.jsonl``."""
+Losses = Mapping[str, float]
+"""Mean losses of the same images and noises, by ``train_loss`` and ``heldout_loss``."""
 
 
-def best_round(rounds: Rounds) -> dict[str, Any] | None:
-    """Return the row with the lowest held-out loss, the first of several, None where none is finite."""
+def relative_gap(losses: Losses, before: Losses) -> float:
+    """Return by which share the training loss has fallen further than the held-out loss since training began.
+
+    With r the quotient of both losses this is ``1 - r / r_before``. The images may differ in difficulty, which is why
+    the quotient is compared with that of the same images before.
+
+    Args:
+        losses: ``train_loss`` and ``heldout_loss`` now.
+        before: the same before training.
+
+    >>> before = {"train_loss": 0.12, "heldout_loss": 0.10}
+    >>> round(relative_gap({"train_loss": 0.06, "heldout_loss": 0.10}, before), 3)
+    0.5
+    """
+    if 0.0 in (losses["heldout_loss"], before["train_loss"], before["heldout_loss"]):
+        return math.nan
+    quotient, quotient_before = (one["train_loss"] / one["heldout_loss"] for one in (losses, before))
+    return 1 - quotient / quotient_before
+
+
+def best_round(rounds: Rounds, most_gap: float = 0.0) -> dict[str, Any] | None:
+    """Return the row with the lowest held-out loss, the first of several, None where none is finite.
+
+    Args:
+        rounds: what was measured.
+        most_gap: rows with a larger relative gap are left out, unless it is larger in all; 0: none is.
+    """
     measured = [row for row in rounds if math.isfinite(row.get("heldout_loss", math.nan))]
+    if most_gap:
+        measured = [row for row in measured if not is_gap_reached(row, most_gap)] or measured[:1]
     return min(measured, key=lambda row: row["heldout_loss"], default=None)
+
+
+def is_gap_reached(row: dict[str, Any], most_gap: float) -> bool:
+    """Say whether the relative gap of a round is larger than is wanted; never with 0."""
+    return 0 < most_gap < row.get("relative_gap", math.nan)
 
 
 def is_patience_over(rounds: Rounds, patience: int) -> bool:

@@ -531,8 +531,8 @@ def finished_summary(plan: Plan) -> dict[str, Any] | None:
         return None
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    patience = plan.config.early_stopping_patience
-    is_over = summary["stopped_early"] and patience == record["early_stopping_patience"]
+    conditions = ("early_stopping_patience", "early_stopping_gap")
+    is_over = summary["stopped_early"] and all(getattr(plan.config, name) == record[name] for name in conditions)
     if summary["global_step"] < plan.schedule.total_steps and not is_over:
         return None
     refuse_changes(record, {**plan.config.to_dict(), **plan.resolved}, plan.output_dir)

@@ -174,6 +174,8 @@ def _curves(row: dict[str, Any]) -> dict[str, float]:
     if "heldout_loss" in row:
         curves |= {"heldout_loss": row["heldout_loss"], "probe_train_loss": row["train_loss"]}
         curves["loss_gap"] = row["heldout_loss"] - row["train_loss"]
+    if "relative_gap" in row:
+        curves["relative_gap"] = row["relative_gap"]
     for shard in row["shards"]:
         values = {name: value for name, value in shard.items() if name != "shard" and value is not None}
         curves |= {f"shard_{shard['shard']}/{name}": value for name, value in values.items()}
@@ -220,11 +222,11 @@ def summary_text(summary: dict[str, Any], actions: Sequence[Action], output_dir:
         why = "whose image could no longer be read, or whose crop missed its mask"
         lines.append(f"samples {why}: {summary['unreadable_samples']}")
     if None not in (summary["train_loss"], summary["heldout_loss"]):
-        lines.append(
-            f"denoising loss: images trained on {summary['train_loss']:.4f}, held out {summary['heldout_loss']:.4f}"
-        )
+        gap = "" if summary["relative_gap"] is None else f", relative gap {summary['relative_gap']:.0%}"
+        losses = f"images trained on {summary['train_loss']:.4f}, held out {summary['heldout_loss']:.4f}"
+        lines.append(f"denoising loss: {losses}{gap}")
     if summary["kept_step"] not in (None, summary["global_step"]):
-        lines.append(f"kept: the model of step {summary['kept_step']}, whose held-out loss is the lowest of all rounds")
+        lines.append(f"kept: the model of step {summary['kept_step']}, by its held-out loss")
     if summary["memory_prone"]:
         columns = " or ".join(action.column for action in actions if action.memory_prone)
         lines.append(f"most memory-prone samples (share {columns} of the times seen):")

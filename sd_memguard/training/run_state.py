@@ -60,6 +60,7 @@ class RunState:
         self.best = best
         self.run_id = uuid.uuid4().hex  # under which trackers know the run
         self.last_saved_step = 0  # of the checkpoint written or gone on from last
+        self.losses_before: dict[str, float] = {}  # of the validation images before training, where it is measured
 
     @contextmanager
     def aggregate(self) -> Iterator[UNet2DConditionModel | None]:
@@ -120,6 +121,7 @@ class RunState:
                 "ensemble": self.ensemble.state_dict(),
                 "proxies": proxies,
                 "scalers": scalers,
+                "losses_before": self.losses_before,
             }
             save_state(state, private, "state")
             self.best.save_to(folder)
@@ -160,6 +162,7 @@ class RunState:
         if self.ranks.is_main:
             self.best.restore_from(folder)
         self.run_id, self.last_saved_step = state["run_id"], self.ensemble.progress.global_step
+        self.losses_before = state.get("losses_before", {})
         logger.info("going on from %s", folder)
         before, now = state["config"]["max_train_steps"], self.config.max_train_steps
         if before != now and "constant" not in self.config.lr_scheduler:

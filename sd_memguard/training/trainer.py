@@ -37,7 +37,7 @@ from sd_memguard.runs.lock import run_lock
 from sd_memguard.runs.records import RunRecords, run_summary
 from sd_memguard.runs.trained_run import TrainedRun
 from sd_memguard.sample_guard import AugmentBatch, SampleGuard
-from sd_memguard.training.best import BestModel, best_round, is_patience_over
+from sd_memguard.training.best import BestModel, best_round, is_gap_reached, is_patience_over, relative_gap
 from sd_memguard.training.build import (
     base_learning_rate,
     forward_dtype,
@@ -246,6 +246,8 @@ class Trainer:
         self.records.write_rounds(self.ensemble.rounds)
         silence_non_main(self.ranks.exchange, logging.WARNING)
         self.ranks.stop = stop
+        if not progress.global_step:
+            self.state.losses_before = self.validator.before_training(self.state, self.ranks, self.loss)
         self.rank_sync = RankSync(self.ranks, self.guard, progress, self.config.checkpointing_steps)
         while not (self.ensemble.is_finished or self.stops_early):
             for shard_index in self.ranks.shards:
@@ -256,8 +258,10 @@ class Trainer:
 
     @property
     def stops_early(self) -> bool:
-        """Whether more rounds than ``--early_stopping_patience`` allows have not lowered the held-out loss."""
-        return is_patience_over(self.ensemble.rounds, self.config.early_stopping_patience)
+        """Whether ``--early_stopping_patience`` or ``--early_stopping_gap`` ends the run."""
+        rounds, config = self.ensemble.rounds, self.config
+        is_reached = bool(rounds) and is_gap_reached(rounds[-1], config.early_stopping_gap)
+        return is_reached or is_patience_over(rounds, config.early_stopping_patience)
 
     def train_shard(self, shard_index: int, stop: StopRequest) -> None:
         """Train one proxy on its shard for what is left of its steps in this round."""
@@ -447,15 +451,24 @@ class Trainer:
     def end_round(self) -> None:
         """Average the proxies or move samples between shards, validate the aggregate, and record the round."""
         row = self.ensemble.end_round(lambda: self.validator.at_round_end(self.state, self.ranks, self.loss, self.log))
+        if self.state.losses_before:
+            row["relative_gap"] = relative_gap(row, self.state.losses_before)
         self.records.write_rounds(self.ensemble.rounds)
         self.records.write_samples(self.plan.sample_table, self.guard)
         self.records.write_curves(self.guard.rules)
-        if self.config.load_best_model_at_end and row is best_round(self.ensemble.rounds):
+        if self.config.load_best_model_at_end and row is self._best_round:
             with self.state.aggregate() as unet:
                 if unet is not None:
                     self.best.save(unet, self.state.save_adapter)
         if self.ranks.is_main:
             self.log.round(row)
+        limit = self.config.early_stopping_gap
+        if len(self.ensemble.rounds) == 1 and is_gap_reached(row, limit):
+            logger.warning(
+                "the relative gap is %.0f%% after the first round, above --early_stopping_gap %s: the model of that "
+                "round is kept, since there is none before; a smaller --steps_per_round looks earlier",
+                *(100 * row["relative_gap"], limit),
+            )
         self.rank_sync.begin_round()
 
     # Checkpoints.
@@ -532,10 +545,14 @@ class Trainer:
         return TrainResult(output_dir, progress.global_step, summary)
 
     @property
+    def _best_round(self) -> dict[str, Any] | None:
+        return best_round(self.ensemble.rounds, self.config.early_stopping_gap)
+
+    @property
     def _kept(self) -> dict[str, Any] | None:
         """The round whose model is the result: the best one if asked for, else the last."""
         rounds = self.ensemble.rounds
-        best = best_round(rounds) if self.config.load_best_model_at_end else None
+        best = self._best_round if self.config.load_best_model_at_end else None
         return best or (rounds[-1] if rounds else None)
 
     @property

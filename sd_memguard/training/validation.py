@@ -35,8 +35,9 @@ class MeanLoss(NamedTuple):
 class LossProbe:
     """The denoising loss on fixed images at fixed timesteps with fixed noise, so that only the model changes it.
 
-    Of each image (at most 128, chosen by the seed) four timesteps are taken, one from each quarter of the schedule. It
-    is measured in its bucket, with several resolutions at one of them.
+    Of each image (at most 128, chosen by the seed) four timesteps are taken, one from each quarter of the schedule, and
+    of fewer images as many more that there are about as many losses. An image is measured in its bucket, with several
+    resolutions at one of them.
 
     Args:
         source: makes the batches.
@@ -51,6 +52,7 @@ class LossProbe:
     ) -> None:
         ids = torch.from_numpy(source.samples.sample_ids) if sample_ids is None else sample_ids
         chosen = ids[permutation(seed, "probe", length=len(ids))[:MAX_IMAGES]].sort().values
+        self.num_parts = TIMESTEPS_PER_IMAGE * max(MAX_IMAGES // max(len(chosen), 1), 1)
         buckets = source.targets.buckets(chosen, 0)
         self.batches = [
             (chunk.tolist(), source.fixed(chunk.tolist(), bucket))
@@ -72,13 +74,14 @@ class LossProbe:
     def _losses(self, unet: nn.Module, loss: DenoisingLoss, ids: list[int], batch: Batch) -> Tensor:
         latents, condition, mask = batch
         total = torch.zeros(len(ids))
-        for part in range(TIMESTEPS_PER_IMAGE):
+        for part in range(self.num_parts):
             addresses: list[Address] = [(sample_id, part) for sample_id in ids]
-            place = (draw_uniform(self.seed, "probe_timestep", addresses) + part) / TIMESTEPS_PER_IMAGE
+            quarter = part % TIMESTEPS_PER_IMAGE
+            place = (draw_uniform(self.seed, "probe_timestep", addresses) + quarter) / TIMESTEPS_PER_IMAGE
             timesteps = (place * self.num_timesteps).long().to(latents.device)
             noise = draw_normal(self.seed, "probe_noise", addresses, latents.shape[1:]).to(latents.device)
             total += loss(unet, latents, condition, timesteps, noise, mask=mask, dream=False).cpu()
-        return total / TIMESTEPS_PER_IMAGE
+        return total / self.num_parts
 
 
 @torch.no_grad()
@@ -170,6 +173,15 @@ class RoundValidator:
         config = self.config
         repeated = [config.validation_prompt] * (config.num_validation_images or 0) if config.validation_prompt else []
         return [*self.plan.prompts, *repeated]
+
+    def before_training(self, state: RunState, ranks: Ranks, loss: DenoisingLoss) -> dict[str, float]:
+        """Return the probes' mean losses of the model as it is before the first step; all processes call it."""
+        if not self.plan.measures_heldout_loss:
+            return {}
+        with torch.compiler.set_stance("force_eager"):
+            measured = {name: probe.measure(state.unet, loss).mean for name, probe in self.probes.items()}
+        losses: dict[str, float] = ranks.exchange.broadcast_object(measured, "loss before training")
+        return losses
 
     def at_round_end(self, state: RunState, ranks: Ranks, loss: DenoisingLoss, log: RunLog) -> dict[str, MeanLoss]:
         """Return the probes' losses of the aggregate, and generate with it when that is due.

@@ -13,9 +13,12 @@ from sd_memguard.config import ConfigError
 from sd_memguard.export.hub import model_card
 from sd_memguard.inspection.command import main as inspect
 from sd_memguard.runs.checkpoint import list_checkpoints
-from sd_memguard.training.best import best_round, is_patience_over
+from sd_memguard.training.best import best_round, is_patience_over, relative_gap
+from sd_memguard.training.build import make_accelerator
 from sd_memguard.training.plan import held_back_ids, make_plan
 from sd_memguard.training.signals import Interrupted
+from sd_memguard.training.trainer import Trainer
+from sd_memguard.training.validation import MAX_IMAGES
 from tests.training.test_trainer import results, stop_at, weights
 
 ROUND = 2
@@ -49,6 +52,63 @@ def test_the_best_round_and_the_patience_are_those_of_a_slow_peer(seed):
         assert (best and best["round"]) == at
         for patience in range(4):
             assert is_patience_over(seen, patience) == (at is not None and 0 < patience <= number - at)
+
+
+def test_no_round_beyond_the_gap_is_the_best_unless_there_is_none_before():
+    seen = [
+        {"round": number, "heldout_loss": loss, "relative_gap": gap}
+        for number, (loss, gap) in enumerate([(0.3, 0.1), (0.2, 0.2), (0.1, 0.3)], start=1)
+    ]
+    assert [best_round(seen, most)["round"] for most in (0.0, 0.05, 0.1, 0.25, 0.9)] == [3, 1, 1, 2, 3]
+
+
+def test_the_relative_gap_says_how_much_further_the_training_loss_fell():
+    before = {"train_loss": 0.2, "heldout_loss": 0.1}  # harder images
+    for share in (0.0, 0.3, 0.9):
+        now = {"train_loss": 0.2 * 0.5 * (1 - share), "heldout_loss": 0.1 * 0.5}
+        assert relative_gap(now, before) == pytest.approx(share)
+    assert math.isnan(relative_gap({"train_loss": 0.2, "heldout_loss": 0.0}, before))
+
+
+def test_it_stops_at_the_first_round_beyond_the_gap_and_keeps_one_before(run, wide_images, monkeypatch, caplog):
+    monkeypatch.setattr("sd_memguard.training.trainer.relative_gap", lambda row, before: row["round"] / 10)
+    settings = {**ONE, "validation_data_dir": str(wide_images), "load_best_model_at_end": True}
+    settings |= {"checkpointing_steps": 3}
+    whole = run("whole", **settings)
+    stopped = run("stopped", **settings, early_stopping_gap=0.25)
+    assert rows(stopped.output_dir) == rows(whole.output_dir)[:3]
+    kept = min(rows(whole.output_dir)[:2], key=lambda row: row["heldout_loss"])
+    assert stopped.summary["stopped_early"]
+    assert (stopped.summary["kept_step"], stopped.summary["relative_gap"]) == (kept["global_step"], kept["round"] / 10)
+    again = run("stopped", **settings, early_stopping_gap=0.25, resume_from_checkpoint="latest")
+    assert again.global_step == stopped.global_step
+    longer = run("stopped", **settings, early_stopping_gap=0.9, resume_from_checkpoint="latest")
+    assert results(longer.output_dir) == results(whole.output_dir)
+    assert "a smaller --steps_per_round" not in caplog.text
+    first = run("first", **settings, early_stopping_gap=0.05)
+    assert first.global_step == first.summary["kept_step"] == ROUND
+    assert "a smaller --steps_per_round" in caplog.text
+
+
+def test_the_gap_of_a_resumed_run_counts_from_the_base_model(run, wide_images, monkeypatch):
+    settings = {**ONE, "validation_data_dir": str(wide_images), "checkpointing_steps": 1}
+    whole = run("whole", **settings)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)  # in the first round
+        with pytest.raises(Interrupted):
+            run("parts", **settings)
+    parts = run("parts", **settings, resume_from_checkpoint="latest")
+    gaps = [row["relative_gap"] for row in rows(parts.output_dir)]
+    assert gaps == [row["relative_gap"] for row in rows(whole.output_dir)]
+    assert all(map(math.isfinite, gaps))
+
+
+def test_few_images_are_measured_at_more_timesteps(configure, wide_images):
+    plan = make_plan(configure("plan", **ONE, validation_data_dir=str(wide_images)))
+    trainer = Trainer(plan, make_accelerator(plan.config))
+    for probe in trainer.validator.probes.values():
+        number = sum(len(ids) for ids, _ in probe.batches)
+        assert MAX_IMAGES // 2 < number * probe.num_parts // 4 <= MAX_IMAGES
 
 
 @pytest.mark.parametrize(
