@@ -43,6 +43,7 @@ COLUMNS = (
     "copies: duplicated, unique",
     "agreement beyond the prompt (chance): duplicated, unique",
     "held-out loss",
+    "gap",
     "prompt followed",
     "1000 KID",
     "precision, recall",
@@ -164,11 +165,18 @@ def row(variant: str, step: int, results: Sequence[Result]) -> list[object]:
         ", ".join(f"{share(results, kind, 'copies')[0]:.0%}" for kind in ("duplicated", "unique")),
         agreement_text(results),
         f"{_average(one['losses']['heldout']['mean'] for one in results):.4f}",
+        f"{_average(map(loss_gap, results)):.0%}",
         _share(attribute(results, "heldout", "caption_accuracy")),
         f"{_average(1000 * one['quality']['kid'] for one in results):.2f}",
         ", ".join(f"{_average(one['quality'][name] for one in results):.2f}" for name in ("precision", "recall")),
         f"{_average(forwards):,.0f}" if forwards else "-",
     ]
+
+
+def loss_gap(result: Result) -> float:
+    """Return by which share the loss on unique training images is below the held-out loss."""
+    losses = result["losses"]
+    return 1 - float(losses["unique"]["mean"]) / float(losses["heldout"]["mean"])
 
 
 def flags(result: Result, kind: str, name: str) -> Tensor:

@@ -59,7 +59,7 @@ def make_result(variant, seed, own, loss):
         "case": {"dataset": "emoji", "duplicates": "exact", "variant": variant, "seed": seed},
         "step": 900,
         "replication": {"duplicated": one, "unique": one, "heldout": one},
-        "losses": {"heldout": {"mean": loss, "by_image": [loss - 0.01, loss + 0.01]}},
+        "losses": {"heldout": {"mean": loss, "by_image": [loss - 0.01, loss + 0.01]}, "unique": {"mean": 0.75 * loss}},
         "quality": {"kid": 0.1, "precision": 0.5, "recall": 0.25},
         "image_forwards": 14400,
     }
@@ -85,7 +85,7 @@ def test_shares_are_means_over_prompts_and_seeds(groups):
 def test_the_table_has_a_row_for_each_variant(groups):
     lines = list(table(groups["emoji", "exact"]))
     assert lines[2].startswith("| plain | 900 | 2 | 75% (")
-    assert lines[2].endswith("| 0%, 0% | - | 0.0750 | - | 100.00 | 0.50, 0.25 | 14,400 |")
+    assert lines[2].endswith("| 0%, 0% | - | 0.0750 | 25% | - | 100.00 | 0.50, 0.25 | 14,400 |")
     assert lines[3].startswith("| **the default** | 900 | 1 |")
     assert lines[-1].startswith("For scale")
 

@@ -23,7 +23,7 @@ def curves(finished_run):
 def expected_curves(row: dict) -> dict:
     values = {name: row[name] for name in ("extra_steps", "empty_steps", "nonfinite_steps", "image_forwards")}
     values |= {"heldout_loss": row["heldout_loss"], "probe_train_loss": row["train_loss"]}
-    values |= {"loss_gap": row["heldout_loss"] - row["train_loss"]}
+    values |= {"loss_gap": row["heldout_loss"] - row["train_loss"], "relative_gap": row["relative_gap"]}
     values |= {"moved_samples": sum(move["count"] for move in row["moves"])}
     for shard in row["shards"]:
         values |= {f"shard_{shard['shard']}/{name}": value for name, value in shard.items() if name != "shard"}
