@@ -7,8 +7,12 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-LIBRARIES = ("accelerate", "datasets", "diffusers", "peft", "torch", "torchvision.transforms", "transformers")
+LIBRARIES = (
+    *("accelerate", "datasets", "diffusers", "peft", "torch", "torch._dynamo"),
+    *("torch.utils.tensorboard", "torchvision.transforms", "transformers"),
+)
 
 
 def load_libraries() -> None:
@@ -17,6 +21,15 @@ def load_libraries() -> None:
     os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
     for name in LIBRARIES:
         __import__(name)
+    import diffusers
+
+    original = diffusers.DiffusionPipeline.to
+
+    def to(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stay on the CPU where a script names the GPU whatever its device, as CogView4's does."""
+        return pipeline if args == ("cuda",) else original(pipeline, *args, **kwargs)
+
+    diffusers.DiffusionPipeline.to = to
 
 
 def run_script(script: Path | str, flags: Sequence[str], guard: Sequence[str] | None = None) -> tuple[int, str]:

@@ -203,7 +203,7 @@ def _sd3_wide(folder: Path) -> None:
     _sd3(folder, joint_dim=4096, pooled_dim=2048)
 
 
-def _flux(folder: Path, cls: type = diffusers.FluxPipeline) -> None:
+def _flux(folder: Path, cls: type = diffusers.FluxPipeline, *, joint_dim: int = 32, pooled_dim: int = 32) -> None:
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -211,8 +211,8 @@ def _flux(folder: Path, cls: type = diffusers.FluxPipeline) -> None:
         num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
+        joint_attention_dim=joint_dim,
+        pooled_projection_dim=pooled_dim,
         axes_dims_rope=[4, 4, 8],
     )
     cls(
@@ -224,6 +224,11 @@ def _flux(folder: Path, cls: type = diffusers.FluxPipeline) -> None:
         tokenizer=_clip_tokenizer(),
         tokenizer_2=_t5_tokenizer(folder / "tokenizer_2"),
     ).save_pretrained(folder)
+
+
+def _flux_wide(folder: Path) -> None:
+    """Write Flux for embeddings of the widths of the real one."""
+    _flux(folder, joint_dim=4096, pooled_dim=768)
 
 
 def _kontext(folder: Path) -> None:
@@ -262,7 +267,7 @@ def _flux2_klein(folder: Path) -> None:
         transformer=_flux2_transformer(guidance_embeds=False),
         vae=_flux2_vae(),
         scheduler=_flow(),
-        text_encoder=transformers.Qwen3ForCausalLM(_qwen3_config(16, num_layers=27)),
+        text_encoder=transformers.Qwen3ForCausalLM(_qwen3_config(16, num_layers=30)),
         tokenizer=_qwen_tokenizer(folder / "tokenizer"),
     ).save_pretrained(folder)
 
@@ -765,6 +770,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "sd3": _sd3,
     "sd3_wide": _sd3_wide,
     "flux": _flux,
+    "flux_wide": _flux_wide,
     "kontext": _kontext,
     "flux2_klein": _flux2_klein,
     "z_image": _z_image,

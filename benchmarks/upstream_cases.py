@@ -85,6 +85,7 @@ CASES = [
     Case(f"{RESEARCH}/realfill/train_realfill.py", "inpaint", "realfill"),
     Case(f"{RESEARCH}/gligen/train_gligen_text.py", "masterful/gligen-1-4-generation-text-box", "boxes", guard=ONE),
     Case(f"{RESEARCH}/sd3_lora_colab/train_dreambooth_lora_sd3_miniature.py", "sd3_wide", "embeddings"),
+    Case(f"{RESEARCH}/flux_lora_quantization/train_dreambooth_lora_flux_miniature.py", "flux_wide", "flux_embeddings"),
     Case(f"{IP_ADAPTER}_ip-adapter.py", "sd", "image_prompts", EPOCHS, ONE),
     Case(f"{IP_ADAPTER}_plus.py", "sd", "image_prompts", EPOCHS, ONE),
     Case(f"{IP_ADAPTER}_sdxl.py", "sdxl", "image_prompts", EPOCHS, ONE),
@@ -178,6 +179,10 @@ FLAGS_OF_DATA: Mapping[str, Callable[[Path], dict[str, Any]]] = {
         "instance_prompt": "an image of sks emoji",
         "data_df_path": work / "embeddings.parquet",
     },
+    "flux_embeddings": lambda work: {
+        "quantized_model_path": work / "flux_wide",  # not quantized: that needs a GPU
+        "data_df_path": work / "flux_embeddings.parquet",
+    },
     "masks": lambda work: {"instance_data_dir": [work / "masks"]},
     "realfill": lambda work: {"train_data_dir": work / "realfill"},
     "boxes": lambda work: {"data_path": work / "boxes.pt", "image_path": work / "images"},
@@ -245,12 +250,28 @@ def _make_tables(work: Path, names: list[str], captions: list[str]) -> None:
         datasets.Dataset.from_dict(masked).to_parquet(work / "masks" / f"{split}.parquet")
     rng = np.random.default_rng(0)
     files = sorted((work / "instance").iterdir())
-    embeddings = {
-        "image_hash": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
-        "prompt_embeds": [rng.standard_normal(154 * 4096).astype("float32") for _ in files],
-        "pooled_prompt_embeds": [rng.standard_normal(2048).astype("float32") for _ in files],
-    }
-    datasets.Dataset.from_dict(embeddings).to_parquet(work / "embeddings.parquet")
+    shutil.copytree(work / "instance", work / "Norod78" / "Yarn-art-style")  # the dataset that Flux' script has
+
+    def embed(width: int) -> list[Any]:
+        return [rng.standard_normal(width).astype("float32") for _ in files]
+
+    for name, hashes, embeddings in (
+        (
+            "embeddings",
+            [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+            {"prompt_embeds": embed(154 * 4096), "pooled_prompt_embeds": embed(2048)},
+        ),
+        (
+            "flux_embeddings",
+            [hashlib.sha256(Image.open(file).tobytes()).hexdigest() for file in files],
+            {
+                "prompt_embeds": embed(77 * 4096),
+                "pooled_prompt_embeds": embed(768),
+                "text_ids": [[0.0] * 231] * len(files),
+            },
+        ),
+    ):
+        datasets.Dataset.from_dict({"image_hash": hashes, **embeddings}).to_parquet(work / f"{name}.parquet")
 
 
 def _make_boxes(work: Path, names: list[str], captions: list[str]) -> None:

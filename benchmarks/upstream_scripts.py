@@ -26,7 +26,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.script_runs import load_libraries, run_script
-from benchmarks.tiny_pipelines import make
 from benchmarks.upstream_cases import CASES, HALF, Case, command_of, make_data
 
 NEUTRAL = ["--memguard", "off"]
@@ -133,10 +132,12 @@ def main() -> None:
     examples = arguments.examples.resolve()
     os.chdir(work)
     load_libraries()
+    from benchmarks.tiny_pipelines import make  # not before: the libraries read at import that they are offline
+
     if not (work / "images").exists():
         make_data(work)
     print("| script | off against plain | guarded | files | resumed = uninterrupted |")
-    print("|---|---|---|---|---|")
+    print("|---|---|---|---|---|", flush=True)
     for case in CASES:
         if arguments.only is None or any(case.script.endswith(name) for name in arguments.only):
             for name in (case.pipeline, *(["image_encoder"] if case.data == "image_prompts" else [])):

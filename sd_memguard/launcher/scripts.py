@@ -27,6 +27,19 @@ REFUSED_SOURCES: Mapping[str, str] = {
         "taken for well known ones"
     ),
     r"\bdisc(riminator|_optimizer|r_optimizer)\b|\boptimizer_D\b": "it trains against a discriminator",
+    r"\bUVit2DModel\b": (
+        "it trains a model of image tokens by cross entropy (aMUSEd): there is no noise, and no squared error of it"
+    ),
+    r"\bDataCollatorForLanguageModeling\b": "it trains a language model; there is no denoiser",
+    r"^\s*model = Autoencoder\w+\(": "it trains an autoencoder; there is no denoiser",
+    r"\bneural_compressor\b": (
+        "it trains the text encoder, and the denoiser stays as it is; or it quantizes and distils the denoiser by a "
+        "library of its own"
+    ),
+    r"\bCosmos2_5_\w*Pipeline\b": (
+        "its denoiser is given a timestep for each frame, and frames that are given are left out of its loss, so that "
+        "videos with more of them would be taken for well known ones"
+    ),
     r"accelerator\.prepare\(\s*(\w*controlnet\w*|\w*t2i_?adapter\w*|text_encoder\w*),\s*(text_encoder\w*,\s*)?optim": (
         "it trains a ControlNet, a T2I-Adapter or the text encoder alone, and the denoiser stays as it is: the guard "
         "keeps a denoiser from memorizing images, by its own weights or a LoRA of it"
