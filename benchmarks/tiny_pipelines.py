@@ -15,6 +15,7 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace
+from tokenizers.processors import TemplateProcessing
 
 from sd_memguard import assets
 
@@ -650,6 +651,9 @@ def _cogview4(folder: Path) -> None:
         time_embed_dim=8,
         condition_dim=4,
     )
+    tokenizer = _t5_tokenizer(folder / "tokenizer", "PreTrainedTokenizerFast")
+    # GLM's, too, begins with a token of its own, so that an empty prompt has one
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
     text = transformers.GlmConfig(
         hidden_size=32,
         intermediate_size=8,
@@ -667,7 +671,7 @@ def _cogview4(folder: Path) -> None:
             NUM_TIMESTEPS, base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
         ),
         text_encoder=transformers.GlmModel(text),
-        tokenizer=_t5_tokenizer(folder / "tokenizer", "PreTrainedTokenizerFast"),
+        tokenizer=tokenizer,
     ).save_pretrained(folder)
 
 

@@ -88,6 +88,7 @@ CASES = [
     Case(f"{RESEARCH}/flux_lora_quantization/train_dreambooth_lora_flux_miniature.py", "flux_wide", "flux_embeddings"),
     Case(f"{IP_ADAPTER}_ip-adapter.py", "sd", "image_prompts", EPOCHS, ONE),
     Case(f"{IP_ADAPTER}_plus.py", "sd", "image_prompts", EPOCHS, ONE),
+    Case(f"{IP_ADAPTER}_faceid.py", "sd", "image_prompts", EPOCHS, ONE),
     Case(f"{IP_ADAPTER}_sdxl.py", "sdxl", "image_prompts", EPOCHS, ONE),
     Case(f"{HUBER}/dreambooth/train_dreambooth.py", "sd", "prior", SQUARED),
     Case(f"{HUBER}/dreambooth/train_dreambooth_lora.py", "sd", "instance", SQUARED),
@@ -217,7 +218,10 @@ def make_data(work: Path) -> None:
     captions = [row["text"] for row in rows]
     texts = [json.dumps({"file_name": name, "text": text}) for name, text in zip(names, captions, strict=True)]
     (work / "images" / "metadata.jsonl").write_text("\n".join(texts), encoding="utf-8")
-    prompts = [{"image_file": name, "text": text} for name, text in zip(names, captions, strict=True)]
+    face = str(work / "face.pt")  # an embedding of a face, the same for all images
+    prompts = [
+        {"image_file": name, "text": text, "id_embed_file": face} for name, text in zip(names, captions, strict=True)
+    ]
     (work / "images.json").write_text(json.dumps(prompts), encoding="utf-8")
     _make_tables(work, names, captions)
     _make_boxes(work, names, captions)
@@ -240,6 +244,7 @@ def _make_tables(work: Path, names: list[str], captions: list[str]) -> None:
     """Write pairs of images, images with masks, and the embeddings of captions by the hash of their image."""
     import datasets
     import numpy as np
+    import torch
     from PIL import Image
 
     images = [Image.open(work / "images" / name).convert("RGB").resize((64, 64)) for name in names]
@@ -272,6 +277,7 @@ def _make_tables(work: Path, names: list[str], captions: list[str]) -> None:
         ),
     ):
         datasets.Dataset.from_dict({"image_hash": hashes, **embeddings}).to_parquet(work / f"{name}.parquet")
+    torch.save(rng.standard_normal(512).astype("float32"), work / "face.pt")
 
 
 def _make_boxes(work: Path, names: list[str], captions: list[str]) -> None:

@@ -50,6 +50,7 @@ from sd_memguard.plugin.attach import Attachment, Loop, LoopOptions, plan_loop, 
 from sd_memguard.plugin.backends import AccelerateBackend, PlainBackend, plain_optimizer
 from sd_memguard.plugin.checkpoint import FOLDER
 from sd_memguard.plugin.checks import why_unnumbered
+from sd_memguard.plugin.loop_driver import LoopDriver
 from sd_memguard.proxies.lora import LoraProxies
 
 logger = logging.getLogger(__name__)
@@ -402,16 +403,25 @@ class Session:
             "empty_steps": progress.empty_steps,
             "samples_judged": driver.samples_judged,
             "samples_skipped": driver.samples_skipped,
+            "samples_to_augment": driver.samples_to_augment,
         }
         if self.records is not None:
             self.records.write_summary(summary)
-        share = driver.samples_skipped / max(driver.samples_judged, 1)
         with _logging_enabled():
-            logger.info(
-                "%d steps, %d batches judged, %d of %d samples skipped (%.0f%%), %d steps not taken since all were",
-                *(progress.global_step, driver.losses_seen, driver.samples_skipped, driver.samples_judged, 100 * share),
-                progress.empty_steps,
-            )
+            logger.info("%s", _closing_text(driver))
+
+
+def _closing_text(driver: LoopDriver) -> str:
+    """Return what was done, counted; copies are trained without being judged."""
+    progress, share = driver.ensemble.progress, driver.samples_skipped / max(driver.samples_judged, 1)
+    parts = [
+        f"{progress.global_step} steps",
+        f"{driver.losses_seen - driver.copies_seen} batches judged",
+        f"{driver.samples_skipped} of {driver.samples_judged} samples skipped ({share:.0%})",
+    ]
+    if driver.samples_to_augment:
+        parts.append(f"{driver.samples_to_augment} to augment, {driver.copies_seen} batches of copies")
+    return ", ".join([*parts, f"{progress.empty_steps} steps not taken since no sample of theirs was kept"])
 
 
 def _open_records(output_dir: Path) -> Any:

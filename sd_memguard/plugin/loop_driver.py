@@ -61,7 +61,9 @@ class LoopDriver:
 
     Attributes:
         gate: on the loop's denoiser, None where there can be none or the loop weighs its losses.
-        samples_judged: in this process, of which ``samples_skipped`` were skipped.
+        samples_judged: in this process; ``samples_skipped`` of them were skipped, and ``samples_to_augment`` wait or
+            have waited for an augmented copy.
+        losses_seen: batches whose losses were seen; ``copies_seen`` of them were augmented copies, and not judged.
         refs: the samples of the batch under way; none for copies, nor where the loop keeps its order.
     """
 
@@ -81,10 +83,10 @@ class LoopDriver:
         self.window = Window()
         self.refs: list[SampleRef] = []
         self.restore: Callable[[], None] | None = None
-        self.batches_seen = self.losses_seen = self.num_restores = self.epoch_position = 0
+        self.batches_seen = self.losses_seen = self.copies_seen = self.num_restores = self.epoch_position = 0
         self.stepped = True
         self._unrecorded: list[Verdict] = []
-        self.samples_judged = self.samples_skipped = 0
+        self.samples_judged = self.samples_skipped = self.samples_to_augment = 0
         self._skips_checked = False
         self._loop_rates: list[float] = []
         self._just_restored = False
@@ -189,6 +191,7 @@ class LoopDriver:
         if not self.has_loader:
             self.window.batches += 1
         if self.window.augmented:  # copies say nothing of how well a sample itself is known
+            self.copies_seen += 1
             verdict = self.guard.pass_through(losses, weights)
         else:
             verdict = self.guard.judge(losses, timesteps, sample_ids, weights)
@@ -214,6 +217,7 @@ class LoopDriver:
         self.losses_seen += 1
         self.ensemble.progress.image_forwards += len(losses)
         if batch.tag == AUGMENTED:
+            self.copies_seen += 1
             return torch.ones_like(losses)
         verdict = self.guard.judge(losses, bins, batch.sample_ids, wait=False)
         self._unrecorded.append(verdict)
@@ -309,6 +313,7 @@ class LoopDriver:
             self.ensemble.record(verdict)
             self.samples_judged += len(verdict.losses)
             self.samples_skipped += verdict.num_skipped
+            self.samples_to_augment += verdict.num_augmented
         if not self._skips_checked and self.samples_judged >= FIRST_SAMPLES:
             self._skips_checked = True
             share = self.samples_skipped / self.samples_judged

@@ -239,6 +239,38 @@ def test_what_was_done_is_said_where_the_script_disables_logging(guarded, caplog
     assert f"{STEPS} steps, {STEPS} batches judged" in caplog.text
 
 
+def test_samples_that_wait_for_a_copy_are_not_counted_as_skipped(guarded, tmp_path, caplog):
+    caplog.set_level("INFO")
+    script = tmp_path / "images.py"
+    source = SCRIPT.read_text()
+    for old, new in TRANSFORMED.items():
+        assert old in source
+        source = source.replace(old, new, 1)
+    script.write_text(source)
+    guard = [*GUARD, "--skip_threshold", "1e-9", "--augment_threshold", "1e9"]
+    driver = guarded(guard, script=script).guard.attachment.driver
+
+    summary = json.loads((tmp_path / "run" / "memguard" / "summary.json").read_text())
+    judged = STEPS - driver.copies_seen
+    assert summary["samples_judged"] == judged * 4 < STEPS * 4
+    assert summary["samples_skipped"] == 0 < summary["samples_to_augment"] < summary["samples_judged"]
+    assert f"{STEPS} steps, {judged} batches judged, 0 of {judged * 4} samples skipped (0%), " in caplog.text
+    assert f"{summary['samples_to_augment']} to augment, {driver.copies_seen} batches of copies, " in caplog.text
+    assert f"{summary['empty_steps']} steps not taken since no sample of theirs was kept" in caplog.text
+
+
+TRANSFORMED = {
+    "class Latents": "from torchvision import transforms\n\n\nclass Latents",
+    "    def __len__": "        self.transform = transforms.Compose([transforms.ToTensor()])\n\n    def __len__",
+    '        return {"latents": self.latents[index],': (
+        "        image = transforms.functional.to_pil_image(self.latents[index, :3])\n"
+        "        pixels = self.transform(image)\n"
+        '        return {"latents": torch.cat([pixels, pixels[:1]]),'
+    ),
+}
+"""What gives the script's dataset images with a transform of its own, which can be augmented."""
+
+
 def test_uploads_leave_the_folder_of_the_guard_out(guarded, tmp_path, monkeypatch):
     uploads = []
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **settings: uploads.append(settings))
