@@ -719,6 +719,11 @@ def _inpaint(folder: Path) -> None:
     _sd_of(folder, in_channels=9)
 
 
+def _pix2pix(folder: Path) -> None:
+    """Write a pipeline that edits images, whose UNet has eight channels."""
+    _sd_of(folder, in_channels=8)
+
+
 def _gligen(folder: Path) -> None:
     _sd_of(folder, attention_type="gated")
 
@@ -793,6 +798,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "cogvideo": _cogvideo,
     "cogvideo_image": _cogvideo_image,
     "inpaint": _inpaint,
+    "pix2pix": _pix2pix,
     "masterful/gligen-1-4-generation-text-box": _gligen,  # the name that its script has
     "image_encoder": _image_encoder,
 }

@@ -29,7 +29,7 @@ LONGER = ["--max_sequence_length", "128"]
 SINGLE = ["--train_batch_size", "1"]
 SQUARED = ["--loss_type", "l2"]
 # of a script that resizes images to 512 px, whatever its flags
-LARGE = ["--train_batch_size", "2", "--max_train_steps", "10", "--checkpointing_steps", "5"]
+LARGE = ["--resolution", "512", "--train_batch_size", "2", "--max_train_steps", "10", "--checkpointing_steps", "5"]
 LARGE += ["--checkpointing_from", "1"]
 EPOCHS = ["--num_train_epochs", "2", "--save_steps", "10"]
 VIDEO = ["--height", "64", "--width", "64", "--max_num_frames", "5", *SINGLE]
@@ -77,8 +77,8 @@ CASES = [
     Case(f"{KANDINSKY}_lora_prior.py", "kandinsky", "images"),
     Case(f"{RESEARCH}/lora/train_text_to_image_lora.py", "sd", "images"),
     Case(f"{RESEARCH}/lpl/train_sdxl_lpl.py", "sdxl", "images"),
-    Case(f"{RESEARCH}/instructpix2pix_lora/train_instruct_pix2pix_lora.py", "sd", "edits"),
-    Case(f"{SUBJECTS}/train_multi_subject_dreambooth.py", "sd", "subjects"),
+    Case(f"{RESEARCH}/instructpix2pix_lora/train_instruct_pix2pix_lora.py", "pix2pix", "edits"),
+    Case(f"{SUBJECTS}/train_multi_subject_dreambooth.py", "sd", "subjects", guard=ONE),
     Case(f"{SUBJECTS}_inpainting/train_multi_subject_dreambooth_inpainting.py", "inpaint", "masks", LARGE),
     Case(f"{RESEARCH}/dreambooth_inpaint/train_dreambooth_inpaint.py", "inpaint", "prior"),
     Case(f"{RESEARCH}/dreambooth_inpaint/train_dreambooth_inpaint_lora.py", "inpaint", "prior"),

@@ -39,6 +39,11 @@ def why_unnumbered(dataloader: Any) -> str | None:
             f"the dataset ({type(dataset).__name__}, with `{found}`) puts its samples in another order of its own, so "
             "that a number is another image in each epoch; attach the guard without a dataloader"
         )
+    if any(isinstance(paths, list) for paths in getattr(dataset, "instance_images_path", None) or ()):
+        return (
+            f"each item of the dataset ({type(dataset).__name__}) is an image of every subject, so that a number is "
+            "several images; attach the guard without a dataloader"
+        )
     return None
 
 

@@ -354,9 +354,14 @@ class Stream(IterableDataset):
         return iter(Vectors())
 
 
+class Subjects(Vectors):
+    instance_images_path = (["a.png"], ["b.png"])
+
+
 BAD_LOADERS = {
     "no-loader": (lambda: [1, 2], r"must be a torch\.utils\.data\.DataLoader"),
     "stream": (lambda: DataLoader(Stream(), batch_size=4), "is a stream"),
+    "subjects": (lambda: DataLoader(Subjects(), batch_size=4), "is an image of every subject"),
     "other-size": (lambda: DataLoader(Vectors(9), batch_size=4), "num_samples=22`, and the dataset has 9"),
     "buckets": (
         lambda: DataLoader(Vectors(), batch_sampler=type("Buckets", (BatchSampler,), {})(range(22), 4, False)),
