@@ -85,8 +85,9 @@ def row_of(case: Case, examples: Path, work: Path) -> str:
         status, text = run_script(script, flags, guard)
         (work / f"{stem}-{way}.log").write_text(text, encoding="utf-8")
         if status:
-            last = [line for line in text.splitlines() if line.strip()][-1]
-            return f"| {cells[0]} | {way} ends with status {status}: {last[:300]} |"
+            lines = [line for line in text.splitlines() if line.strip()]
+            errors = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): |error: ", line)]
+            return f"| {cells[0]} | {way} ends with status {status}: {(errors or lines or ['nothing'])[-1][:300]} |"
         if way == "guarded":
             closing = next(line.split("memguard: ")[1] for line in text.splitlines() if "batches judged" in line)
     weights = {way: weights_of(folder) for way, folder in folders.items()}
