@@ -389,8 +389,8 @@ class TrainConfig:
     early_stopping_gap: float = setting(
         0.0,
         "Validation",
-        "stop when the loss has fallen further on training images than on others by more than this share, e.g. 0.2, and "
-        "keep a round before; 0: train to the end",
+        "stop when the loss has fallen further on training images than on others by more than this share, e.g. 0.2, "
+        "and keep a round before; 0: train to the end",
         BELOW_ONE,
     )
 

@@ -73,6 +73,13 @@ class RunLog:
                 "lower --steps_per_round or --num_shards",
                 epochs,
             )
+        is_guarded_alone = plan.config.memguard == "on" and not plan.config.early_stopping_gap
+        if is_guarded_alone and schedule.num_shards == 1 and (seen := times_seen(plan)) > MANY_TIMES_SEEN:
+            logger.warning(
+                "each image is seen %.0f times: images that are seen so often are replicated although none is a "
+                "duplicate; --load_best_model_at_end --early_stopping_gap 0.2 stops before",
+                seen,
+            )
         self._started = time.monotonic()
         return self
 
@@ -184,6 +191,8 @@ def _curves(row: dict[str, Any]) -> dict[str, float]:
 
 MANY_EPOCHS = 10
 """Epochs of a proxy over its shard within a round from which a warning is due."""
+MANY_TIMES_SEEN = 50
+"""The same for an image in the whole run: docs/results.md has replication after 40 and 80 times."""
 
 
 def rounds_text(schedule: RoundSchedule) -> str:
@@ -200,6 +209,11 @@ def epochs_per_round(plan: Plan) -> float:
     """Return how many epochs a proxy takes over its shard in a round."""
     per_shard = plan.epoch_length / plan.schedule.num_shards
     return min(plan.schedule.steps_per_round, plan.schedule.shard_steps(0)) * plan.effective_batch_size / per_shard
+
+
+def times_seen(plan: Plan) -> float:
+    """Return how often the run sees each distinct image."""
+    return plan.schedule.total_steps * plan.effective_batch_size / plan.epoch_length
 
 
 def summary_text(summary: dict[str, Any], actions: Sequence[Action], output_dir: Path) -> str:

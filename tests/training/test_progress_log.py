@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -45,6 +46,24 @@ def test_every_step_is_on_the_curves_of_steps(finished_run, curves):
         assert list(curves[name]) == list(range(1, 25))
     share = sum(curves["skipped_fraction"].values()) / 24
     assert share == pytest.approx(finished_run.summary["skipped_fraction"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_warned"),
+    [
+        pytest.param({}, True, id="long"),
+        pytest.param({"max_train_steps": 2}, False, id="short"),
+        pytest.param({"memguard": "off"}, False, id="unguarded"),
+        pytest.param({"num_shards": 2, "max_train_steps": 6}, False, id="shards"),
+    ],
+)
+def test_a_run_that_sees_its_images_often_says_what_stops_before(run, caplog, monkeypatch, settings, is_warned):
+    monkeypatch.setattr("sd_memguard.training.progress_log.MANY_TIMES_SEEN", 1)
+    settings = {"num_shards": 1, "train_batch_size": 8, "max_train_steps": 4, "augment_threshold": 0.0} | settings
+    done = run("run", **settings)
+    num_images = pq.read_table(done.output_dir / "memguard/samples.parquet").num_rows
+    seen = f"each image is seen {done.global_step * 8 / num_images:.0f} times"
+    assert (seen in caplog.text) == ("each image is seen" in caplog.text) == is_warned
 
 
 def all_curves(folder) -> dict:
