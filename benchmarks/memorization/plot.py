@@ -29,6 +29,8 @@ def plot(groups: Groups, file: Path) -> None:
     figure, axes = pyplot.subplots(
         num_rows, NUM_COLUMNS, figsize=(5.2 * NUM_COLUMNS, 4.6 * num_rows), layout="constrained", squeeze=False
     )
+    drawn = {variant for points in groups.values() for variant, _ in points} - {"base"}
+    colors = {variant: f"C{number}" for number, variant in enumerate(one for one in VARIANTS if one in drawn)}
     for axis, (group, points) in zip(axes.flat, groups.items(), strict=False):
         shown: dict[str, list[list[Result]]] = defaultdict(list)
         for (variant, _), results in points.items():
@@ -38,7 +40,7 @@ def plot(groups: Groups, file: Path) -> None:
             for kind, marker in KINDS.items():
                 if kind == "unique" or group[1] in ("exact", "near"):
                     label = VARIANTS[variant].title.replace("`", "").replace("*", "") if kind == "unique" else None
-                    _draw(axis, steps, kind, marker, f"C{list(VARIANTS).index(variant)}", label)
+                    _draw(axis, steps, kind, marker, colors[variant], label)
         everyone = [one for steps in shown.values() for results in steps for one in results]
         axis.axhline(100 * share(everyone, "heldout", "own")[0], color="gray", linestyle=":", linewidth=1)
         axis.set(

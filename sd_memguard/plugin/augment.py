@@ -86,7 +86,12 @@ def find_augmenter(
     if not _is_huggingface(dataset) and _compose_of(dataset) is None:
         return "the dataset has no transform of torchvision's or of `datasets` that RandAugment could go into"
     augmenter = TransformAugmenter(dataset, collate, seed)
-    plain, inverted = (_look(augmenter, change) for change in (_keep, _invert))
+    try:
+        plain, inverted = (_look(augmenter, change) for change in (_keep, _invert))
+    except _SeveralInputsError:
+        return (
+            "the dataset's transform is given several images at once (a mask), which RandAugment would not move alike"
+        )
     if any(len(value) > 1 for value in plain):
         return "a row of the dataset holds several images (class images), which would all be augmented"
     if all(torch.equal(a, b) for a, b in zip(plain, inverted, strict=True)):
@@ -100,8 +105,14 @@ def _look(augmenter: TransformAugmenter, change: Callable[[Any], Any]) -> list[T
         return _images(augmenter.collate([augmenter.row(0, change)]))
 
 
-def _keep(image: Any) -> Any:
-    return image
+class _SeveralInputsError(Exception):
+    """A transform of torchvision's v2 was called with more than one image."""
+
+
+def _keep(*images: Any) -> Any:
+    if len(images) > 1:
+        raise _SeveralInputsError
+    return images[0]
 
 
 def _invert(image: Any) -> Any:

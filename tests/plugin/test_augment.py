@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from sd_memguard.plugin.augment import find_augmenter
 from tests.plugin.toy import BATCH_SIZE, NUM_SAMPLES, NUM_TIMESTEPS, Loop, Vectors, make_guard
@@ -37,6 +38,18 @@ class Images(Dataset):
 
     def __getitem__(self, index):
         values = self.transform(image(index)) if self.prepared is None else self.prepared[index]
+        return {"pixel_values": values}
+
+
+class MaskedImages(Images):
+    """Its transform moves an image and its mask alike, as RealFill's script does."""
+
+    def __init__(self):
+        super().__init__()
+        self.transform = v2.Compose([v2.RandomHorizontalFlip(), v2.ToTensor()])
+
+    def __getitem__(self, index):
+        values, _mask = self.transform(image(index), image(0))
         return {"pixel_values": values}
 
 
@@ -85,8 +98,9 @@ def test_randaugment_goes_into_the_data_sets_own_transform(make):
         (Vectors(), stack, "has no transform"),
         (Images(prepared=True), stack, "were prepared before training"),
         (Images(), stack_twice, "holds several images"),
+        (MaskedImages(), stack, "several images at once"),
     ],
-    ids=["no-transform", "latents", "class-images"],
+    ids=["no-transform", "latents", "class-images", "masks"],
 )
 def test_where_nothing_can_be_augmented_the_reason_is_given(dataset, collate, message):
     assert message in find_augmenter(dataset, collate, None, seed=0)
