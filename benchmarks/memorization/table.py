@@ -22,7 +22,8 @@ from benchmarks.memorization.variants import VARIANTS
 
 RESULTS = Path(__file__).parent / "results"
 NUM_RESAMPLES = 2000
-PLAIN = "plain"
+PLAIN, LORA_PLAIN = "plain", "lora_plain"
+"""What variants are compared with: of full weights, and of LoRA."""
 DIFFERENCES = (
     "variant",
     "steps",
@@ -108,13 +109,17 @@ def table(points: dict[tuple[str, int], list[Result]]) -> Iterable[str]:
 
 
 def differences(points: dict[tuple[str, int], list[Result]]) -> Iterable[str]:
-    """Yield the lines of a table with each variant's paired differences to plain training of as many steps."""
+    """Yield the lines of a table with each variant's paired differences to plain training of as many steps.
+
+    LoRA is compared with plain LoRA.
+    """
     yield f"| {' | '.join(DIFFERENCES)} |"
     yield "|---" * len(DIFFERENCES) + "|"
     for (variant, step), results in points.items():
-        plain = {one["case"]["seed"]: one for one in points.get((PLAIN, step), ())}
+        reference = LORA_PLAIN if variant.startswith("lora") else PLAIN
+        plain = {one["case"]["seed"]: one for one in points.get((reference, step), ())}
         pairs = [(one, plain[one["case"]["seed"]]) for one in results if one["case"]["seed"] in plain]
-        if pairs and variant != PLAIN:
+        if pairs and variant != reference:
             columns = [VARIANTS[variant].title, step, len(pairs), *difference_texts(pairs)]
             yield f"| {' | '.join(map(str, columns))} |"
 

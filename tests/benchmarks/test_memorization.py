@@ -98,6 +98,14 @@ def test_differences_to_plain_training_are_paired_by_seed(groups):
     assert len(lines) == 3
 
 
+def test_lora_is_compared_with_plain_lora():
+    made = [make_result("plain", 0, "11111111", 0.07), make_result("lora_plain", 0, "11110000", 0.08)]
+    made.append(make_result("lora_default", 0, "00000000", 0.06))
+    lines = list(differences({(one["case"]["variant"], 900): [one] for one in made}))
+    assert len(lines) == 3
+    assert lines[2].startswith("| LoRA, the default | 900 | 1 | -50 (")
+
+
 def test_the_plot_is_written(groups, tmp_path):
     plot(groups, tmp_path / "plots" / "memorization.png")
     with Image.open(tmp_path / "plots" / "memorization.png") as image:
