@@ -389,8 +389,7 @@ class TrainConfig:
     early_stopping_gap: float = setting(
         0.0,
         "Validation",
-        "stop when the loss has fallen further on training images than on others by more than this share, e.g. 0.2, "
-        "and keep a round before; 0: train to the end",
+        "stop once the training loss is below the loss on other images by more than this share; 0: never",
         BELOW_ONE,
     )
 

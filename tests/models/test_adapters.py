@@ -220,7 +220,7 @@ def test_diffusers_own_flag_is_told_by_its_name_here(capsys, tmp_path):
 
 def test_the_adapter_beside_the_best_model_is_that_of_its_round(run, images, pipeline, monkeypatch):
     """Its file is checked against the merged model when it is written, and once more here."""
-    monkeypatch.setattr("sd_memguard.training.trainer.best_round", lambda rounds: rounds[0] if rounds else None)
+    monkeypatch.setattr("sd_memguard.training.trainer.best_round", lambda rounds, gap: rounds[0] if rounds else None)
     settings = {**SETTINGS, "adapter": "dora", "max_train_steps": 6, "steps_per_round": 2}
     result = run(**settings, validation_data_dir=str(images), load_best_model_at_end=True)
     assert result.summary["kept_step"] < result.summary["global_step"]
