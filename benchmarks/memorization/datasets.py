@@ -19,7 +19,7 @@ from sd_memguard.assets import demo_data_path, demo_heldout_path
 
 SIZE = 64
 NUM_DUPLICATED, NUM_COPIES, NUM_FEW = 32, 16, 160
-Duplicates = Literal["exact", "near", "none", "few"]
+Duplicates = Literal["exact", "near", "none", "absent", "few"]
 EMOJI = Path(__file__).parent / "emoji"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 CLOTHES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
@@ -53,14 +53,17 @@ def training_folder(dataset: Dataset, duplicates: Duplicates, folder: Path) -> P
     Args:
         dataset: whose images.
         duplicates: of the first 32 images: ``exact`` copies under their own caption; ``near`` ones, each cropped by 2
-            to 10%, some flipped, the hue turned and recompressed, under reworded captions; ``none``; or ``few``, the
-            first 160 images alone, each once, for runs of many epochs.
+            to 10%, some flipped, the hue turned and recompressed, under reworded captions; ``none``; ``absent``, not
+            even the images themselves, so that their prompts show what a model finds that never saw them
+            (counterfactual memorization, https://arxiv.org/abs/2112.12938); or ``few``, the first 160 images alone,
+            each once, for runs of many epochs.
         folder: where to.
     """
     if (folder / "metadata.jsonl").exists():
         return folder
     draw = random.Random(0)
-    rows = list(dataset.train[:NUM_FEW] if duplicates == "few" else dataset.train)
+    start, stop = NUM_DUPLICATED if duplicates == "absent" else 0, NUM_FEW if duplicates == "few" else None
+    rows = list(dataset.train[start:stop])
     for image in dataset.train[:NUM_DUPLICATED] if duplicates in ("exact", "near") else ():
         rows += [image if duplicates == "exact" else _altered(image, draw) for _ in range(NUM_COPIES - 1)]
     draw.shuffle(rows)

@@ -53,6 +53,11 @@ VARIANTS = {
     "low_lr": Variant("plain, learning rate 1e-4 (else 3e-4)", PLAIN | {"learning_rate": 1e-4}),
     "tags10": Variant("plain, tags shuffled, 10% of them left out", PLAIN | TAGS | {"caption_tag_dropout_rate": 0.1}),
     "tags": Variant("plain, tags shuffled, 30% of them left out", PLAIN | TAGS),
+    "shuffled": Variant("plain, tags shuffled", PLAIN | {"shuffle_caption": True}),
+    "tags10_default": Variant(
+        "the default, tags shuffled, 10% of them left out", FULL | TAGS | {"caption_tag_dropout_rate": 0.1}
+    ),
+    "tags_default": Variant("the default, tags shuffled, 30% of them left out", FULL | TAGS),
     "gap": Variant("plain, timesteps 300 to 700 a tenth as often", PLAIN | GAP),
     "balance": Variant("near-duplicates balanced, nothing else", FULL | OFF | BALANCE),
     "agc": Variant("AGC at 0.8", FULL | OFF | AGC),
