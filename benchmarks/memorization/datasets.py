@@ -48,7 +48,21 @@ def load_dataset(name: str) -> Dataset:
 
 
 def training_folder(dataset: Dataset, duplicates: Duplicates, folder: Path) -> Path:
-    """Write the imagefolder to train on, unless it is there, and return it.
+    """Write the rows to train on as an imagefolder, unless it is there, and return it; see ``training_rows``."""
+    if (folder / "metadata.jsonl").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = []
+    for index, row in enumerate(training_rows(dataset, duplicates)):
+        (folder / f"{index:04d}.png").write_bytes(row.png)
+        metadata.append({"file_name": f"{index:04d}.png", "text": row.text})
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in metadata)
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def training_rows(dataset: Dataset, duplicates: Duplicates) -> list[CaptionedImage]:
+    """Return the rows to train on, shuffled.
 
     Args:
         dataset: whose images.
@@ -57,24 +71,14 @@ def training_folder(dataset: Dataset, duplicates: Duplicates, folder: Path) -> P
             even the images themselves, so that their prompts show what a model finds that never saw them
             (counterfactual memorization, https://arxiv.org/abs/2112.12938); or ``few``, the first 160 images alone,
             each once, for runs of many epochs.
-        folder: where to.
     """
-    if (folder / "metadata.jsonl").exists():
-        return folder
     draw = random.Random(0)
     start, stop = NUM_DUPLICATED if duplicates == "absent" else 0, NUM_FEW if duplicates == "few" else None
     rows = list(dataset.train[start:stop])
     for image in dataset.train[:NUM_DUPLICATED] if duplicates in ("exact", "near") else ():
         rows += [image if duplicates == "exact" else _altered(image, draw) for _ in range(NUM_COPIES - 1)]
     draw.shuffle(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = []
-    for index, row in enumerate(rows):
-        (folder / f"{index:04d}.png").write_bytes(row.png)
-        metadata.append({"file_name": f"{index:04d}.png", "text": row.text})
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in metadata)
-    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
-    return folder
+    return rows
 
 
 def _altered(image: CaptionedImage, draw: random.Random) -> CaptionedImage:

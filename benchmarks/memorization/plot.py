@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memorization.table import Groups, Result, share
-from benchmarks.memorization.variants import VARIANTS
+from benchmarks.memorization.variants import TITLES
 
 KINDS = {"duplicated": "o", "unique": "s"}
 """Kinds of prompts and their markers."""
@@ -30,7 +30,7 @@ def plot(groups: Groups, file: Path) -> None:
         num_rows, NUM_COLUMNS, figsize=(5.2 * NUM_COLUMNS, 4.6 * num_rows), layout="constrained", squeeze=False
     )
     drawn = {variant for points in groups.values() for variant, _ in points} - {"base"}
-    colors = {variant: f"C{number}" for number, variant in enumerate(one for one in VARIANTS if one in drawn)}
+    colors = {variant: f"C{number}" for number, variant in enumerate(one for one in TITLES if one in drawn)}
     for axis, (group, points) in zip(axes.flat, groups.items(), strict=False):
         shown: dict[str, list[list[Result]]] = defaultdict(list)
         for (variant, _), results in points.items():
@@ -39,7 +39,7 @@ def plot(groups: Groups, file: Path) -> None:
         for variant, steps in shown.items():
             for kind, marker in KINDS.items():
                 if kind == "unique" or group[1] in ("exact", "near"):
-                    label = VARIANTS[variant].title.replace("`", "").replace("*", "") if kind == "unique" else None
+                    label = TITLES[variant].replace("`", "").replace("*", "") if kind == "unique" else None
                     _draw(axis, steps, kind, marker, colors[variant], label)
         everyone = [one for steps in shown.values() for results in steps for one in results]
         axis.axhline(100 * share(everyone, "heldout", "own")[0], color="gray", linestyle=":", linewidth=1)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.memorization.variants import VARIANTS
+from benchmarks.memorization.variants import TITLES
 
 RESULTS = Path(__file__).parent / "results"
 NUM_RESAMPLES = 2000
@@ -78,7 +78,7 @@ def main() -> None:
 def read_results(folder: Path) -> Groups:
     """Return the results by dataset and duplicates, then by variant (in their order) and step: one per seed."""
     groups: Groups = defaultdict(lambda: defaultdict(list))
-    order = list(VARIANTS)
+    order = list(TITLES)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     results.sort(key=lambda one: (order.index(one["case"]["variant"]), one["step"], one["case"]["seed"]))
     for result in results:
@@ -120,7 +120,7 @@ def differences(points: dict[tuple[str, int], list[Result]]) -> Iterable[str]:
         plain = {one["case"]["seed"]: one for one in points.get((reference, step), ())}
         pairs = [(one, plain[one["case"]["seed"]]) for one in results if one["case"]["seed"] in plain]
         if pairs and variant != reference:
-            columns = [VARIANTS[variant].title, step, len(pairs), *difference_texts(pairs)]
+            columns = [TITLES[variant], step, len(pairs), *difference_texts(pairs)]
             yield f"| {' | '.join(map(str, columns))} |"
 
 
@@ -163,7 +163,7 @@ def row(variant: str, step: int, results: Sequence[Result]) -> list[object]:
     """Return the columns of one variant at one step."""
     forwards = [one["image_forwards"] for one in results if "image_forwards" in one]
     return [
-        VARIANTS[variant].title,
+        TITLES[variant],
         step,
         len(results),
         *(share_text(results, kind, "own") for kind in ("duplicated", "unique")),
