@@ -29,6 +29,7 @@ ANCHORED = {"skip_threshold": 0.8, "sample_rule": "anchored"}
 BALANCE = {"group_duplicates": "balance"}
 PLAIN = FULL | {"memguard": "off"}
 TAGS = {"shuffle_caption": True, "caption_tag_dropout_rate": 0.3}
+TAGS10 = TAGS | {"caption_tag_dropout_rate": 0.1}
 """Captions change each time they are seen, as in https://arxiv.org/abs/2305.20086, for captions made of tags."""
 GAP = {
     "timestep_bias_strategy": "range",
@@ -51,11 +52,12 @@ VARIANTS = {
     "plain": Variant("plain", PLAIN),
     "weight_decay": Variant("plain, weight decay 1 (else .01)", PLAIN | {"adam_weight_decay": 1.0}),
     "low_lr": Variant("plain, learning rate 1e-4 (else 3e-4)", PLAIN | {"learning_rate": 1e-4}),
-    "tags10": Variant("plain, tags shuffled, 10% of them left out", PLAIN | TAGS | {"caption_tag_dropout_rate": 0.1}),
+    "tags10": Variant("plain, tags shuffled, 10% of them left out", PLAIN | TAGS10),
     "tags": Variant("plain, tags shuffled, 30% of them left out", PLAIN | TAGS),
     "shuffled": Variant("plain, tags shuffled", PLAIN | {"shuffle_caption": True}),
-    "tags10_default": Variant(
-        "the default, tags shuffled, 10% of them left out", FULL | TAGS | {"caption_tag_dropout_rate": 0.1}
+    "tags10_default": Variant("the default, tags shuffled, 10% of them left out", FULL | TAGS10),
+    "tags10_shards_2": Variant(
+        "the default, but two shards, tags shuffled, 10% of them left out", FULL | TAGS10 | {"num_shards": 2}
     ),
     "tags_default": Variant("the default, tags shuffled, 30% of them left out", FULL | TAGS),
     "gap": Variant("plain, timesteps 300 to 700 a tenth as often", PLAIN | GAP),
