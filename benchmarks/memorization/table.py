@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.memorization.variants import TITLES
+from benchmarks.memorization.variants import CONTROLS, TITLES
 
 RESULTS = Path(__file__).parent / "results"
 NUM_RESAMPLES = 2000
@@ -76,20 +76,30 @@ def main() -> None:
 
 
 def read_results(folder: Path) -> Groups:
-    """Return the results by dataset and duplicates, then by variant (in their order) and step: one per seed."""
+    """Return the results by dataset and duplicates, then by row (in their order) and step: one per seed.
+
+    Controls, trained without the duplicates, are rows of the dataset with exact duplicates.
+    """
     groups: Groups = defaultdict(lambda: defaultdict(list))
     order = list(TITLES)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    results.sort(key=lambda one: (order.index(one["case"]["variant"]), one["step"], one["case"]["seed"]))
+    results.sort(key=lambda one: (order.index(row_name(one)), one["step"], one["case"]["seed"]))
     for result in results:
         case = result["case"]
         if case["variant"] != "base":
-            groups[case["dataset"], case["duplicates"]][case["variant"], result["step"]].append(result)
+            duplicates = "exact" if case["duplicates"] in CONTROLS else case["duplicates"]
+            groups[case["dataset"], duplicates][row_name(result), result["step"]].append(result)
     base = [one for one in results if one["case"]["variant"] == "base"]
     return {
         group: {("base", 0): [one for one in base if one["case"]["dataset"] == group[0]], **points}
         for group, points in sorted(groups.items())
     }
+
+
+def row_name(result: Result) -> str:
+    """Return which row of the tables a result belongs to, see ``TITLES``."""
+    variant, duplicates = result["case"]["variant"], result["case"]["duplicates"]
+    return f"{variant}, {duplicates}" if duplicates in CONTROLS else str(variant)
 
 
 def table(points: dict[tuple[str, int], list[Result]]) -> Iterable[str]:

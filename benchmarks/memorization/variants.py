@@ -75,5 +75,8 @@ VARIANTS = {
     "lora_paper": Variant("LoRA, `--preset paper`, four shards", LORA | {"preset": "paper", "num_shards": 4}),
 }
 
+CONTROLS = {"none": "each image once", "absent": "without the duplicated images"}
+"""Training sets that duplicates are compared with, and how the rows of their variants are called."""
 TITLES = {name: variant.title for name, variant in VARIANTS.items()} | {"lora_dp": "LoRA, DP-SGD with epsilon 10"}
 """Rows of the tables; the last variant is trained by a module of its own, ``lora_dp``."""
+TITLES |= {f"{name}, {kind}": f"{TITLES[name]}, {text}" for name in VARIANTS for kind, text in CONTROLS.items()}
