@@ -60,6 +60,11 @@ VARIANTS = {
         "the default, but two shards, tags shuffled, 10% of them left out", FULL | TAGS10 | {"num_shards": 2}
     ),
     "tags_default": Variant("the default, tags shuffled, 30% of them left out", FULL | TAGS),
+    "flip": Variant("plain, half of the images flipped", PLAIN | {"random_flip": True}),
+    "flip_tags10_default": Variant(
+        "the default, tags shuffled, 10% of them left out, half of the images flipped",
+        FULL | TAGS10 | {"random_flip": True},
+    ),
     "gap": Variant("plain, timesteps 300 to 700 a tenth as often", PLAIN | GAP),
     "balance": Variant("near-duplicates balanced, nothing else", FULL | OFF | BALANCE),
     "agc": Variant("AGC at 0.8", FULL | OFF | AGC),
