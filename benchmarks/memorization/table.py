@@ -22,8 +22,6 @@ from benchmarks.memorization.variants import CONTROLS, TITLES
 
 RESULTS = Path(__file__).parent / "results"
 NUM_RESAMPLES = 2000
-PLAIN, LORA_PLAIN = "plain", "lora_plain"
-"""What variants are compared with: of full weights, and of LoRA."""
 DIFFERENCES = (
     "variant",
     "steps",
@@ -121,12 +119,12 @@ def table(points: dict[tuple[str, int], list[Result]]) -> Iterable[str]:
 def differences(points: dict[tuple[str, int], list[Result]]) -> Iterable[str]:
     """Yield the lines of a table with each variant's paired differences to plain training of as many steps.
 
-    LoRA is compared with plain LoRA.
+    LoRA is compared with plain LoRA of its rank.
     """
     yield f"| {' | '.join(DIFFERENCES)} |"
     yield "|---" * len(DIFFERENCES) + "|"
     for (variant, step), results in points.items():
-        reference = LORA_PLAIN if variant.startswith("lora") else PLAIN
+        reference = f"{variant.partition('_')[0]}_plain" if variant.startswith("lora") else "plain"
         plain = {one["case"]["seed"]: one for one in points.get((reference, step), ())}
         pairs = [(one, plain[one["case"]["seed"]]) for one in results if one["case"]["seed"] in plain]
         if pairs and variant != reference:

@@ -77,6 +77,10 @@ VARIANTS = {
     "paper": Variant("`--preset paper`, four shards", FULL | {"preset": "paper", "num_shards": 4}),
     "lora_plain": Variant("LoRA, plain", LORA | {"memguard": "off"}),
     "lora_default": Variant("LoRA, the default", LORA),
+    "lora4_plain": Variant("LoRA of rank 4, plain", LORA | {"rank": 4, "memguard": "off"}),
+    "lora4_default": Variant("LoRA of rank 4, the default", LORA | {"rank": 4}),
+    "lora64_plain": Variant("LoRA of rank 64, plain", LORA | {"rank": 64, "memguard": "off"}),
+    "lora64_default": Variant("LoRA of rank 64, the default", LORA | {"rank": 64}),
     "lora_paper": Variant("LoRA, `--preset paper`, four shards", LORA | {"preset": "paper", "num_shards": 4}),
 }
 
