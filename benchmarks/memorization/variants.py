@@ -73,6 +73,7 @@ VARIANTS = {
     "anchored": Variant("anchored AGC", FULL | OFF | ANCHORED),
     "default": Variant("**the default**", FULL),
     "anchored_rule": Variant("the default, but `--sample_rule anchored`", FULL | {"sample_rule": "anchored"}),
+    "agc_rule": Variant("the default, but `--sample_rule agc`", FULL | {"sample_rule": "agc"}),
     "shards_2": Variant("the default, but two shards", FULL | {"num_shards": 2}),
     "paper": Variant("`--preset paper`, four shards", FULL | {"preset": "paper", "num_shards": 4}),
     "lora_plain": Variant("LoRA, plain", LORA | {"memguard": "off"}),
