@@ -182,7 +182,7 @@ class _Leaders:
 
     def merge_neighbours(self, number: int) -> None:
         """Merge groups whose leaders are alike and neighbours in one of the orders."""
-        leaders = np.flatnonzero(self.leader_of == np.arange(len(self.leader_of)))
+        leaders = self._leaders()
         keys = np.ascontiguousarray(self.hashes[leaders][:, _ORDERS[number]]).view(">u8").ravel().astype(np.uint64)
         order = np.lexsort((self._project(leaders, number), keys))
         keys, leaders = keys[order], leaders[order]
@@ -193,18 +193,31 @@ class _Leaders:
             self._merge(np.minimum(one, other)[both_open], np.maximum(one, other)[both_open])
 
     def merge_registered(self, flip: bool) -> None:
-        """Merge groups whose leaders are one image by registration, the nearest proposals of each image first."""
-        leaders = np.flatnonzero(self.leader_of == np.arange(len(self.leader_of)))
-        for pairs in propose_pairs(self.thumbnails[leaders], flip):
-            targets, sources = leaders[pairs].T
-            still = (self.leader_of[targets] == targets) & (self.leader_of[sources] == sources)
-            targets, sources = targets[still], sources[still]
-            near = self._registered(targets, sources, flip) <= MAX_REGISTERED_DISTANCE
+        """Merge groups whose leaders are one image by registration, the nearest proposals of each image first.
 
-            def of_one_image(one: Ids, other: Ids) -> npt.NDArray[np.bool_]:
-                return self._registered(one, other, flip) <= _MAX_MEMBER_DISTANCE
+        The proposals are gone through again for the groups that have come about, until nothing changes: of many copies
+        of an image each is proposed with a few others only, and few of these lead a group of their own for long.
+        """
+        leaders = self._leaders()
+        proposals = [leaders[pairs] for pairs in propose_pairs(self.thumbnails[leaders], flip)]
+        count, unlike = len(self.leader_of), np.empty(0, np.int64)
 
-            self._merge_alike(targets[near], sources[near], of_one_image)
+        def of_one_image(one: Ids, other: Ids) -> npt.NDArray[np.bool_]:
+            return self._registered(one, other, flip) <= _MAX_MEMBER_DISTANCE
+
+        num_leaders = -1
+        while num_leaders != len(self._leaders()):
+            num_leaders = len(self._leaders())
+            for pairs in proposals:
+                first, second = np.sort(self.leader_of[pairs], axis=1).T
+                keys = np.setdiff1d((first * count + second)[first != second], unlike)
+                targets, sources = np.divmod(keys, count)
+                near = self._registered(targets, sources, flip) <= MAX_REGISTERED_DISTANCE
+                unlike = np.union1d(unlike, keys[~near])
+                self._merge_alike(targets[near], sources[near], of_one_image)
+
+    def _leaders(self) -> Ids:
+        return np.flatnonzero(self.leader_of == np.arange(len(self.leader_of)))
 
     def _registered(self, one: Ids, other: Ids, flip: bool) -> npt.NDArray[np.float32]:
         found = np.empty(len(one), dtype=np.float32)
