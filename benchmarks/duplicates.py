@@ -19,6 +19,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from sd_memguard.assets import demo_data_path
 from sd_memguard.core.duplicates import THUMBNAIL_SIDE, find_groups, make_thumbnail
 
+NUM_COPIED, NUM_COPIES = 32, 16
+"""Images that have many changed copies, and how many."""
+
 
 def parse_args() -> argparse.Namespace:
     """Return the command line."""
@@ -79,6 +82,17 @@ def measure_recall(images: list[Image.Image], random: np.random.Generator) -> di
     return found
 
 
+def measure_scatter(images: list[Image.Image], random: np.random.Generator) -> dict[str, float]:
+    """Return for some crops into how many groups 16 crops of one image fall, on average; 1 is the best."""
+    found = {}
+    for most in (0.02, 0.05, 0.08):
+        crops = [make_thumbnail(crop(one, most, random)) for one in images[:NUM_COPIED] for _ in range(NUM_COPIES)]
+        others = [make_thumbnail(image) for image in images[NUM_COPIED:]]
+        groups = find_groups(np.stack(crops + others))[: len(crops)].reshape(NUM_COPIED, NUM_COPIES)
+        found[f"each side cropped by 0 to {most:.0%}"] = float(np.mean([len(np.unique(group)) for group in groups]))
+    return found
+
+
 def count_mixed_up(images: list[Image.Image]) -> dict[str, int]:
     """Return how many groups there are among distinct files, and the images in them."""
     _, sizes = np.unique(find_groups(np.stack([make_thumbnail(image) for image in images])), return_counts=True)
@@ -109,6 +123,10 @@ def main() -> None:
     print("| change | found |\n|---|---|")
     for name, share in results["recall"].items():
         print(f"| {name} | {share:.1%} |")
+    results["scatter"] = measure_scatter(images, random)
+    print(f"\n| {NUM_COPIES} copies | groups they fall into |\n|---|---|")
+    for name, number in results["scatter"].items():
+        print(f"| {name} | {number:.2f} |")
     results["cost"] = measure_cost(args.num_random, random)
     text = (
         "\n{thumbnails:,} random thumbnails ({megabytes:.0f} MB): {seconds:.1f} processor seconds, {more:.0f} MB more"
