@@ -24,13 +24,14 @@ def test_training_folders_hold_what_their_names_say(name, tmp_path):
     assert len(trained) == len(dataset.train)
     assert len(heldout) == 256
     assert not trained & heldout
-    kinds = ("exact", "near", "none")
-    exact, near, none = (rows_of(training_folder(dataset, kind, tmp_path / kind)) for kind in kinds)
+    kinds = ("exact", "near", "none", "absent")
+    exact, near, none, absent = (rows_of(training_folder(dataset, kind, tmp_path / kind)) for kind in kinds)
     duplicated = [image.png for image in dataset.train[:NUM_DUPLICATED]]
     images = [png for png, _ in exact]
     assert [images.count(png) for png in duplicated] == [NUM_COPIES] * NUM_DUPLICATED
     assert len(exact) == len(near) == len(trained) + NUM_DUPLICATED * (NUM_COPIES - 1)
     assert sorted(png for png, _ in none) == sorted(trained)
+    assert sorted(png for png, _ in absent) == sorted(trained - set(duplicated))
     # Of near-duplicates no two files are equal, and all captions consist of the original ones' words.
     assert len({png for png, _ in near}) == len(near)
     words = {word for image in dataset.train for word in image.text.replace(",", "").split()}
@@ -90,6 +91,18 @@ def test_the_table_has_a_row_for_each_variant(groups):
     assert lines[-1].startswith("For scale")
 
 
+def test_runs_without_the_duplicates_are_rows_beside_those_with_them(tmp_path):
+    made = [make_result("plain", 0, "11110000", 0.07), make_result("plain", 0, "00000000", 0.06)]
+    made[1]["case"]["duplicates"] = "none"
+    for number, result in enumerate(made):
+        (tmp_path / f"{number}.json").write_text(json.dumps(result))
+    groups = read_results(tmp_path)
+    assert list(groups) == [("emoji", "exact")]
+    lines = list(table(groups["emoji", "exact"]))
+    assert lines[3].startswith("| plain, each image once | 900 | 1 | 0% (")
+    assert list(differences(groups["emoji", "exact"]))[-1].startswith("| plain, each image once | 900 | 1 | -50 (")
+
+
 def test_differences_to_plain_training_are_paired_by_seed(groups):
     lines = list(differences(groups["emoji", "exact"]))
     # The default has seed 0 alone: its shares are compared with those of that seed, 4 of 8, and not with the mean.
@@ -101,6 +114,7 @@ def test_differences_to_plain_training_are_paired_by_seed(groups):
 def test_lora_is_compared_with_plain_lora():
     made = [make_result("plain", 0, "11111111", 0.07), make_result("lora_plain", 0, "11110000", 0.08)]
     made.append(make_result("lora_default", 0, "00000000", 0.06))
+    made.append(make_result("lora4_default", 0, "00000000", 0.06))  # of a rank without a plain run
     lines = list(differences({(one["case"]["variant"], 900): [one] for one in made}))
     assert len(lines) == 3
     assert lines[2].startswith("| LoRA, the default | 900 | 1 | -50 (")
