@@ -14,7 +14,7 @@ COMMON: dict[str, Any] = {
 }
 
 FULL = {"learning_rate": 3e-4, "use_ema": True}
-LORA = {"proxy": "lora", "rank": 16, "learning_rate": 1e-3}
+LORA: dict[str, Any] = {"proxy": "lora", "rank": 16, "learning_rate": 1e-3}
 """No EMA: the trainer refuses it with adapters."""
 
 OFF = {
