@@ -66,6 +66,7 @@ VARIANTS = {
         FULL | TAGS10 | {"random_flip": True},
     ),
     "gap": Variant("plain, timesteps 300 to 700 a tenth as often", PLAIN | GAP),
+    "gap_default": Variant("the default, timesteps 300 to 700 a tenth as often", FULL | GAP),
     "balance": Variant("near-duplicates balanced, nothing else", FULL | OFF | BALANCE),
     "agc": Variant("AGC at 0.8", FULL | OFF | AGC),
     "agc_balance": Variant("AGC at 0.8, near-duplicates balanced", FULL | OFF | AGC | BALANCE),
