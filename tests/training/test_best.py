@@ -116,7 +116,7 @@ def test_few_images_are_measured_at_more_timesteps(configure, wide_images):
     [
         pytest.param({}, id="one-shard"),
         pytest.param({**AVERAGED, "max_train_steps": 24, "lr_step_rules": "1:12,100"}, id="three-shards"),
-        pytest.param({"proxy": "lora", "rank": 4, "learning_rate": 0.1}, id="lora"),
+        pytest.param({"proxy": "lora", "rank": 4, "learning_rate": 0.03}, id="lora"),
         pytest.param({"use_ema": True}, id="ema"),
     ],
 )
