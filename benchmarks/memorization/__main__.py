@@ -138,16 +138,19 @@ def describe(case: Case, step: int, checkpoint: Path, options: argparse.Namespac
         "command": f"python -m benchmarks.memorization --datasets {case.dataset} --duplicates {case.duplicates} "
         f"--variants {case.variant} --seeds {case.seed} --max_train_steps {options.max_train_steps} "
         f"--points {options.points} --work_dir runs/memorization",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        **origin(),
         "unet_sha256": hashlib.sha256(weights).hexdigest(),
         "extra_steps": sum(progress["extra_steps"]),
         "empty_steps": progress["empty_steps"],
         "image_forwards": progress["image_forwards"],
         "cpu_seconds_of_run": json.loads((checkpoint.parent / SECONDS).read_text(encoding="utf-8")),
     }
+
+
+def origin() -> dict[str, Any]:
+    """Return the commit and the versions that make a result."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    return {"commit": head, "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__}}
 
 
 def write_result(file: Path, result: dict[str, Any]) -> None:

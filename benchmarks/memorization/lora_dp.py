@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.denoising import Encoded, encode
-from benchmarks.memorization.__main__ import RESULTS, Case, write_result
+from benchmarks.memorization.__main__ import RESULTS, Case, origin, write_result
 from benchmarks.memorization.datasets import (
     DATASETS,
     CaptionedImage,
@@ -53,7 +53,11 @@ def main() -> None:
     dataset = load_dataset(options.dataset)
     folder = options.work_dir / file.stem
     settings = train(dataset, folder / "unet", options)
-    described = {"case": case._asdict(), "step": options.max_train_steps, "settings": settings}
+    described = {"case": case._asdict(), "step": options.max_train_steps, "settings": settings, **origin()}
+    described["command"] = (
+        f"python -m benchmarks.memorization.lora_dp --dataset {options.dataset} --epsilon {options.epsilon} "
+        f"--max_grad_norm {options.max_grad_norm} --max_train_steps {options.max_train_steps} --work_dir runs/memorization"
+    )
     exam = prepare_exam(dataset)
     write_result(file, described | judge(exam, folder / "unet", folder / "generated.safetensors", VARIANT))
 

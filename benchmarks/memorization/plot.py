@@ -11,8 +11,9 @@ from benchmarks.memorization.variants import TITLES
 KINDS = {"duplicated": "o", "unique": "s"}
 """Kinds of prompts and their markers."""
 
-
-NUM_COLUMNS = 3
+NUM_COLUMNS = 2
+OFF_SCALE = {"base", "lora_dp"}
+"""Variants that are not drawn: they have learned so little that all others would lie on one line."""
 
 
 def plot(groups: Groups, file: Path) -> None:
@@ -27,14 +28,15 @@ def plot(groups: Groups, file: Path) -> None:
 
     num_rows = -(-len(groups) // NUM_COLUMNS)
     figure, axes = pyplot.subplots(
-        num_rows, NUM_COLUMNS, figsize=(5.2 * NUM_COLUMNS, 4.6 * num_rows), layout="constrained", squeeze=False
+        num_rows, NUM_COLUMNS, figsize=(8 * NUM_COLUMNS, 4.4 * num_rows), layout="constrained", squeeze=False
     )
-    drawn = {variant for points in groups.values() for variant, _ in points} - {"base"}
-    colors = {variant: f"C{number}" for number, variant in enumerate(one for one in TITLES if one in drawn)}
+    drawn = {variant for points in groups.values() for variant, _ in points} - OFF_SCALE
+    names = [variant for variant in TITLES if variant in drawn]
+    colors = {variant: pyplot.get_cmap("tab20")(number % 20) for number, variant in enumerate(names)}
     for axis, (group, points) in zip(axes.flat, groups.items(), strict=False):
         shown: dict[str, list[list[Result]]] = defaultdict(list)
         for (variant, _), results in points.items():
-            if results and variant != "base":
+            if results and variant not in OFF_SCALE:
                 shown[variant].append(results)
         for variant, steps in shown.items():
             for kind, marker in KINDS.items():
@@ -49,7 +51,7 @@ def plot(groups: Groups, file: Path) -> None:
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for axis in axes.flat[len(groups) :]:
         axis.axis("off")
     figure.suptitle(
@@ -59,7 +61,7 @@ def plot(groups: Groups, file: Path) -> None:
     figure.savefig(file, dpi=80)
 
 
-def _draw(axis: Any, steps: Sequence[Sequence[Result]], kind: str, marker: str, color: str, label: str | None) -> None:
+def _draw(axis: Any, steps: Sequence[Sequence[Result]], kind: str, marker: str, color: Any, label: str | None) -> None:
     """Draw the checkpoints of a variant (each: the results of its seeds) for one kind of prompts."""
     losses = [sum(one["losses"]["heldout"]["mean"] for one in results) / len(results) for results in steps]
     shares = [[100 * one for one in share(results, kind, "own")] for results in steps]
