@@ -56,7 +56,8 @@ def main() -> None:
     described = {"case": case._asdict(), "step": options.max_train_steps, "settings": settings, **origin()}
     described["command"] = (
         f"python -m benchmarks.memorization.lora_dp --dataset {options.dataset} --epsilon {options.epsilon} "
-        f"--max_grad_norm {options.max_grad_norm} --max_train_steps {options.max_train_steps} --work_dir runs/memorization"
+        f"--max_grad_norm {options.max_grad_norm} --max_train_steps {options.max_train_steps} "
+        "--work_dir runs/memorization"
     )
     exam = prepare_exam(dataset)
     write_result(file, described | judge(exam, folder / "unet", folder / "generated.safetensors", VARIANT))
