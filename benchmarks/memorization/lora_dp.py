@@ -33,6 +33,8 @@ from sd_memguard.audit.generate import load_pipeline
 from sd_memguard.models.lora import add_adapter
 
 VARIANT = "lora_dp"
+EPSILON, MAX_GRAD_NORM = 10.0, 1.0
+"""The privacy budget of a row, and the norm that its gradient is clipped to."""
 
 
 def main() -> None:
@@ -40,8 +42,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="where the model goes; may be removed afterwards")
     parser.add_argument("--dataset", choices=DATASETS, default="avatars", help="what is trained on, duplicates exact")
-    parser.add_argument("--epsilon", type=float, default=10.0, help="privacy budget of a row")
-    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="norm that a row's gradient is clipped to")
     parser.add_argument("--max_train_steps", type=int, default=900, help="optimizer steps")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the results are")
     options = parser.parse_args()
@@ -52,18 +52,17 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     dataset = load_dataset(options.dataset)
     folder = options.work_dir / file.stem
-    settings = train(dataset, folder / "unet", options)
+    settings = train(dataset, folder / "unet", options.max_train_steps)
     described = {"case": case._asdict(), "step": options.max_train_steps, "settings": settings, **origin()}
     described["command"] = (
-        f"python -m benchmarks.memorization.lora_dp --dataset {options.dataset} --epsilon {options.epsilon} "
-        f"--max_grad_norm {options.max_grad_norm} --max_train_steps {options.max_train_steps} "
-        "--work_dir runs/memorization"
+        f"python -m benchmarks.memorization.lora_dp --dataset {options.dataset} "
+        f"--max_train_steps {options.max_train_steps} --work_dir runs/memorization"
     )
     exam = prepare_exam(dataset)
     write_result(file, described | judge(exam, folder / "unet", folder / "generated.safetensors", VARIANT))
 
 
-def train(dataset: Dataset, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def train(dataset: Dataset, folder: Path, max_train_steps: int) -> dict[str, Any]:
     """Train an adapter, save the UNet with it merged, and return the settings and the privacy that was spent."""
     from opacus import PrivacyEngine  # an extra of this benchmark alone
 
@@ -80,15 +79,15 @@ def train(dataset: Dataset, folder: Path, options: argparse.Namespace) -> dict[s
         module=unet.train(),
         optimizer=torch.optim.AdamW(parameters, lr=LORA["learning_rate"]),
         data_loader=DataLoader(rows, batch_size=batch_size),
-        target_epsilon=options.epsilon,
+        target_epsilon=EPSILON,
         target_delta=delta,
-        epochs=-(-options.max_train_steps * batch_size // len(rows)),
-        max_grad_norm=options.max_grad_norm,
+        epochs=-(-max_train_steps * batch_size // len(rows)),
+        max_grad_norm=MAX_GRAD_NORM,
     )
     step = 0
-    while step < options.max_train_steps:
+    while step < max_train_steps:
         for latents, embeddings in loader:
-            if step == options.max_train_steps:
+            if step == max_train_steps:
                 break
             step += 1
             if not len(latents):
@@ -101,7 +100,7 @@ def train(dataset: Dataset, folder: Path, options: argparse.Namespace) -> dict[s
     unet.unload_lora()
     unet.save_pretrained(folder)
     return LORA | {
-        "max_grad_norm": options.max_grad_norm,
+        "max_grad_norm": MAX_GRAD_NORM,
         "noise_multiplier": optimizer.noise_multiplier,
         "epsilon": engine.get_epsilon(delta),
         "delta": delta,

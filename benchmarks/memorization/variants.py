@@ -29,8 +29,8 @@ ANCHORED = {"skip_threshold": 0.8, "sample_rule": "anchored"}
 BALANCE = {"group_duplicates": "balance"}
 PLAIN = FULL | {"memguard": "off"}
 TAGS = {"shuffle_caption": True, "caption_tag_dropout_rate": 0.3}
-TAGS10 = TAGS | {"caption_tag_dropout_rate": 0.1}
 """Captions change each time they are seen, as in https://arxiv.org/abs/2305.20086, for captions made of tags."""
+TAGS10 = TAGS | {"caption_tag_dropout_rate": 0.1}
 GAP = {
     "timestep_bias_strategy": "range",
     "timestep_bias_begin": 300,
